@@ -1,0 +1,1 @@
+"""Implementation package of sonic; not an API."""
