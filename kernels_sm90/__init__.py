@@ -1,0 +1,26 @@
+"""Implementation package of sonic; not an API. Hopper kernels: wgmma, TMA, cp.async."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kernels_sm90 import tiles
+from sonic.runtime.problem import Arch, Problem, TileConfig, Unsupported
+
+
+class _Backend:
+    arch = Arch.SM90
+
+    def supports(self, problem: Problem) -> Unsupported | None:
+        return tiles.supports(problem)
+
+    def default_config(self, problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
+        return tiles.default_config(problem, rows_per_expert, n, k)
+
+    def compile(self, problem: Problem, config: TileConfig) -> Any:
+        from kernels_sm90.compile import compile_kernel
+
+        return compile_kernel(problem, config)
+
+
+BACKEND = _Backend()

@@ -1,0 +1,54 @@
+"""Compiles one kernel for sm_90a; needs no GPU."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+
+from kernels_sm90.gemm import GroupedGemmSm90
+from sonic.runtime.problem import EpilogueKind, Operand, Problem, Ragged, TileConfig
+
+
+def _fake(dtype, shape, align=16):
+    order = tuple(reversed(range(len(shape))))
+    return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
+
+
+def fake_arguments(problem: Problem, gemm: GroupedGemmSm90) -> tuple:
+    """Symbolic tensors with the ranks, dtypes and alignments that ``GroupedGemmSm90`` takes."""
+    rows, tokens, experts_plus_1 = cute.sym_int(), cute.sym_int(), cute.sym_int()
+    eight = [cute.sym_int(divisibility=8) for _ in range(6)]
+    experts = cute.sym_int()
+    dtype = gemm.dtype
+    kind = problem.epilogue
+    a_rows = tokens if problem.gather is Operand.A else rows
+    b_rows = tokens if problem.gather is Operand.B else rows
+    if problem.ragged is Ragged.ROWS:
+        a = _fake(dtype, (a_rows, eight[0]))
+        b = _fake(dtype, (experts, eight[1], eight[2]))
+        has_d = kind is not EpilogueKind.ACTIVATION or problem.store_preact
+        d = _fake(dtype, (rows, eight[3])) if has_d else None
+    else:
+        a = _fake(dtype, (a_rows, eight[0]))
+        b = _fake(dtype, (b_rows, eight[1]))
+        d = _fake(gemm.d_dtype, (experts, eight[2], eight[3]))
+    has_aux = kind in (EpilogueKind.ACTIVATION, EpilogueKind.ACTIVATION_GRAD)
+    is_grad = kind is EpilogueKind.ACTIVATION_GRAD
+    aux = _fake(dtype, (rows, eight[4])) if has_aux else None
+    c = _fake(dtype, (rows, eight[3])) if is_grad else None
+    bias = _fake(dtype, (experts, eight[1]), align=2) if problem.has_bias else None
+    score = _fake(cutlass.Float32, (rows,), align=4) if is_grad else None
+    row_sum = _fake(cutlass.Float32, (cute.sym_int(), rows), align=4) if is_grad else None
+    gather = _fake(Int32, (rows,), align=4) if problem.gather is not None else None
+    offsets = _fake(Int32, (experts_plus_1,), align=4)
+    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    return (
+        a, b, d, aux, c, bias, score, row_sum, gather, offsets, Int64(0), Int64(0), Int32(0), stream,
+    )  # fmt: skip
+
+
+def compile_kernel(problem: Problem, config: TileConfig, extra_options: str = ""):
+    """Compiled host function of ``GroupedGemmSm90(problem, config)``; call it without the stream."""
+    gemm = GroupedGemmSm90(problem, config)
+    options = f"--gpu-arch sm_90a --enable-tvm-ffi {extra_options}".strip()
+    return cute.compile(gemm, *fake_arguments(problem, gemm), options=options)

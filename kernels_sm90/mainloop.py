@@ -1,0 +1,265 @@
+"""Loads and matrix multiplies of the Hopper grouped GEMM (mixin of ``GroupedGemmSm90``)."""
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Float32, Int32, Int64
+from cutlass.cute.nvgpu import warpgroup
+
+from kernels_sm90.tiles import BLOCK_K, WARPGROUP
+from sonic.device.gather import GatherMajorColumns, GatherMajorRows
+from sonic.device.ptx import elect_one_lane, tma_load
+from sonic.device.tensormap import ragged_coordinates, weight_coordinates
+
+SWIZZLE_ROW_BYTES = 128
+
+
+class MainloopMixin:
+    """The producer's and the math warpgroups' side of the A/B ring."""
+
+    @cute.jit
+    def produce(
+        self, a_map, b_map, gathered, gather, offset_by_expert: cute.Tensor, sizes, smem, warp: Int32
+    ):
+        """Producer warpgroup: fills A/B stages tile after tile."""
+        if cutlass.const_expr(self.problem.gather is not None):
+            self._produce_tiles(a_map, b_map, gathered, gather, offset_by_expert, sizes, smem, warp)
+        elif warp == 0:
+            self._produce_tiles(a_map, b_map, gathered, gather, offset_by_expert, sizes, smem, warp)
+
+    @cute.jit
+    def _produce_tiles(
+        self, a_map, b_map, gathered, gather, offset_by_expert: cute.Tensor, sizes, smem, warp: Int32
+    ):
+        plan = self.smem
+        counts = self.tile_counts(sizes)
+        num_experts = Int32(offset_by_expert.shape[0] - 1)
+        tile, tile_step = self.cluster_position()
+        loader = self._make_loader(gathered, gather, sizes)
+        stage, phase = Int32(0), Int32(1)
+        cursor = self.seek(tile, self.start_cursor(), offset_by_expert, counts)
+        while cursor[0] < num_experts:
+            expert, _, _, begin, end = cursor
+            row, col = self.locate(tile, cursor, counts)
+            state = None
+            if cutlass.const_expr(loader is not None):
+                state = loader.begin_tile(begin, end, row if self.gather_a else col)
+            for k_tile in cutlass.range(self.k_tiles(cursor, sizes), unroll=1):
+                k = k_tile * BLOCK_K
+                full = self.barrier(smem, plan.full, stage)
+                if cutlass.const_expr(loader is not None):
+                    state = loader.prepare(state, k)
+                cute.arch.mbarrier_wait(self.barrier(smem, plan.empty, stage), phase)
+                if warp == 0:
+                    if elect_one_lane():
+                        cute.arch.mbarrier_arrive_and_expect_tx(full, self._tma_bytes())
+                        self._load_a(a_map, smem, stage, full, begin, end, row, k)
+                        self._load_b(b_map, smem, stage, full, expert, begin, end, col, k)
+                if cutlass.const_expr(loader is not None):
+                    destination = smem + self._gathered_offset(stage)
+                    loader.load(state, destination, k)
+                    cute.arch.cp_async_mbarrier_arrive_noinc(full)
+                stage = stage + 1
+                if stage == self.stages:
+                    stage = Int32(0)
+                    phase = phase ^ 1
+            tile = tile + tile_step
+            cursor = self.seek(tile, cursor, offset_by_expert, counts)
+        # Every stage must be free before the CTA may leave: in a cluster, the last arrivals on these
+        # barriers come from the peer.
+        if cutlass.const_expr(self.problem.gather is not None):
+            cute.arch.cp_async_wait_group(0)
+
+    def _gathered_offset(self, stage):
+        plan = self.smem
+        if self.gather_a:
+            return plan.a + stage * plan.a_bytes
+        return plan.b + stage * plan.b_bytes
+
+    def _make_loader(self, gathered, gather, sizes):
+        """The cp.async loader of the gathered operand, or ``None``."""
+        if self.problem.gather is None:
+            return None
+        extent = self.config.tile_m if self.gather_a else self.config.tile_n
+        thread = cute.arch.thread_idx()[0]
+        if self.ragged_rows:
+            return GatherMajorColumns(gathered, gather, thread, WARPGROUP, extent, sizes[2])
+        columns = sizes[0] if self.gather_a else sizes[1]
+        return GatherMajorRows(gathered, gather, thread, WARPGROUP, extent, BLOCK_K, columns)
+
+    def _tma_bytes(self) -> int:
+        """Bytes that TMA brings to this CTA per stage, its peers' shares included."""
+        a_bytes = 0 if self.gather_a else self.smem.a_bytes
+        b_bytes = 0 if self.gather_b else self.smem.b_bytes
+        return a_bytes + b_bytes
+
+    def _share(self, ctas: int):
+        """``(index of this CTA's share of a multicast operand, CTA mask)`` for ``ctas`` receivers."""
+        if ctas == 1:
+            return Int32(0), None
+        return cute.arch.block_idx_in_cluster(), cutlass.Int16((1 << ctas) - 1)
+
+    @cute.jit
+    def _load_a(self, a_map, smem, stage, full, begin, end, row, k):
+        if cutlass.const_expr(not self.gather_a):
+            config = self.config
+            share, mask = self._share(config.cluster_n)
+            base = smem + (self.smem.a + stage * self.smem.a_bytes)
+            if cutlass.const_expr(self.ragged_rows):
+                rows = config.tile_m // config.cluster_n
+                tma_load(
+                    base + share * (rows * SWIZZLE_ROW_BYTES),
+                    a_map,
+                    [k, begin + row + share * rows],
+                    full,
+                    mask,
+                )
+            else:
+                self._load_slabs(a_map, base, full, config.tile_m, share, mask, begin, end, row, k,
+                                 config.cluster_n)  # fmt: skip
+
+    @cute.jit
+    def _load_b(self, b_map, smem, stage, full, expert, begin, end, col, k):
+        if cutlass.const_expr(not self.gather_b):
+            config = self.config
+            gated = self.problem.gated_rows
+            share, mask = self._share(config.cluster_m)
+            base = smem + (self.smem.b + stage * self.smem.b_bytes)
+            if cutlass.const_expr(not self.ragged_rows):
+                self._load_slabs(b_map, base, full, config.tile_n, share, mask, begin, end, col, k,
+                                 config.cluster_m)  # fmt: skip
+            elif cutlass.const_expr(self.b_is_k_major):
+                rows = config.tile_n // config.cluster_m
+                tma_load(
+                    base + share * (rows * SWIZZLE_ROW_BYTES),
+                    b_map,
+                    weight_coordinates(k, col + share * rows, expert, gated),
+                    full,
+                    mask,
+                )
+            else:
+                rows = BLOCK_K // config.cluster_m
+                for slab in cutlass.range_constexpr(config.tile_n // BLOCK_K):
+                    tma_load(
+                        base + (slab * BLOCK_K + share * rows) * SWIZZLE_ROW_BYTES,
+                        b_map,
+                        weight_coordinates(col + slab * BLOCK_K, k + share * rows, expert, gated),
+                        full,
+                        mask,
+                    )
+
+    def _load_slabs(self, tensor_map, base, full, extent, share, mask, begin, end, first, k, ctas):
+        """A column-contiguous operand of a ragged reduction: slabs of 64 columns by 64 rows."""
+        rows = BLOCK_K // ctas
+        for slab in range(extent // BLOCK_K):
+            column = first + slab * BLOCK_K
+            coordinates = ragged_coordinates(column, k + share * rows, begin, end)
+            offset = (slab * BLOCK_K + share * rows) * SWIZZLE_ROW_BYTES
+            tma_load(base + offset, tensor_map, coordinates, full, mask)
+
+    @cute.jit
+    def consume(
+        self, c_map, d_map, aux_map, bias, score, row_sum, offset_by_expert: cute.Tensor, sizes,
+        bias_strides, smem, warp: Int32, group: Int32,
+    ):  # fmt: skip
+        """Math warpgroup: multiplies its tiles and stores them."""
+        counts = self.tile_counts(sizes)
+        num_experts = Int32(offset_by_expert.shape[0] - 1)
+        tile, tile_step = self.cluster_position()
+        mma, a_fragments, b_fragments, accumulator = self._make_mma(smem, group)
+        position = Int32(0)  # stages that earlier tiles consumed, the other warpgroup's too
+        chunk = Int32(0)
+        cursor = self.seek(tile, self.start_cursor(), offset_by_expert, counts)
+        if cutlass.const_expr(self.pingpong):
+            if group == 1:
+                position = self.k_tiles(cursor, sizes)
+                tile = tile + tile_step
+                cursor = self.seek(tile, cursor, offset_by_expert, counts)
+        step = tile_step * 2 if cutlass.const_expr(self.pingpong) else tile_step
+        while cursor[0] < num_experts:
+            row, col = self.locate(tile, cursor, counts)
+            context = (cursor, row, col, sizes)
+            self.prefetch_c(c_map, context, smem, warp, group, chunk)
+            k_tiles = self.k_tiles(cursor, sizes)
+            self._multiply(mma, a_fragments, b_fragments, accumulator, k_tiles, position, smem)
+            turns = 2 if cutlass.const_expr(self.pingpong) else 1
+            position = position + k_tiles * turns
+            chunk = self.store_tile(
+                accumulator, c_map, d_map, aux_map, bias, score, row_sum, context, bias_strides,
+                smem, warp, group, chunk,
+            )  # fmt: skip
+            tile = tile + step
+            cursor = self.seek(tile, cursor, offset_by_expert, counts)
+        self.drain_stores(warp)
+
+    @cute.jit
+    def _make_mma(self, smem, group: Int32):
+        """Tiled MMA of one warpgroup, its operand descriptors over all stages, and its accumulator."""
+        config, plan = self.config, self.smem
+        mma = sm90.make_trivial_tiled_mma(
+            self.dtype, self.dtype, self.major(self.a_is_k_major), self.major(self.b_is_k_major),
+            Float32, (1, 1, 1), (64, config.tile_n),
+        )  # fmt: skip
+        rows = self.rows_per_group
+        a_base = smem + plan.a
+        if cutlass.const_expr(not self.pingpong):
+            # Both majors store 64 elements of the other axis per row or column.
+            a_base = a_base + group * (rows * SWIZZLE_ROW_BYTES)
+        thread_mma = mma.get_slice(0)
+        swizzle, layout = self.smem_layout(rows, config.tile_m, self.a_is_k_major)
+        a_tile = cute.make_tensor(cute.recast_ptr(a_base, swizzle, dtype=self.dtype), layout)
+        swizzle, layout = self.smem_layout(config.tile_n, config.tile_n, self.b_is_k_major)
+        b_tile = cute.make_tensor(cute.recast_ptr(smem + plan.b, swizzle, dtype=self.dtype), layout)
+        a_fragments = mma.make_fragment_A(thread_mma.partition_A(a_tile))
+        b_fragments = mma.make_fragment_B(thread_mma.partition_B(b_tile))
+        shape = thread_mma.partition_shape_C((rows, config.tile_n))
+        return mma, a_fragments, b_fragments, cute.make_rmem_tensor(shape, Float32)
+
+    @cute.jit
+    def _multiply(
+        self, mma, a_fragments, b_fragments, accumulator, k_tiles: Int32, position: Int32, smem
+    ):
+        """accumulator = A @ B over ``k_tiles`` stages; zero if there are none. One wgmma group in flight."""
+        plan = self.smem
+        accumulator.fill(0.0)
+        mma.set(warpgroup.Field.ACCUMULATE, True)
+        stage = position % self.stages
+        phase = (position // self.stages) & 1
+        previous = stage
+        for k_tile in cutlass.range(k_tiles, unroll=1):
+            cute.arch.mbarrier_wait(self.barrier(smem, plan.full, stage), phase)
+            if cutlass.const_expr(self.problem.gather is not None):
+                # cp.async wrote through the generic proxy; wgmma reads through the async proxy.
+                cute.arch.fence_view_async_shared()
+            warpgroup.fence()
+            for k_block in cutlass.range_constexpr(BLOCK_K // 16):
+                cute.gemm(
+                    mma,
+                    accumulator,
+                    a_fragments[None, None, k_block, stage],
+                    b_fragments[None, None, k_block, stage],
+                    accumulator,
+                )
+            warpgroup.commit_group()
+            warpgroup.wait_group(1)
+            if k_tile > 0:
+                self._release(smem, previous)
+            previous = stage
+            stage = stage + 1
+            if stage == self.stages:
+                stage = Int32(0)
+                phase = phase ^ 1
+        warpgroup.wait_group(0)
+        if k_tiles > 0:
+            self._release(smem, previous)
+
+    @cute.jit
+    def _release(self, smem, stage: Int32):
+        """Tells every CTA that writes to this stage that one warp is done with it."""
+        empty = self.barrier(smem, self.smem.empty, stage)
+        lane = cute.arch.lane_idx()
+        if cutlass.const_expr(self.cluster_size > 1):
+            if lane < self.cluster_size:
+                cute.arch.mbarrier_arrive(empty, lane)
+        elif lane == 0:
+            cute.arch.mbarrier_arrive(empty)

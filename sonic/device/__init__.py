@@ -1,0 +1,1 @@
+"""Traced CuTeDSL code that every architecture's kernels share."""

@@ -1,0 +1,97 @@
+"""Epilogues: functions from accumulator values to the values that are stored.
+
+A matrix-multiply accumulator, whatever the architecture, gives each thread pairs of neighbouring
+columns in blocks of eight. An epilogue therefore works on *units*: one or two such blocks of the
+accumulator, the blocks of a loaded tile C that belong to them, and the blocks of D and Aux that come
+out. A thread holds one pair per block; :meth:`Epilogue.unit` maps the pairs of one row.
+
+Gated tensors keep eight gate columns and the eight up columns that belong to them side by side, so a
+unit has gate and up of the same columns in the same thread and needs no data from its neighbours.
+"""
+
+from dataclasses import dataclass
+
+from cutlass import Float32
+
+from sonic.device.activation import activate, activate_grad
+from sonic.runtime.problem import EpilogueKind, Problem
+
+BLOCK = 8  # columns of one accumulator block
+CHUNK_COLUMNS = 64  # 16-bit columns of D (or C) that go through shared memory at a time
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """Blocks per unit of each tensor that one epilogue reads and writes; 0: it has no such tensor."""
+
+    problem: Problem
+    acc_blocks: int
+    c_blocks: int
+    d_blocks: int
+    aux_blocks: int
+    has_row_sum: bool = False
+
+    @property
+    def units_per_chunk(self) -> int:
+        if self.accumulates:
+            return CHUNK_COLUMNS // 2 // BLOCK
+        widest = max(self.acc_blocks, self.c_blocks, self.d_blocks, self.aux_blocks)
+        return CHUNK_COLUMNS // (widest * BLOCK)
+
+    @property
+    def accumulates(self) -> bool:
+        return self.problem.epilogue is EpilogueKind.ACCUMULATE
+
+    def chunk_columns(self, blocks: int) -> int:
+        """Columns per chunk of a tensor with ``blocks`` blocks per unit."""
+        return self.units_per_chunk * blocks * BLOCK
+
+    @property
+    def acc_chunk(self) -> int:
+        return self.chunk_columns(self.acc_blocks)
+
+    @property
+    def d_chunk(self) -> int:
+        return self.chunk_columns(self.d_blocks)
+
+    @property
+    def aux_chunk(self) -> int:
+        return self.chunk_columns(self.aux_blocks)
+
+    def unit(self, acc, c, bias, score):
+        """Values of one row of one unit: lists of pairs per block.
+
+        :param acc: accumulator pairs. :param c: pairs of the loaded tile, or ``[]``.
+        :param bias: pairs to add to the accumulator, or ``None``. :param score: the row's score, or ``None``.
+        :returns: ``(D pairs, Aux pairs, the row sum's increment or None)``.
+        """
+        kind = self.problem.epilogue
+        if bias is not None:
+            acc = [tuple(a + b for a, b in zip(x, y)) for x, y in zip(acc, bias)]
+        if kind is EpilogueKind.LINEAR or kind is EpilogueKind.ACCUMULATE:
+            return acc, [], None
+        if kind is EpilogueKind.ACTIVATION:
+            post = tuple(activate(self.problem.activation, *inputs) for inputs in zip(*acc))
+            return acc, [post], None
+        return self._activation_grad(acc[0], c, score)
+
+    def _activation_grad(self, acc, preact, score):
+        grads, posts = [], []
+        row_sum = Float32(0.0)
+        for grad, inputs in zip(acc, zip(*preact)):
+            post, input_grads = activate_grad(self.problem.activation, grad * score, *inputs)
+            grads.append(input_grads)
+            posts.append(post * score)
+            row_sum = row_sum + grad * post
+        return list(zip(*grads)), [tuple(posts)], row_sum
+
+
+def make_epilogue(problem: Problem) -> Epilogue:
+    """The epilogue of ``problem``, with the number of blocks of each of its tensors."""
+    kind = problem.epilogue
+    pair = 2 if problem.activation is not None and problem.activation.is_gated else 1
+    if kind is EpilogueKind.ACTIVATION:
+        return Epilogue(problem, pair, 0, pair if problem.store_preact else 0, 1)
+    if kind is EpilogueKind.ACTIVATION_GRAD:
+        return Epilogue(problem, 1, pair, pair, 1, has_row_sum=True)
+    return Epilogue(problem, 1, 0, 1, 0)

@@ -1,0 +1,112 @@
+"""Which kernel package serves a device. The only module that names the ``kernels_smXX`` packages."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from sonic.runtime.errors import DeviceError, MissingPackageError, UnsupportedError
+from sonic.runtime.problem import Arch, Problem, TileConfig, Unsupported
+
+
+class Backend(Protocol):
+    """The one interface of a kernel package."""
+
+    arch: Arch
+
+    def supports(self, problem: Problem) -> Unsupported | None:
+        """Why ``problem`` cannot run, or ``None``."""
+
+    def default_config(self, problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
+        """Tiles for this size; pure, deterministic, no GPU."""
+
+    def compile(self, problem: Problem, config: TileConfig) -> Any:
+        """Compiled launcher; needs no GPU and never launches."""
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether the kernels can run here, and if not, why. True in a boolean context if they can."""
+
+    ok: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+_ARCH_BY_MAJOR = {9: Arch.SM90, 10: Arch.SM100, 12: Arch.SM120}
+_READY = frozenset({Arch.SM90})
+_REFERENCE_HINT = 'pass impl="reference" to run the torch reference on this device'
+
+
+@functools.cache
+def load_backend(arch: Arch) -> Backend:
+    """Imports the kernel package of ``arch``.
+
+    :raises UnsupportedError: the package has no kernels yet.
+    :raises MissingPackageError: CuTeDSL or Triton is not installed.
+    """
+    if arch not in _READY:
+        ready = ", ".join(sorted(a.value for a in _READY))
+        raise UnsupportedError(
+            f"kernels for {arch.value} are not in this release (ready: {ready}); {_REFERENCE_HINT}"
+        )
+    for package, distribution in (
+        ("cutlass", "nvidia-cutlass-dsl"),
+        ("tvm_ffi", "apache-tvm-ffi"),
+        ("triton", "triton"),
+    ):
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(
+                f"the {arch.value} kernels need the package {distribution}, which is not installed: "
+                f"pip install {distribution}, or {_REFERENCE_HINT}"
+            )
+    backend: Backend = importlib.import_module(f"kernels_{arch.value}").BACKEND
+    return backend
+
+
+@functools.cache
+def _arch_of_device(index: int) -> Arch | None:
+    return _ARCH_BY_MAJOR.get(torch.cuda.get_device_capability(index)[0])
+
+
+def backend_for(device: torch.device) -> Backend:
+    """Kernel package for ``device``.
+
+    :raises DeviceError: not a CUDA device.
+    :raises UnsupportedError: a GPU generation without kernels.
+    :raises MissingPackageError: CuTeDSL or Triton is not installed.
+    """
+    if device.type != "cuda":
+        raise DeviceError(
+            f"the kernels run on CUDA tensors, got a tensor on {device}: move it to a Hopper GPU, or "
+            'pass impl="reference"'
+        )
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    arch = _arch_of_device(index)
+    if arch is None:
+        major, minor = torch.cuda.get_device_capability(index)
+        raise UnsupportedError(
+            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}; kernels exist "
+            f"for 9.0 (Hopper), and 10.x and 12.x follow. To go on, {_REFERENCE_HINT}"
+        )
+    return load_backend(arch)
+
+
+def is_available(device: torch.device | str | None = None) -> Availability:
+    """Whether the CuTeDSL kernels can run on ``device`` (default: the current CUDA device)."""
+    try:
+        if device is None:
+            if not torch.cuda.is_available():
+                return Availability(False, "torch sees no CUDA device")
+            device = torch.device("cuda", torch.cuda.current_device())
+        backend = backend_for(torch.device(device))
+    except (DeviceError, UnsupportedError, MissingPackageError) as error:
+        return Availability(False, str(error))
+    return Availability(True, f"{backend.arch.value} kernels")

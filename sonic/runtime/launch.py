@@ -1,0 +1,116 @@
+"""Compiles grouped GEMMs on first use and launches them. Holds the process's compiled kernels."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from typing import Any
+
+import torch
+
+from sonic.runtime.backend import Backend, backend_for
+from sonic.runtime.errors import CompileError, UnsupportedError
+from sonic.runtime.problem import Problem, Ragged, TileConfig
+
+_log = logging.getLogger("sonic")
+_kernels: dict[tuple[str, Problem, TileConfig], Any] = {}
+# CuTeDSL traces into process-wide state, so two threads must not compile at once.
+_compile_lock = threading.Lock()
+
+
+def kernel_for(backend: Backend, problem: Problem, config: TileConfig) -> Any:
+    """The compiled kernel, compiling it if this process has not yet.
+
+    :raises UnsupportedError: the backend refuses ``problem``.
+    :raises CompileError: the compiler failed; its error is the cause.
+    """
+    key = (backend.arch.value, problem, config)
+    kernel = _kernels.get(key)
+    if kernel is None:
+        with _compile_lock:
+            kernel = _kernels.get(key)
+            if kernel is None:
+                kernel = _kernels[key] = _compile(backend, problem, config)
+    return kernel
+
+
+def _compile(backend: Backend, problem: Problem, config: TileConfig) -> Any:
+    refusal = backend.supports(problem)
+    if refusal is not None:
+        raise UnsupportedError(
+            f"{backend.arch.value} kernels do not support {refusal.reason}; {refusal.remedy}"
+        )
+    start = time.perf_counter()
+    try:
+        kernel = backend.compile(problem, config)
+    except Exception as error:
+        raise CompileError(
+            f"compiling {problem.name} with tile {config.name} for {backend.arch.value} failed: {error}"
+        ) from error
+    _log.info(
+        "compiled %s %s for %s in %.1f s",
+        problem.name,
+        config.name,
+        backend.arch.value,
+        time.perf_counter() - start,
+    )
+    return kernel
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _grid(
+    problem: Problem, config: TileConfig, rows: int, experts: int, m: int, n: int, sms: int
+) -> int:
+    """CTAs to launch: the number of tiles, or its bound that needs no host sync, or one per SM."""
+    tile_n = config.tile_n * config.cluster_n
+    tile_m = config.tile_m * config.cluster_m
+    tiles = -(-n // tile_n)
+    if problem.ragged is Ragged.ROWS:
+        tiles *= (rows + experts * (tile_m - 1)) // tile_m
+    else:
+        tiles *= experts * -(-m // tile_m)
+    return max(min(tiles, sms // config.cluster_size), 1) * config.cluster_size
+
+
+def config_for(problem: Problem, device: torch.device, rows: int, experts: int, n: int, k: int) -> TileConfig:
+    """The tiles that :func:`grouped_gemm` will use for this size."""
+    return backend_for(device).default_config(problem, rows // max(experts, 1), n, k)
+
+
+def grouped_gemm(
+    problem: Problem,
+    config: TileConfig,
+    *,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    offset_by_expert: torch.Tensor,
+    rows: int,
+    d: torch.Tensor | None = None,
+    aux: torch.Tensor | None = None,
+    c: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    score: torch.Tensor | None = None,
+    row_sum: torch.Tensor | None = None,
+    gather: torch.Tensor | None = None,
+    strides: tuple[int, int] = (0, 0),
+) -> None:
+    """Launches one grouped GEMM on the current stream; see ``Problem`` for the operands.
+
+    :param rows: static bound of the routed rows, ``R``.
+    :param strides: element strides of gate -> up and of unit -> next unit, for gated weight rows.
+    """
+    device = a.device
+    kernel = kernel_for(backend_for(device), problem, config)
+    if problem.ragged is Ragged.ROWS:
+        experts, m = b.shape[0], 0
+        n = b.shape[2] if problem.transposed_weight else b.shape[1]
+    else:
+        experts, m, n = offset_by_expert.shape[0] - 1, a.shape[1], b.shape[1]
+    grid = _grid(problem, config, rows, experts, m, n, _multiprocessors(device))
+    kernel(a, b, d, aux, c, bias, score, row_sum, gather, offset_by_expert, *strides, grid)

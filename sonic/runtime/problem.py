@@ -1,0 +1,114 @@
+"""What a grouped GEMM computes (:class:`Problem`) and how (:class:`TileConfig`). Plain data, no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from sonic.enums import ActivationType
+
+
+class Arch(str, Enum):
+    """Kernel package that serves a compute capability."""
+
+    SM90 = "sm90"
+    SM100 = "sm100"
+    SM120 = "sm120"
+
+
+class Ragged(str, Enum):
+    """The axis whose extent differs by expert."""
+
+    ROWS = "rows"  # M: D[rows of e] = A[rows of e] @ W[e] (activations and their gradients)
+    REDUCTION = "reduction"  # K: D[e] = A[rows of e].T @ B[rows of e] (weight gradients)
+
+
+class Operand(str, Enum):
+    A = "a"
+    B = "b"
+
+
+class EpilogueKind(str, Enum):
+    """Functions of ``sonic.device.epilogue``, by what they write."""
+
+    LINEAR = "linear"  # D = acc (+ bias)
+    ACTIVATION = "activation"  # D = acc (+ bias), the pre-activation; Aux = act(D)
+    ACTIVATION_GRAD = "activation_grad"  # D = dh, Aux = score * act(h), RowSum = <acc, act(h)>
+    ACCUMULATE = "accumulate"  # D += acc, D in float32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One grouped GEMM, shape-free: a compiled kernel serves every size.
+
+    ``Ragged.ROWS``: ``A (R or T, K)``, weight ``W (E, N, K)`` or, with ``transposed_weight``,
+    ``W (E, K, N)``; output ``D (R, N)``. ``Ragged.REDUCTION``: ``A (R or T, M)``, ``B (R or T, N)``,
+    output ``D (E, M, N)``. ``gather`` names the operand whose rows are picked by index out of ``T``
+    tokens; the other one holds the ``R`` rows grouped by expert.
+
+    ``gated_rows``: the weight's second axis interleaves gate and up rows (``2 I`` of them). The kernel
+    sees it as blocks of eight gate rows and eight up rows whatever the parameter's own order is.
+    """
+
+    ragged: Ragged
+    dtype: str  # "bfloat16" | "float16"
+    epilogue: EpilogueKind
+    gather: Operand | None = None
+    transposed_weight: bool = False
+    gated_rows: bool = False
+    activation: ActivationType | None = None
+    has_bias: bool = False
+    store_preact: bool = False
+
+    @property
+    def name(self) -> str:
+        """Stable name for traces, logs and compiled symbols."""
+        parts = [self.ragged.value, self.epilogue.value]
+        if self.activation is not None:
+            parts.append(self.activation.value)
+        if self.gather is not None:
+            parts.append(f"gather_{self.gather.value}")
+        for flag in ("transposed_weight", "gated_rows", "has_bias", "store_preact"):
+            if getattr(self, flag):
+                parts.append(flag)
+        parts.append({"bfloat16": "bf16", "float16": "fp16"}.get(self.dtype, self.dtype))
+        return "_".join(parts)
+
+
+class Schedule(str, Enum):
+    """How the math warpgroups of a CTA share the work."""
+
+    COOPERATIVE = "cooperative"  # both take half the rows of one tile
+    PINGPONG = "pingpong"  # each takes a whole tile, in turns
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile and cluster extents of one kernel instance (elements, CTAs)."""
+
+    tile_m: int
+    tile_n: int
+    cluster_m: int = 1
+    cluster_n: int = 1
+    schedule: Schedule = Schedule.COOPERATIVE
+    epilogue_stages: int = 2
+    raster_along_m: bool = True
+
+    @property
+    def cluster_size(self) -> int:
+        return self.cluster_m * self.cluster_n
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.tile_m}x{self.tile_n}_{self.cluster_m}x{self.cluster_n}_{self.schedule.value}"
+            f"_e{self.epilogue_stages}"
+        )
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """Why a backend refuses a problem, and what the caller can do."""
+
+    reason: str
+    remedy: str
