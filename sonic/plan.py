@@ -1,0 +1,286 @@
+"""RoutingPlan: the integer tensors that say which token goes where.
+
+Symbols: T tokens, E experts, S slots. A slot is one (token, expert) pair: entry ``t * top_k + j``
+of the flattened ``topk_ids``, or a position of the caller's flat lists in general routing. R rows,
+one per slot, are the slots grouped by expert; R = S is a bound known on the host, and how many rows
+are live is known on the device only.
+
+Source: the grouped, gather-based formulation of SonicMoE (arXiv 2512.14080).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from sonic.runtime.errors import (
+    ArgumentError,
+    DeviceError,
+    DTypeError,
+    MissingPackageError,
+    ShapeError,
+)
+
+MAX_EXPERTS = 65536
+MAX_SLOTS = 2**31 - 1
+_IMPLS = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """Where every slot goes. All tensors are contiguous int32 on one device.
+
+    Attributes:
+        offset_by_expert: (E+1,) expert ``e`` owns rows ``offset[e]`` up to ``offset[e+1]``; starts
+            at zero, never decreases, ends with the number of live rows (<= R). Rows of an expert
+            ascend by slot.
+        token_by_row: (R,) row -> token; -1 for rows past the last live one.
+        slot_by_row: (R,) row -> slot; -1 for rows past the last live one.
+        row_by_slot: (R,) slot -> row; -1 for a dropped slot.
+        offset_by_token: (T+1,) general routing only: token ``t`` owns positions ``offset[t]`` up to
+            ``offset[t+1]`` of ``slot_by_position``. None for fixed top-k, where it owns slots
+            ``t * top_k`` to ``(t + 1) * top_k``.
+        slot_by_position: (R,) general routing only: slots in ascending order of (token, slot),
+            those of an expert out of range included; -1 behind the last slot whose token is in
+            range.
+        top_k: experts per token, 0 in general routing.
+        num_tokens: T.
+    """
+
+    offset_by_expert: torch.Tensor
+    token_by_row: torch.Tensor
+    slot_by_row: torch.Tensor
+    row_by_slot: torch.Tensor
+    offset_by_token: torch.Tensor | None
+    slot_by_position: torch.Tensor | None
+    top_k: int
+    num_tokens: int
+
+    @property
+    def num_experts(self) -> int:
+        return self.offset_by_expert.shape[0] - 1
+
+    @property
+    def num_rows(self) -> int:
+        """R, the static bound on live rows."""
+        return self.token_by_row.shape[0]
+
+    def expert_frequency(self) -> torch.Tensor:
+        """(E,) int32: live rows of each expert."""
+        return self.offset_by_expert.diff()
+
+
+def build_plan(topk_ids: torch.Tensor, num_experts: int, impl: str = "auto") -> RoutingPlan:
+    """Plan of fixed top-k routing.
+
+    Args:
+        topk_ids: (T, top_k) int32 or int64, expert of each slot, any strides. Ids below 0 or at
+            least ``num_experts`` drop their slot. A token may name an expert more than once.
+        num_experts: E, 1 to 65,536.
+        impl: ``"triton"`` (CUDA tensors), ``"torch"`` (any device) or ``"auto"`` (triton on CUDA,
+            else torch). The integers are the same.
+
+    Returns:
+        A :class:`RoutingPlan`. Nothing waits for the device, and memory depends on shapes only.
+
+    Raises:
+        ShapeError: ``topk_ids`` is not a matrix, ``top_k`` is 0, or there are more than 2^31 - 1
+            slots.
+        DTypeError: ids are not int32 or int64.
+        ArgumentError: ``num_experts`` or ``impl`` out of range.
+        DeviceError: ``impl="triton"`` with tensors that are not on a GPU.
+        MissingPackageError: the Triton plan is asked for and triton is not installed.
+    """
+    if topk_ids.dim() != 2 or topk_ids.shape[1] < 1:
+        raise ShapeError(
+            f"build_plan: topk_ids has shape {tuple(topk_ids.shape)}, expected (T, top_k) with "
+            "top_k of at least 1."
+        )
+    _check("build_plan", num_experts, impl, topk_ids=topk_ids)
+    offset_by_expert, token_by_row, slot_by_row, row_by_slot = torch.ops.sonic.build_plan(
+        topk_ids, num_experts, impl
+    )
+    return RoutingPlan(
+        offset_by_expert,
+        token_by_row,
+        slot_by_row,
+        row_by_slot,
+        offset_by_token=None,
+        slot_by_position=None,
+        top_k=topk_ids.shape[1],
+        num_tokens=topk_ids.shape[0],
+    )
+
+
+def build_plan_flat(
+    token_ids: torch.Tensor,
+    expert_ids: torch.Tensor,
+    num_tokens: int,
+    num_experts: int,
+    impl: str = "auto",
+) -> RoutingPlan:
+    """Plan of general routing: any number of experts per token, pairs in any order.
+
+    Args:
+        token_ids: (S,) int32 or int64. Ids below 0 or at least ``num_tokens`` drop their slot.
+        expert_ids: (S,) int32 or int64, same device. Ids below 0 or at least ``num_experts`` drop
+            their slot.
+        num_tokens: T, 0 to 2^31 - 2. Tokens without a slot are allowed.
+        num_experts: E, 1 to 65,536.
+        impl: as in :func:`build_plan`.
+
+    Returns:
+        A :class:`RoutingPlan` with ``offset_by_token`` and ``slot_by_position``.
+
+    Raises:
+        As :func:`build_plan`.
+    """
+    if token_ids.dim() != 1 or token_ids.shape != expert_ids.shape:
+        raise ShapeError(
+            f"build_plan_flat: token_ids has shape {tuple(token_ids.shape)} and expert_ids "
+            f"{tuple(expert_ids.shape)}, expected the same (S,)."
+        )
+    if token_ids.device != expert_ids.device:
+        raise DeviceError(
+            f"build_plan_flat: token_ids is on {token_ids.device} and expert_ids on "
+            f"{expert_ids.device}; both must be on one device."
+        )
+    if not 0 <= num_tokens <= MAX_SLOTS - 1:
+        raise ArgumentError(
+            f"build_plan_flat: num_tokens={num_tokens} is outside 0 .. {MAX_SLOTS - 1}."
+        )
+    _check("build_plan_flat", num_experts, impl, token_ids=token_ids, expert_ids=expert_ids)
+    rows = torch.ops.sonic.build_plan_flat(token_ids, expert_ids, num_tokens, num_experts, impl)
+    offset_by_expert, token_by_row, slot_by_row, row_by_slot, offset_by_token, slot_by_position = (
+        rows
+    )
+    return RoutingPlan(
+        offset_by_expert,
+        token_by_row,
+        slot_by_row,
+        row_by_slot,
+        offset_by_token,
+        slot_by_position,
+        top_k=0,
+        num_tokens=num_tokens,
+    )
+
+
+def _check(op: str, num_experts: int, impl: str, **ids: torch.Tensor) -> None:
+    for name, tensor in ids.items():
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise DTypeError(f"{op}: {name} has dtype {tensor.dtype}, expected int32 or int64.")
+        if tensor.numel() > MAX_SLOTS:
+            raise ShapeError(
+                f"{op}: {name} has {tensor.numel()} slots; int32 rows allow {MAX_SLOTS}."
+            )
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ArgumentError(f"{op}: num_experts={num_experts} is outside 1 .. {MAX_EXPERTS}.")
+    if impl not in _IMPLS:
+        raise ArgumentError(f"{op}: impl={impl!r} is not one of {', '.join(_IMPLS)}.")
+
+
+def _plan_torch(
+    expert_ids: torch.Tensor,
+    token_ids: torch.Tensor | None,
+    num_experts: int,
+    num_tokens: int,
+    top_k: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The four row tensors by a stable sort of the flat (S,) expert ids; no host
+    synchronisation."""
+    device = expert_ids.device
+    live = (expert_ids >= 0) & (expert_ids < num_experts)
+    if token_ids is not None:
+        live &= (token_ids >= 0) & (token_ids < num_tokens)
+    key = torch.where(live, expert_ids, num_experts).to(torch.int32)
+    key, slot_by_row = torch.sort(key, stable=True)
+    experts = torch.arange(num_experts + 1, dtype=torch.int32, device=device)
+    offset_by_expert = torch.searchsorted(key, experts, out_int32=True)
+    row = torch.arange(expert_ids.numel(), dtype=torch.int32, device=device)
+    live = row < offset_by_expert[-1]
+    row_by_slot = torch.empty_like(row).scatter_(0, slot_by_row, torch.where(live, row, -1))
+    token = slot_by_row // top_k if token_ids is None else token_ids[slot_by_row]
+    token_by_row = torch.where(live, token, -1).to(torch.int32)
+    slot_by_row = torch.where(live, slot_by_row, -1).to(torch.int32)
+    return offset_by_expert, token_by_row, slot_by_row, row_by_slot
+
+
+def _plan_rows(
+    expert_ids: torch.Tensor,
+    token_ids: torch.Tensor | None,
+    num_experts: int,
+    num_tokens: int,
+    top_k: int,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if impl == "torch" or (impl == "auto" and not expert_ids.is_cuda):
+        return _plan_torch(expert_ids, token_ids, num_experts, num_tokens, top_k)
+    try:
+        from sonic.triton import plan as triton_plan
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"build_plan: impl={impl!r} on {expert_ids.device} needs triton, which is not "
+            "installed. Install it, or pass impl='torch'."
+        ) from error
+    if triton_plan.method_for(expert_ids.numel(), num_experts) == "sorted":
+        return _plan_torch(expert_ids, token_ids, num_experts, num_tokens, top_k)
+    return triton_plan.sort_slots_by_expert(expert_ids, token_ids, num_experts, num_tokens, top_k)
+
+
+def _group_by_token(token_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``offset_by_token (T+1,)`` and ``slot_by_position (S,)`` of the flat (S,) token ids."""
+    live = (token_ids >= 0) & (token_ids < num_tokens)
+    key = torch.where(live, token_ids, num_tokens).to(torch.int32)
+    key, slot = torch.sort(key, stable=True)
+    tokens = torch.arange(num_tokens + 1, dtype=torch.int32, device=key.device)
+    offset_by_token = torch.searchsorted(key, tokens, out_int32=True)
+    return offset_by_token, torch.where(key < num_tokens, slot, -1).to(torch.int32)
+
+
+def _build_plan(topk_ids: torch.Tensor, num_experts: int, impl: str) -> tuple[torch.Tensor, ...]:
+    expert_ids = topk_ids.reshape(-1).contiguous()
+    return _plan_rows(expert_ids, None, num_experts, topk_ids.shape[0], topk_ids.shape[1], impl)
+
+
+def _build_plan_flat(
+    token_ids: torch.Tensor, expert_ids: torch.Tensor, num_tokens: int, num_experts: int, impl: str
+) -> tuple[torch.Tensor, ...]:
+    token_ids, expert_ids = token_ids.contiguous(), expert_ids.contiguous()
+    rows = _plan_rows(expert_ids, token_ids, num_experts, num_tokens, 0, impl)
+    return (*rows, *_group_by_token(token_ids, num_tokens))
+
+
+def _fake_rows(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
+    sizes = (num_experts + 1, ids.numel(), ids.numel(), ids.numel())
+    return tuple(ids.new_empty(size, dtype=torch.int32) for size in sizes)
+
+
+def _fake_build_plan(
+    topk_ids: torch.Tensor, num_experts: int, impl: str
+) -> tuple[torch.Tensor, ...]:
+    return _fake_rows(topk_ids, num_experts)
+
+
+def _fake_build_plan_flat(
+    token_ids: torch.Tensor, expert_ids: torch.Tensor, num_tokens: int, num_experts: int, impl: str
+) -> tuple[torch.Tensor, ...]:
+    sizes = (num_tokens + 1, token_ids.numel())
+    by_token = tuple(token_ids.new_empty(size, dtype=torch.int32) for size in sizes)
+    return _fake_rows(expert_ids, num_experts) + by_token
+
+
+# Operators, so that torch.compile sees one node instead of tracing into kernel launches.
+_LIBRARY = torch.library.Library("sonic", "FRAGMENT")
+_LIBRARY.define(
+    "build_plan(Tensor topk_ids, int num_experts, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "build_plan_flat(Tensor token_ids, Tensor expert_ids, SymInt num_tokens, int num_experts,"
+    " str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("build_plan", _build_plan, "CompositeExplicitAutograd")
+_LIBRARY.impl("build_plan_flat", _build_plan_flat, "CompositeExplicitAutograd")
+torch.library.register_fake("sonic::build_plan", _fake_build_plan, lib=_LIBRARY)
+torch.library.register_fake("sonic::build_plan_flat", _fake_build_plan_flat, lib=_LIBRARY)

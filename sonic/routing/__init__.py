@@ -1,0 +1,1 @@
+"""Torch entry points of the router: scores and winners from logits."""

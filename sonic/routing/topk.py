@@ -1,0 +1,214 @@
+"""Top-k routing: scores and experts of each token from its router logits, as one operator.
+
+Sizes: T tokens, E experts, ``top_k`` winners per token.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonic.enums import ScoreOrder
+from sonic.plan import MAX_EXPERTS
+from sonic.runtime.errors import ArgumentError, DTypeError, MissingPackageError, ShapeError
+
+MAX_TOP_K = 64
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def topk_routing(
+    logits: Tensor, top_k: int, *, order: ScoreOrder | str = ScoreOrder.SOFTMAX_OVER_TOPK
+) -> tuple[Tensor, Tensor]:
+    """Choose the ``top_k`` largest logits of each token and turn them into scores.
+
+    With ``v`` the logits of a token and ``w`` its winners, score ``j`` is
+
+    * ``softmax_over_topk``: ``exp(v[w_j]) / sum_i exp(v[w_i])``;
+    * ``topk_over_softmax``: ``exp(v[w_j]) / sum_e exp(v[e])``;
+    * ``topk_over_softmax_norm``: the latter divided by its sum over the winners, which is the
+      first one again.
+
+    Args:
+        logits: (T, E) bf16, fp16 or fp32 on any device, any strides, E up to 65,536; T may be 0.
+            fp64 runs in torch.
+        top_k: 1 to min(64, E).
+        order: a :class:`~sonic.enums.ScoreOrder` or its value.
+
+    Returns:
+        ``scores`` (T, top_k) fp32 (fp64 for fp64 logits), differentiable in the logits and in
+        descending order, and ``ids`` (T, top_k) int32, distinct within a token. Equal logits go to
+        the lower expert; -0 equals +0. NaN ranks above every number, as in ``torch.topk``: ids are
+        in range whatever the logits, and a token with NaN or +inf among its winners, or with -inf
+        for all of them, has NaN scores. A winner of -inf next to finite ones scores 0.
+
+    Raises:
+        ShapeError: ``logits`` is not a matrix, or E is 0 or above 65,536.
+        DTypeError: ``logits`` is of another dtype.
+        ArgumentError: ``top_k`` is outside 1 to min(64, E), or ``order`` is unknown.
+        MissingPackageError: CUDA logits without triton installed.
+
+    Numerics:
+        Selection compares the logits exactly; the softmax is fp32 with the maximum subtracted, so
+        it stays finite for any finite logits. Deterministic. The logits' gradient is rounded once.
+
+    Memory:
+        Backward keeps ``scores`` and ``ids`` (8 * T * top_k bytes), and the logits for
+        ``topk_over_softmax`` only.
+
+    Example:
+        >>> scores, ids = topk_routing(torch.tensor([[0.0, 2.0, 2.0, 1.0]]), 2)
+        >>> scores.tolist(), ids.tolist()
+        ([[0.5, 0.5]], [[1, 2]])
+    """
+    if logits.dim() != 2:
+        raise ShapeError(
+            f"topk_routing: logits has shape {tuple(logits.shape)}, expected (T, E). "
+            "Flatten the leading axes."
+        )
+    num_experts = logits.shape[1]
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ShapeError(f"topk_routing: {num_experts} experts; 1 to {MAX_EXPERTS} are allowed.")
+    if logits.dtype not in _DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise DTypeError(f"topk_routing: logits has dtype {logits.dtype}, expected {allowed}.")
+    if not 1 <= top_k <= min(MAX_TOP_K, num_experts):
+        raise ArgumentError(
+            f"topk_routing: top_k={top_k} with {num_experts} experts; "
+            f"1 to {min(MAX_TOP_K, num_experts)} are allowed."
+        )
+    try:
+        order = ScoreOrder(order)
+    except ValueError as error:
+        allowed = ", ".join(repr(member.value) for member in ScoreOrder)
+        raise ArgumentError(f"topk_routing: order={order!r} is not one of {allowed}.") from error
+    scores, ids = torch.ops.sonic.topk_routing(logits, top_k, order.value)
+    return scores, ids
+
+
+def _score_dtype(logits_dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if logits_dtype == torch.float64 else torch.float32
+
+
+def _forward_torch(logits: Tensor, top_k: int, order: str) -> tuple[Tensor, Tensor]:
+    from sonic.reference.routing import topk_scores
+
+    return topk_scores(logits, top_k, ScoreOrder(order))
+
+
+def _forward_cuda(logits: Tensor, top_k: int, order: str) -> tuple[Tensor, Tensor]:
+    if logits.dtype == torch.float64:
+        return _forward_torch(logits, top_k, order)
+    try:
+        from sonic.triton.topk import topk_scores
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"topk_routing: logits on {logits.device} need triton, which is not installed. "
+            "Install it, or route on the CPU."
+        ) from error
+    return topk_scores(logits, top_k, ScoreOrder(order))
+
+
+def _forward_fake(logits: Tensor, top_k: int, order: str) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    scores = logits.new_empty(shape, dtype=_score_dtype(logits.dtype))
+    return scores, logits.new_empty(shape, dtype=torch.int32)
+
+
+def _or_shape(
+    logits: Tensor | None, scores: Tensor, num_experts: int, dtype: torch.dtype
+) -> Tensor:
+    """The logits, or where their values are not needed a (T, E) tensor of no memory."""
+    if logits is not None:
+        return logits
+    return torch.zeros((), dtype=dtype, device=scores.device).expand(scores.shape[0], num_experts)
+
+
+def _backward_torch(
+    dscores: Tensor,
+    logits: Tensor | None,
+    scores: Tensor,
+    ids: Tensor,
+    num_experts: int,
+    dtype: torch.dtype,
+    order: str,
+) -> Tensor:
+    from sonic.reference.routing import topk_scores_grad
+
+    logits = _or_shape(logits, scores, num_experts, dtype)
+    return topk_scores_grad(dscores, logits, scores, ids, ScoreOrder(order)).contiguous()
+
+
+def _backward_cuda(
+    dscores: Tensor,
+    logits: Tensor | None,
+    scores: Tensor,
+    ids: Tensor,
+    num_experts: int,
+    dtype: torch.dtype,
+    order: str,
+) -> Tensor:
+    if dtype == torch.float64:
+        return _backward_torch(dscores, logits, scores, ids, num_experts, dtype, order)
+    from sonic.triton.topk import topk_scores_grad
+
+    logits = _or_shape(logits, scores, num_experts, dtype)
+    return topk_scores_grad(dscores, logits, scores, ids, ScoreOrder(order))
+
+
+def _backward_fake(
+    dscores: Tensor,
+    logits: Tensor | None,
+    scores: Tensor,
+    ids: Tensor,
+    num_experts: int,
+    dtype: torch.dtype,
+    order: str,
+) -> Tensor:
+    return scores.new_empty((scores.shape[0], num_experts), dtype=dtype)
+
+
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Tensor, int, str],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    logits, _, order = inputs
+    scores, ids = output
+    needs_logits = ScoreOrder(order) is ScoreOrder.TOPK_OVER_SOFTMAX
+    ctx.save_for_backward(logits if needs_logits else None, scores, ids)
+    ctx.num_experts, ctx.dtype, ctx.order = logits.shape[1], logits.dtype, order
+
+
+def _backward(ctx: Any, dscores: Tensor, dids: Tensor | None) -> tuple[Tensor, None, None]:
+    logits, scores, ids = ctx.saved_tensors
+    dlogits = torch.ops.sonic.topk_routing_backward(
+        dscores,
+        logits,
+        scores,
+        ids,
+        ctx.num_experts,
+        ctx.dtype,
+        ctx.order,
+    )
+    return dlogits, None, None
+
+
+_LIBRARY = torch.library.Library("sonic", "FRAGMENT")
+_LIBRARY.define(
+    "topk_routing(Tensor logits, int top_k, str order) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "topk_routing_backward(Tensor dscores, Tensor? logits, Tensor scores, Tensor ids,"
+    " SymInt num_experts, ScalarType dtype, str order) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("topk_routing", _forward_torch, "CPU")
+_LIBRARY.impl("topk_routing", _forward_cuda, "CUDA")
+_LIBRARY.impl("topk_routing_backward", _backward_torch, "CPU")
+_LIBRARY.impl("topk_routing_backward", _backward_cuda, "CUDA")
+torch.library.register_fake("sonic::topk_routing", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("sonic::topk_routing_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "sonic::topk_routing", _backward, setup_context=_setup_context, lib=_LIBRARY
+)

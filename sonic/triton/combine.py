@@ -1,0 +1,165 @@
+"""Combine: the score-weighted sum of a token's rows.
+
+    out[t] = sum over the slots s of token t, ascending, of scores[s] * rows[row_by_slot[s]]
+
+Rows of an expert lie together, so this is a gather; it reads every live row once and is bound by
+memory bandwidth. Section 4 of the SonicMoE paper (arXiv 2512.14080) weighs it against a scatter in
+the down projection's epilogue.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sonic.runtime.errors import DTypeError
+from sonic.triton.common import check_contiguous, check_float, check_shape, device_of, row_major
+
+# Rows of a token whose loads are in flight together.
+_MAX_UNROLL = 16
+_RAGGED_UNROLL = 4
+
+
+@triton.jit
+def _load_row(rows, row, column, mask, stride):
+    address = rows + row.to(tl.int64) * stride + column
+    # Every row is read once: keep the cache for what is read again.
+    value = tl.load(address, mask=mask & (row >= 0), other=0.0, eviction_policy="evict_first")
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _combine_kernel(
+    rows,
+    row_by_slot,
+    scores,
+    out,
+    hidden_size,
+    stride,
+    TOP_K: tl.constexpr,
+    UNROLL: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    blocks = tl.cdiv(hidden_size, BLOCK_H)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = column < hidden_size
+    total = tl.zeros([BLOCK_H], tl.float32)
+    for start in range(0, TOP_K, UNROLL):
+        for step in tl.static_range(UNROLL):
+            slot = token * TOP_K + start + step
+            inside = start + step < TOP_K
+            row = tl.load(row_by_slot + slot, mask=inside, other=-1)
+            value = _load_row(rows, row, column, mask, stride)
+            if HAS_SCORES:
+                value = value * tl.load(scores + slot, mask=inside & (row >= 0), other=0.0)
+            total += value
+    tl.store(out + token * hidden_size + column, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _combine_ragged_kernel(
+    rows,
+    row_by_slot,
+    scores,
+    offset_by_token,
+    slot_by_position,
+    out,
+    hidden_size,
+    stride,
+    UNROLL: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    blocks = tl.cdiv(hidden_size, BLOCK_H)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = column < hidden_size
+    total = tl.zeros([BLOCK_H], tl.float32)
+    first = tl.load(offset_by_token + token)
+    # Counted from zero: position + UNROLL could leave int32 near 2^31 slots.
+    count = tl.load(offset_by_token + token + 1) - first
+    for start in range(0, count, UNROLL):
+        for step in tl.static_range(UNROLL):
+            inside = start + step < count
+            position = first.to(tl.int64) + start + step
+            slot = tl.load(slot_by_position + position, mask=inside, other=0)
+            row = tl.load(row_by_slot + slot, mask=inside, other=-1)
+            value = _load_row(rows, row, column, mask, stride)
+            if HAS_SCORES:
+                value = value * tl.load(scores + slot, mask=inside & (row >= 0), other=0.0)
+            total += value
+    tl.store(out + token * hidden_size + column, total.to(out.dtype.element_ty), mask=mask)
+
+
+def combine(
+    rows: torch.Tensor,
+    row_by_slot: torch.Tensor,
+    scores: torch.Tensor | None,
+    offset_by_token: torch.Tensor | None,
+    slot_by_position: torch.Tensor | None,
+    num_tokens: int,
+    top_k: int,
+) -> torch.Tensor:
+    """Sum the rows of each token in ascending slot order, in fp32, without atomics.
+
+    Args:
+        rows: (R, H) bf16, fp16 or fp32. Rows of no slot are never read.
+        row_by_slot: (S,) int32, -1 where the slot is dropped.
+        scores: (S,) fp32 weight of each slot, or None: all one.
+        offset_by_token, slot_by_position: (T+1,) and (S,) int32 of general routing, or None for
+            fixed top-k.
+        num_tokens: T.
+        top_k: slots per token; not read in general routing.
+
+    Returns:
+        (T, H) of ``rows.dtype``, rounded once; exact zeros for a token without live slots.
+    """
+    check_float("combine", rows=rows)
+    if scores is not None and scores.dtype is not torch.float32:
+        raise DTypeError(f"combine: scores has dtype {scores.dtype}, expected float32.")
+    check_contiguous("combine", row_by_slot=row_by_slot, scores=scores)
+    hidden_size = rows.shape[1]
+    out = torch.empty(num_tokens, hidden_size, dtype=rows.dtype, device=rows.device)
+    if out.numel() == 0:
+        return out
+    rows = row_major(rows)
+    vector = 16 // rows.element_size()
+    block_h = min(triton.next_power_of_2(hidden_size), 128 * vector)
+    # One 16-byte load per thread and row.
+    num_warps = max(1, block_h // (32 * vector))
+    grid = (num_tokens * triton.cdiv(hidden_size, block_h),)
+    common = {"HAS_SCORES": scores is not None, "BLOCK_H": block_h, "num_warps": num_warps}
+    with device_of(rows):
+        if offset_by_token is None:
+            check_shape("combine", "row_by_slot", row_by_slot, (num_tokens * top_k,))
+            unroll = top_k if top_k <= _MAX_UNROLL else _MAX_UNROLL // 2
+            _combine_kernel[grid](
+                rows,
+                row_by_slot,
+                scores,
+                out,
+                hidden_size,
+                rows.stride(0),
+                TOP_K=top_k,
+                UNROLL=unroll,
+                **common,
+            )
+        else:
+            check_contiguous(
+                "combine", offset_by_token=offset_by_token, slot_by_position=slot_by_position
+            )
+            check_shape("combine", "offset_by_token", offset_by_token, (num_tokens + 1,))
+            _combine_ragged_kernel[grid](
+                rows,
+                row_by_slot,
+                scores,
+                offset_by_token,
+                slot_by_position,
+                out,
+                hidden_size,
+                rows.stride(0),
+                UNROLL=_RAGGED_UNROLL,
+                **common,
+            )
+    return out

@@ -1,0 +1,335 @@
+"""Routing plan: the stable counting sort of slots by expert.
+
+With ``e[s]`` the expert of slot ``s`` (a slot is dropped if its expert or its token is out of
+range)::
+
+    offset[x]   = #{s : e[s] < x}                                   x = 0 .. E
+    row_by_slot[s] = offset[e[s]] + #{r < s : e[r] == e[s]}         the inverse gives slot_by_row
+    and token_by_row
+
+Three ways to the same integers; all are stable and none uses an atomic:
+
+direct   S <= 4096: one launch, every program counts against all keys.
+tiled    rank within a tile of slots -> scan over the tiles of an expert -> scan over experts ->
+scatter. sorted   where the (E, tiles) counters would be too big: ``torch.sort`` (see
+:mod:`sonic.plan`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sonic.triton.common import device_of
+
+# A key above every expert id, so that a dropped slot precedes nobody.
+DROPPED = tl.constexpr(2**31 - 1)
+
+_DIRECT_MAX_SLOTS = 4096
+_DIRECT_MAX_PAIRS = 2**25
+_MAX_COUNTER_BYTES = 64 * 2**20
+_TILES = (128, 256, 512)
+
+
+@triton.jit
+def _load_expert(
+    expert_ids, token_ids, slot, num_slots, num_experts, num_tokens, HAS_TOKEN_IDS: tl.constexpr
+):
+    expert = tl.load(expert_ids + slot, mask=slot < num_slots, other=-1)
+    live = (expert >= 0) & (expert < num_experts)
+    if HAS_TOKEN_IDS:
+        token = tl.load(token_ids + slot, mask=slot < num_slots, other=-1)
+        live = live & (token >= 0) & (token < num_tokens)
+    return tl.where(live, expert.to(tl.int32), DROPPED)
+
+
+@triton.jit
+def _token_of_slot(token_ids, slot, mask, top_k, HAS_TOKEN_IDS: tl.constexpr):
+    if HAS_TOKEN_IDS:
+        return tl.load(token_ids + slot, mask=mask, other=-1).to(tl.int32)
+    else:
+        return (slot // top_k).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_tokens", "top_k", "slot_programs"])
+def _direct_kernel(
+    expert_ids,
+    token_ids,
+    offset_by_expert,
+    token_by_row,
+    slot_by_row,
+    row_by_slot,
+    num_slots,
+    num_experts,
+    num_tokens,
+    top_k,
+    slot_programs,
+    HAS_TOKEN_IDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if pid < slot_programs:
+        slot = pid * BLOCK + tl.arange(0, BLOCK)
+        expert = _load_expert(
+            expert_ids, token_ids, slot, num_slots, num_experts, num_tokens, HAS_TOKEN_IDS
+        )
+        before = tl.zeros([BLOCK_KEYS, BLOCK], tl.int32)
+        live_keys = tl.zeros([BLOCK_KEYS], tl.int32)
+        for start in range(0, num_slots, BLOCK_KEYS):
+            other = start + tl.arange(0, BLOCK_KEYS)
+            key = _load_expert(
+                expert_ids, token_ids, other, num_slots, num_experts, num_tokens, HAS_TOKEN_IDS
+            )
+            same = (key[:, None] == expert[None, :]) & (other[:, None] < slot[None, :])
+            before += ((key[:, None] < expert[None, :]) | same).to(tl.int32)
+            live_keys += (key != DROPPED).to(tl.int32)
+        row = tl.sum(before, axis=0)
+        live = expert != DROPPED
+        tl.store(row_by_slot + slot, tl.where(live, row, -1), mask=slot < num_slots)
+        token = _token_of_slot(token_ids, slot, live, top_k, HAS_TOKEN_IDS)
+        tl.store(slot_by_row + row, slot, mask=live)
+        tl.store(token_by_row + row, token, mask=live)
+        # The same indices read as rows: those past the last live row have no slot.
+        tail = (slot >= tl.sum(live_keys, axis=0)) & (slot < num_slots)
+        tl.store(slot_by_row + slot, -1, mask=tail)
+        tl.store(token_by_row + slot, -1, mask=tail)
+    else:
+        bound = (pid - slot_programs) * BLOCK + tl.arange(0, BLOCK)
+        below = tl.zeros([BLOCK_KEYS, BLOCK], tl.int32)
+        for start in range(0, num_slots, BLOCK_KEYS):
+            other = start + tl.arange(0, BLOCK_KEYS)
+            key = _load_expert(
+                expert_ids, token_ids, other, num_slots, num_experts, num_tokens, HAS_TOKEN_IDS
+            )
+            below += (key[:, None] < bound[None, :]).to(tl.int32)
+        tl.store(offset_by_expert + bound, tl.sum(below, axis=0), mask=bound <= num_experts)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_tokens", "num_tiles"])
+def _rank_kernel(
+    expert_ids,
+    token_ids,
+    count,
+    row_by_slot,
+    num_slots,
+    num_experts,
+    num_tokens,
+    num_tiles,
+    HAS_TOKEN_IDS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """Per tile: rank of a slot among the tile's slots of its expert (-> row_by_slot), and the
+    counts (E, tiles)."""
+    tile = tl.program_id(0)
+    first = tile.to(tl.int64) * TILE
+    local = tl.arange(0, TILE)
+    slot = first + local
+    expert = _load_expert(
+        expert_ids, token_ids, slot, num_slots, num_experts, num_tokens, HAS_TOKEN_IDS
+    )
+    # Keys run along axis 0, which the default layout keeps inside a thread: both sums need no
+    # exchange.
+    rank = tl.zeros([TILE], tl.int32)
+    total = tl.zeros([TILE], tl.int32)
+    for start in range(0, TILE, BLOCK_KEYS):
+        other = start + tl.arange(0, BLOCK_KEYS)
+        key = _load_expert(
+            expert_ids, token_ids, first + other, num_slots, num_experts, num_tokens, HAS_TOKEN_IDS
+        )
+        same = key[:, None] == expert[None, :]
+        rank += tl.sum((same & (other[:, None] < local[None, :])).to(tl.int32), axis=0)
+        total += tl.sum(same.to(tl.int32), axis=0)
+    live = expert != DROPPED
+    tl.store(row_by_slot + slot, tl.where(live, rank, -1), mask=slot < num_slots)
+    # The last slot of an expert in this tile writes its count; counters nobody writes were zeroed
+    # before.
+    tl.store(count + expert.to(tl.int64) * num_tiles + tile, total, mask=live & (rank == total - 1))
+
+
+@triton.jit(do_not_specialize=["num_experts", "num_tiles"])
+def _scan_tiles_kernel(
+    count, total, num_experts, num_tiles, BLOCK_E: tl.constexpr, BLOCK_TILES: tl.constexpr
+):
+    """In place: count[e, :] becomes its exclusive prefix sum; total[e] its sum."""
+    expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    base = count + expert.to(tl.int64)[:, None] * num_tiles
+    carry = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, num_tiles, BLOCK_TILES):
+        tile = start + tl.arange(0, BLOCK_TILES)
+        mask = (expert[:, None] < num_experts) & (tile[None, :] < num_tiles)
+        value = tl.load(base + tile[None, :], mask=mask, other=0)
+        tl.store(base + tile[None, :], carry[:, None] + tl.cumsum(value, axis=1) - value, mask=mask)
+        carry += tl.sum(value, axis=1)
+    tl.store(total + expert, carry, mask=expert < num_experts)
+
+
+@triton.jit(do_not_specialize=["num_experts"])
+def _scan_experts_kernel(total, offset_by_expert, num_experts, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(offset_by_expert + lane, 0, mask=lane < 1)
+    carry = 0
+    for start in range(0, num_experts, BLOCK):
+        expert = start + lane
+        value = tl.load(total + expert, mask=expert < num_experts, other=0)
+        tl.store(
+            offset_by_expert + 1 + expert,
+            carry + tl.cumsum(value, axis=0),
+            mask=expert < num_experts,
+        )
+        carry += tl.sum(value, axis=0)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_tiles", "top_k"])
+def _scatter_kernel(
+    expert_ids,
+    token_ids,
+    count,
+    offset_by_expert,
+    token_by_row,
+    slot_by_row,
+    row_by_slot,
+    num_slots,
+    num_experts,
+    num_tiles,
+    top_k,
+    HAS_TOKEN_IDS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """row_by_slot holds ranks within tiles and becomes rows; the inverse maps and their tails are
+    written."""
+    slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < num_slots
+    rank = tl.load(row_by_slot + slot, mask=inside, other=-1)
+    live = rank >= 0
+    expert = tl.load(expert_ids + slot, mask=live, other=0).to(tl.int64)
+    row = rank + tl.load(offset_by_expert + expert, mask=live, other=0)
+    row += tl.load(count + expert * num_tiles + slot // TILE, mask=live, other=0)
+    tl.store(row_by_slot + slot, row, mask=live)
+    token = _token_of_slot(token_ids, slot, live, top_k, HAS_TOKEN_IDS)
+    tl.store(slot_by_row + row, slot.to(tl.int32), mask=live)
+    tl.store(token_by_row + row, token, mask=live)
+    # The same indices read as rows: those past the last live row have no slot.
+    tail = inside & (slot >= tl.load(offset_by_expert + num_experts))
+    tl.store(slot_by_row + slot, -1, mask=tail)
+    tl.store(token_by_row + slot, -1, mask=tail)
+
+
+def method_for(num_slots: int, num_experts: int) -> str:
+    """Which of ``"empty"``, ``"direct"``, ``"tiled"``, ``"sorted"`` serves this size."""
+    if num_slots == 0:
+        return "empty"
+    if (
+        num_slots <= _DIRECT_MAX_SLOTS
+        and num_slots * (num_slots + num_experts) <= _DIRECT_MAX_PAIRS
+    ):
+        return "direct"
+    return "tiled" if _tile_for(num_slots, num_experts) else "sorted"
+
+
+def _tile_for(num_slots: int, num_experts: int) -> int:
+    """The smallest tile whose counters fit the scratch limit (work grows with the tile), 0 if
+    none."""
+    for tile in _TILES:
+        if 4 * num_experts * triton.cdiv(num_slots, tile) <= _MAX_COUNTER_BYTES:
+            return tile
+    return 0
+
+
+def sort_slots_by_expert(
+    expert_ids: torch.Tensor,
+    token_ids: torch.Tensor | None,
+    num_experts: int,
+    num_tokens: int,
+    top_k: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stable counting sort of the flat slots by expert; ``method_for`` must not say ``"sorted"``.
+
+    Args:
+        expert_ids: (S,) int32 or int64, contiguous.
+        token_ids: (S,) int32 or int64, contiguous, or None: slot ``s`` belongs to token ``s //
+            top_k``.
+
+    Returns:
+        ``offset_by_expert (E+1,)``, ``token_by_row (S,)``, ``slot_by_row (S,)``, ``row_by_slot
+        (S,)``, all int32.
+    """
+    num_slots = expert_ids.numel()
+    options = {"dtype": torch.int32, "device": expert_ids.device}
+    method = method_for(num_slots, num_experts)
+    if method == "empty":
+        empty = [torch.empty(0, **options) for _ in range(3)]
+        return torch.zeros(num_experts + 1, **options), empty[0], empty[1], empty[2]
+    offset_by_expert = torch.empty(num_experts + 1, **options)
+    token_by_row, slot_by_row, row_by_slot = (torch.empty(num_slots, **options) for _ in range(3))
+    outputs = offset_by_expert, token_by_row, slot_by_row, row_by_slot
+    has_token_ids = token_ids is not None
+    with device_of(expert_ids):
+        if method == "direct":
+            block = 32
+            slot_programs = triton.cdiv(num_slots, block)
+            _direct_kernel[(slot_programs + triton.cdiv(num_experts + 1, block),)](
+                expert_ids,
+                token_ids,
+                *outputs,
+                num_slots,
+                num_experts,
+                num_tokens,
+                top_k,
+                slot_programs,
+                HAS_TOKEN_IDS=has_token_ids,
+                BLOCK=block,
+                BLOCK_KEYS=64,
+                num_warps=4,
+            )
+            return outputs
+        tile = _tile_for(num_slots, num_experts)
+        num_tiles = triton.cdiv(num_slots, tile)
+        count = torch.zeros(num_experts, num_tiles, **options)
+        total = torch.empty(num_experts, **options)
+        _rank_kernel[(num_tiles,)](
+            expert_ids,
+            token_ids,
+            count,
+            row_by_slot,
+            num_slots,
+            num_experts,
+            num_tokens,
+            num_tiles,
+            HAS_TOKEN_IDS=has_token_ids,
+            TILE=tile,
+            BLOCK_KEYS=32,
+            num_warps=tile // 32,
+        )
+        block_tiles = min(triton.next_power_of_2(num_tiles), 1024)
+        block_e = 1024 // block_tiles
+        _scan_tiles_kernel[(triton.cdiv(num_experts, block_e),)](
+            count,
+            total,
+            num_experts,
+            num_tiles,
+            BLOCK_E=block_e,
+            BLOCK_TILES=block_tiles,
+            num_warps=4,
+        )
+        block = min(triton.next_power_of_2(num_experts), 8192)
+        _scan_experts_kernel[(1,)](
+            total, offset_by_expert, num_experts, BLOCK=block, num_warps=8 if block > 1024 else 4
+        )
+        block = 512
+        _scatter_kernel[(triton.cdiv(num_slots, block),)](
+            expert_ids,
+            token_ids,
+            count,
+            *outputs,
+            num_slots,
+            num_experts,
+            num_tiles,
+            top_k,
+            HAS_TOKEN_IDS=has_token_ids,
+            TILE=tile,
+            BLOCK=block,
+            num_warps=4,
+        )
+    return outputs

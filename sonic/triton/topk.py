@@ -1,0 +1,367 @@
+"""Fused top-k and softmax of router logits, and its gradient.
+
+Selection works on the fp32 value of each logit mapped to an int32 that sorts alike, so it is exact;
+equal logits go to the lower expert, -0 equals +0, and NaN sorts above everything (as in
+``torch.topk``), so ids stay in range whatever the logits. With v the logits, w the winners and s
+the scores::
+
+    softmax_over_topk, topk_over_softmax_norm    s_j = exp(v_wj) / sum_i exp(v_wi)
+    topk_over_softmax                            s_j = exp(v_wj) / sum_e exp(v_e)
+
+The first two are one function: renormalising cancels the full denominator.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sonic.enums import ScoreOrder
+from sonic.triton.common import check_float, check_shape, device_of, row_major
+
+# Key of a padded column: below the key of -inf, the least of any logit.
+LOWEST = tl.constexpr(-(2**31))
+HIGHEST = tl.constexpr(2**31 - 1)
+
+_MAX_BLOCK_E = 4096
+
+
+@triton.jit
+def _sortable(value):
+    """int32 that orders like the fp32 value, -0 like +0, any NaN highest."""
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    return tl.where(value != value, HIGHEST, bits ^ ((bits >> 31) & HIGHEST))
+
+
+@triton.jit
+def _value_of(key):
+    return (key ^ ((key >> 31) & HIGHEST)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _select(key, index, TOP_K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr):
+    """The TOP_K largest (key, lowest index first) of each row, descending; columns past TOP_K hold
+    LOWEST."""
+    lane = tl.arange(0, K_PAD)
+    best_key = tl.full([ROWS, K_PAD], LOWEST, tl.int32)
+    best_index = tl.zeros([ROWS, K_PAD], tl.int32)
+    for rank in range(TOP_K):
+        top = tl.max(key, axis=1)
+        winner = tl.min(tl.where(key == top[:, None], index, HIGHEST), axis=1)
+        best_key = tl.where(lane[None, :] == rank, top[:, None], best_key)
+        best_index = tl.where(lane[None, :] == rank, winner[:, None], best_index)
+        key = tl.where(index == winner[:, None], LOWEST, key)
+    return best_key, best_index
+
+
+@triton.jit
+def _exp_sum(key, ROWS: tl.constexpr):
+    """Row maximum and sum of exp(value - maximum) over the columns that hold a logit."""
+    top = _value_of(tl.max(key, axis=1))
+    # A row of nothing but -inf adds nothing to a longer row; alone it gives 0/0, as torch does.
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    terms = tl.where(key == LOWEST, 0.0, tl.exp(_value_of(key) - shift[:, None]))
+    return top, tl.sum(terms, axis=1)
+
+
+@triton.jit
+def _store_scores(
+    scores,
+    ids,
+    row,
+    num_rows,
+    best_key,
+    best_index,
+    total,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    lane = tl.arange(0, K_PAD)
+    mask = (row[:, None] < num_rows) & (lane[None, :] < TOP_K)
+    top = _value_of(tl.max(best_key, axis=1))
+    terms = tl.where(lane[None, :] < TOP_K, tl.exp(_value_of(best_key) - top[:, None]), 0.0)
+    if not FULL:
+        total = tl.sum(terms, axis=1)
+    offset = row.to(tl.int64)[:, None] * TOP_K + lane[None, :]
+    tl.store(scores + offset, terms / total[:, None], mask=mask)
+    tl.store(ids + offset, best_index, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _topk_kernel(
+    logits,
+    scores,
+    ids,
+    num_rows,
+    num_experts,
+    stride,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    FULL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    expert = tl.arange(0, BLOCK_E)
+    mask = (row[:, None] < num_rows) & (expert[None, :] < num_experts)
+    value = tl.load(
+        logits + row.to(tl.int64)[:, None] * stride + expert[None, :], mask=mask, other=0.0
+    )
+    key = tl.where(mask, _sortable(value.to(tl.float32)), LOWEST)
+    index = tl.broadcast_to(expert[None, :], [ROWS, BLOCK_E])
+    best_key, best_index = _select(key, index, TOP_K, K_PAD, ROWS)
+    total = tl.zeros([ROWS], tl.float32)
+    if FULL:
+        top, total = _exp_sum(key, ROWS)
+    _store_scores(scores, ids, row, num_rows, best_key, best_index, total, TOP_K, K_PAD, FULL)
+
+
+@triton.jit
+def _topk_chunk_kernel(
+    logits,
+    chunk_keys,
+    chunk_ids,
+    chunk_top,
+    chunk_sum,
+    num_experts,
+    num_chunks,
+    stride,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Winners of one chunk of one row: chunk_keys, chunk_ids (T, chunks, TOP_K); with FULL its
+    maximum and exp-sum."""
+    row = (tl.program_id(0) // num_chunks).to(tl.int64)
+    chunk = tl.program_id(0) % num_chunks
+    expert = chunk * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    value = tl.load(logits + row * stride + expert, mask=expert < num_experts, other=0.0)
+    key = tl.where(expert < num_experts, _sortable(value.to(tl.float32)), LOWEST)
+    best_key, best_index = _select(key, expert, TOP_K, K_PAD, 1)
+    lane = tl.arange(0, K_PAD)[None, :]
+    offset = (row * num_chunks + chunk) * TOP_K + lane
+    tl.store(chunk_keys + offset, best_key, mask=lane < TOP_K)
+    tl.store(chunk_ids + offset, best_index, mask=lane < TOP_K)
+    if FULL:
+        top, total = _exp_sum(key, 1)
+        offset = row * num_chunks + chunk + tl.arange(0, 1)
+        tl.store(chunk_top + offset, top)
+        tl.store(chunk_sum + offset, total)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _topk_merge_kernel(
+    chunk_keys,
+    chunk_ids,
+    chunk_top,
+    chunk_sum,
+    scores,
+    ids,
+    num_rows,
+    num_chunks,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+):
+    row = tl.program_id(0) + tl.arange(0, 1)
+    base = row.to(tl.int64)[:, None] * num_chunks
+    lane = tl.arange(0, BLOCK)[None, :]
+    inside = lane < num_chunks * TOP_K
+    key = tl.load(chunk_keys + base * TOP_K + lane, mask=inside, other=LOWEST)
+    index = tl.load(chunk_ids + base * TOP_K + lane, mask=inside, other=HIGHEST)
+    best_key, best_index = _select(key, index, TOP_K, K_PAD, 1)
+    total = tl.zeros([1], tl.float32)
+    if FULL:
+        chunk = tl.arange(0, BLOCK_CHUNKS)[None, :]
+        inside = chunk < num_chunks
+        top = tl.load(chunk_top + base + chunk, mask=inside, other=float("-inf"))
+        part = tl.load(chunk_sum + base + chunk, mask=inside, other=0.0)
+        shift = _value_of(tl.max(best_key, axis=1))
+        total = tl.sum(tl.where(inside, part * tl.exp(top - shift[:, None]), 0.0), axis=1)
+    _store_scores(scores, ids, row, num_rows, best_key, best_index, total, TOP_K, K_PAD, FULL)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _topk_grad_kernel(
+    dscores,
+    logits,
+    scores,
+    ids,
+    dlogits,
+    num_rows,
+    num_experts,
+    stride,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    FULL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < num_rows
+    row = row.to(tl.int64)
+    lane = tl.arange(0, K_PAD)
+    mask = row_mask[:, None] & (lane[None, :] < TOP_K)
+    offset = row[:, None] * TOP_K + lane[None, :]
+    grad = tl.load(dscores + offset, mask=mask, other=0.0)
+    score = tl.load(scores + offset, mask=mask, other=0.0)
+    mean = tl.sum(grad * score, axis=1)
+
+    expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    result = tl.zeros([ROWS, BLOCK_E], tl.float32)
+    for rank in range(TOP_K):
+        winner = tl.load(ids + row * TOP_K + rank, mask=row_mask, other=-1)
+        value = tl.load(dscores + row * TOP_K + rank, mask=row_mask, other=0.0)
+        if not FULL:
+            value = (value - mean) * tl.load(scores + row * TOP_K + rank, mask=row_mask, other=0.0)
+        result = tl.where(expert[None, :] == winner[:, None], value[:, None], result)
+    mask = row_mask[:, None] & (expert[None, :] < num_experts)
+    if FULL:
+        # The first winner holds the row's maximum m and the score exp(m - m) / Z: Z need not be
+        # summed again.
+        first = tl.load(ids + row * TOP_K, mask=row_mask, other=0)
+        inverse_sum = tl.load(scores + row * TOP_K, mask=row_mask, other=0.0)
+        top = tl.load(logits + row * stride + first, mask=row_mask, other=0.0).to(tl.float32)
+        value = tl.load(logits + row[:, None] * stride + expert[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        probability = tl.exp(value - top[:, None]) * inverse_sum[:, None]
+        result = probability * (result - mean[:, None])
+    offset = row[:, None] * num_experts + expert[None, :]
+    tl.store(dlogits + offset, result.to(dlogits.dtype.element_ty), mask=mask)
+
+
+def topk_scores(
+    logits: torch.Tensor, top_k: int, order: ScoreOrder
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and experts of each row's ``top_k`` largest logits.
+
+    Args:
+        logits: (T, E) bf16, fp16 or fp32, E up to 65,536.
+        top_k: 1 to min(64, E).
+        order: see the module docstring.
+
+    Returns:
+        ``scores (T, top_k)`` fp32 descending, ``ids (T, top_k)`` int32; ties go to the lower id. A
+        row with NaN or +inf gets NaN scores and ids in range.
+    """
+    check_float("topk_scores", logits=logits)
+    num_rows, num_experts = logits.shape
+    scores = torch.empty(num_rows, top_k, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(num_rows, top_k, dtype=torch.int32, device=logits.device)
+    if num_rows == 0:
+        return scores, ids
+    logits = row_major(logits)
+    options = {
+        "TOP_K": top_k,
+        "K_PAD": triton.next_power_of_2(top_k),
+        "FULL": ScoreOrder(order) is ScoreOrder.TOPK_OVER_SOFTMAX,
+    }
+    block_e = triton.next_power_of_2(num_experts)
+    with device_of(logits):
+        if block_e <= _MAX_BLOCK_E:
+            # One warp holds whole rows up to 1024 experts, so that no reduction leaves the warp.
+            rows = max(1, 512 // block_e)
+            _topk_kernel[(triton.cdiv(num_rows, rows),)](
+                logits,
+                scores,
+                ids,
+                num_rows,
+                num_experts,
+                logits.stride(0),
+                **options,
+                ROWS=rows,
+                BLOCK_E=block_e,
+                num_warps=max(1, block_e // 1024),
+            )
+            return scores, ids
+        num_chunks = triton.cdiv(num_experts, _MAX_BLOCK_E)
+        chunk_keys = torch.empty(
+            num_rows, num_chunks, top_k, dtype=torch.int32, device=logits.device
+        )
+        chunk_ids = torch.empty_like(chunk_keys)
+        chunk_top = torch.empty(num_rows, num_chunks, dtype=torch.float32, device=logits.device)
+        chunk_sum = torch.empty_like(chunk_top)
+        _topk_chunk_kernel[(num_rows * num_chunks,)](
+            logits,
+            chunk_keys,
+            chunk_ids,
+            chunk_top,
+            chunk_sum,
+            num_experts,
+            num_chunks,
+            logits.stride(0),
+            **options,
+            BLOCK_E=_MAX_BLOCK_E,
+            num_warps=4,
+        )
+        block = triton.next_power_of_2(num_chunks * top_k)
+        _topk_merge_kernel[(num_rows,)](
+            chunk_keys,
+            chunk_ids,
+            chunk_top,
+            chunk_sum,
+            scores,
+            ids,
+            num_rows,
+            num_chunks,
+            **options,
+            BLOCK=block,
+            BLOCK_CHUNKS=triton.next_power_of_2(num_chunks),
+            num_warps=1 if block <= 512 else 2,
+        )
+    return scores, ids
+
+
+def topk_scores_grad(
+    dscores: torch.Tensor,
+    logits: torch.Tensor,
+    scores: torch.Tensor,
+    ids: torch.Tensor,
+    order: ScoreOrder,
+) -> torch.Tensor:
+    """Gradient of :func:`topk_scores` with respect to the logits.
+
+    Args:
+        dscores: (T, top_k) fp32.
+        logits: (T, E), the forward's input. Its values are read for ``topk_over_softmax`` only.
+        scores, ids: (T, top_k), the forward's results.
+
+    Returns:
+        (T, E) of the logits' dtype, every element written: zero for experts not chosen, except with
+        ``topk_over_softmax``, where every expert has a gradient.
+    """
+    check_float("topk_scores_grad", logits=logits)
+    num_rows, num_experts = logits.shape
+    top_k = scores.shape[1]
+    for name, tensor in (("dscores", dscores), ("scores", scores), ("ids", ids)):
+        check_shape("topk_scores_grad", name, tensor, (num_rows, top_k))
+    dlogits = torch.empty(num_rows, num_experts, dtype=logits.dtype, device=scores.device)
+    if num_rows == 0:
+        return dlogits
+    full = ScoreOrder(order) is ScoreOrder.TOPK_OVER_SOFTMAX
+    if full:
+        logits = row_major(logits)
+    block_e = min(triton.next_power_of_2(num_experts), 1024)
+    rows = max(1, 512 // block_e)
+    with device_of(scores):
+        _topk_grad_kernel[(triton.cdiv(num_rows, rows), triton.cdiv(num_experts, block_e))](
+            dscores.contiguous(),
+            logits,
+            scores.contiguous(),
+            ids.contiguous(),
+            dlogits,
+            num_rows,
+            num_experts,
+            logits.stride(0),
+            TOP_K=top_k,
+            K_PAD=triton.next_power_of_2(top_k),
+            FULL=full,
+            ROWS=rows,
+            BLOCK_E=block_e,
+            num_warps=1,
+        )
+    return dlogits
