@@ -1,0 +1,472 @@
+"""The torch.library operators of sonic: schemas, shape functions and dispatch to the stages.
+
+Imports torch and this package's enums and errors only. The stages themselves
+(``sonic.reference.stages`` in torch, ``sonic.stages`` on CuTe and Triton kernels) are loaded when
+an operator first runs with that ``impl``, so the schemas exist before Dynamo traces and the
+reference works with neither Triton nor CUTLASS installed.
+
+Every operator runs on the current stream, reads no device value on the host, allocates only what
+the static shapes say, and is deterministic. Formulas for the gradients are in ``sonic.autograd``.
+
+Symbols: T tokens, H hidden size, I intermediate size, E experts, R routed rows (static upper bound,
+the number of slots), slot: index into the flat (T * top_k) list of token-expert pairs.
+
+The seven plan arguments of the experts operators are the fields of :class:`sonic.plan.RoutingPlan`.
+"""
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonic.enums import ActivationType, GateUpLayout
+from sonic.runtime.errors import LayoutError
+
+LIBRARY = torch.library.Library("sonic", "DEF")
+
+
+def _define(schema: str) -> None:
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+_PLAN = (
+    "Tensor offset_by_expert, Tensor token_by_row, Tensor slot_by_row, Tensor row_by_slot, "
+    "Tensor? offset_by_token, Tensor? slot_by_position, SymInt top_k"
+)
+_HOW = "str activation, str layout, str impl"
+_BACKWARD_IN = (
+    "Tensor dout, Tensor? x, Tensor w1, Tensor w2, Tensor? b2, Tensor h, Tensor scores, "
+    f"{_PLAN}, {_HOW}, bool[] needs"
+)
+_BACKWARD_OUT = "(Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dscores)"
+
+# The main gradients are only carried here, for the backward operator to accumulate into.
+_define(
+    "experts_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor scores, "
+    f"{_PLAN}, {_HOW}, bool store_preact, Tensor? w1_main_grad, Tensor? w2_main_grad)"
+    " -> (Tensor out, Tensor h)"
+)
+_define(f"experts_backward({_BACKWARD_IN}) -> {_BACKWARD_OUT}")
+_define(
+    f"experts_backward_accumulate({_BACKWARD_IN}, Tensor(a!)? w1_main_grad,"
+    f" Tensor(b!)? w2_main_grad) -> {_BACKWARD_OUT}"
+)
+_define(
+    "grouped_mm(Tensor rows, Tensor weight, Tensor? bias, Tensor offset_by_expert, str impl)"
+    " -> Tensor"
+)
+_define(
+    "grouped_mm_backward(Tensor dout, Tensor? rows, Tensor weight, Tensor offset_by_expert,"
+    " str impl, bool[] needs) -> (Tensor drows, Tensor dweight, Tensor dbias)"
+)
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+# ------------------------------------------------------------------------------- dispatch
+
+
+@functools.cache
+def _load_stages(impl: str, device: torch.device) -> ModuleType:
+    if impl == "reference":
+        from sonic.reference import stages as reference_stages
+
+        return reference_stages
+    from sonic.runtime.backend import backend_for
+
+    backend_for(device)  # raises, with the remedy, where no kernel package serves this device
+    from sonic import stages as kernel_stages
+
+    return kernel_stages
+
+
+def _region(x: Tensor, impl: str) -> AbstractContextManager[Any]:
+    """Where the stages run: on the GPU of ``x``, and outside of any autocast region.
+
+    The stages own their dtypes, so an enclosing region must not reach the reference's matmuls.
+    """
+    if impl == "cute":
+        return torch.cuda.device(x.device)
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def _impl(name: str) -> Any:
+    """Register the decorated function as CPU and CUDA kernel of operator ``name``."""
+
+    def register(function: Any) -> Any:
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, function, key)
+        return function
+
+    return register
+
+
+def _fake(name: str) -> Any:
+    return torch.library.register_fake(f"sonic::{name}", lib=LIBRARY)
+
+
+def require_aligned(impl: str, **weights: Tensor | None) -> None:
+    """Raise LayoutError if a weight that the kernels would read does not start at 16 bytes.
+
+    Weights are too large to be packed at every call. Addresses are known only when an operator
+    runs, not while it is traced, so this is not among ``sonic.checks``.
+    """
+    if impl != "cute":
+        return
+    for name, weight in weights.items():
+        if weight is not None and weight.data_ptr() % 16 != 0:
+            raise LayoutError(
+                f"sonic: {name} starts {weight.data_ptr() % 16} bytes past a 16-byte boundary. "
+                'Allowed: addresses that are multiples of 16 bytes with impl="cute". Give it '
+                f"memory of its own, {name}.clone(), or align its slice of the flat buffer."
+            )
+
+
+def _rows_16b(x: Tensor) -> Tensor:
+    """``x`` (rows, columns) itself if the kernels can address it, else a packed copy.
+
+    The kernels read rows in 16-byte pieces; an expanded gradient (stride 0), a transposed view or a
+    slice that starts off such a boundary is packed first.
+    """
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+# -------------------------------------------------------------------------------- forward
+
+
+@_impl("experts_forward")
+def experts_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    scores: Tensor,
+    offset_by_expert: Tensor,
+    token_by_row: Tensor,
+    slot_by_row: Tensor,
+    row_by_slot: Tensor,
+    offset_by_token: Tensor | None,
+    slot_by_position: Tensor | None,
+    top_k: int,
+    activation: str,
+    layout: str,
+    impl: str,
+    store_preact: bool,
+    w1_main_grad: Tensor | None,
+    w2_main_grad: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``out[t] = sum over t's slots of score * (act(x[t] @ w1[e].T + b1[e]) @ w2[e].T + b2[e])``.
+
+    Returns ``out (T, H)`` and the pre-activation ``h (R, 2I | I)``, empty ``(0,)`` unless
+    ``store_preact``. Source: SonicMoE (arXiv 2512.14080), section 3, forward.
+    """
+    num_tokens, hidden_size = x.shape
+    rows = token_by_row.shape[0]
+    if rows == 0:
+        preact_shape = (0, w1.shape[1]) if store_preact else (0,)
+        return x.new_zeros((num_tokens, hidden_size)), x.new_empty(preact_shape)
+    stages = _load_stages(impl, x.device)
+    require_aligned(impl, w1=w1, b1=b1, w2=w2, b2=b2)
+    with _region(x, impl):
+        h, a = stages.up_forward(
+            _rows_16b(x),
+            w1,
+            b1,
+            token_by_row,
+            offset_by_expert,
+            activation=ActivationType(activation),
+            layout=GateUpLayout(layout),
+            store_preact=store_preact,
+        )
+        y = stages.down_forward(a, w2, b2, offset_by_expert)
+        del a
+        out = stages.combine(
+            y, row_by_slot, scores, offset_by_token, slot_by_position, num_tokens, top_k
+        )
+    return out, h
+
+
+@_fake("experts_forward")
+def _experts_forward_fake(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    scores: Tensor,
+    offset_by_expert: Tensor,
+    token_by_row: Tensor,
+    slot_by_row: Tensor,
+    row_by_slot: Tensor,
+    offset_by_token: Tensor | None,
+    slot_by_position: Tensor | None,
+    top_k: int,
+    activation: str,
+    layout: str,
+    impl: str,
+    store_preact: bool,
+    w1_main_grad: Tensor | None,
+    w2_main_grad: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    preact_shape = (token_by_row.shape[0], w1.shape[1]) if store_preact else (0,)
+    return x.new_empty(x.shape), x.new_empty(preact_shape)
+
+
+# ------------------------------------------------------------------------------- backward
+
+
+def _gradients(
+    dout: Tensor,
+    x: Tensor | None,
+    w1: Tensor,
+    w2: Tensor,
+    b2: Tensor | None,
+    h: Tensor,
+    scores: Tensor,
+    offset_by_expert: Tensor,
+    token_by_row: Tensor,
+    slot_by_row: Tensor,
+    row_by_slot: Tensor,
+    offset_by_token: Tensor | None,
+    slot_by_position: Tensor | None,
+    top_k: int,
+    activation: str,
+    layout: str,
+    impl: str,
+    needs: list[bool],
+    w1_main_grad: Tensor | None = None,
+    w2_main_grad: Tensor | None = None,
+) -> Gradients:
+    needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_scores = needs
+    if token_by_row.shape[0] == 0:
+        return _zero_gradients(dout, w1, w2, scores, needs, w1_main_grad, w2_main_grad)
+    num_tokens = dout.shape[0]
+    from sonic.reference.layout import packed_to_rows
+
+    act, order = ActivationType(activation), GateUpLayout(layout)
+    stages = _load_stages(impl, dout.device)
+    require_aligned(impl, w1_main_grad=w1_main_grad, w2_main_grad=w2_main_grad)
+    none = dout.new_empty((0,))
+    dx = dw1 = db1 = dw2 = db2 = none
+    dscores = scores.new_empty((0,))
+    with _region(dout, impl):
+        dout = _rows_16b(dout)
+        score_by_row = stages.gather_scores(scores, slot_by_row)
+        if needs_b2:
+            db2 = stages.bias_grad_gathered(dout, token_by_row, score_by_row, offset_by_expert)
+        if not (needs_x or needs_w1 or needs_b1 or needs_w2 or needs_scores):
+            return dx, dw1, db1, dw2, db2, dscores
+        dh, a_scaled, ds_partial = stages.down_backward_act(
+            dout, w2, h, score_by_row, token_by_row, offset_by_expert, activation=act
+        )
+        if needs_scores:
+            dscores = stages.score_grad(
+                ds_partial, row_by_slot, dout, b2, token_by_row, offset_by_expert
+            )
+        if needs_w2:
+            result = stages.down_backward_weight(
+                dout, a_scaled, token_by_row, offset_by_expert, accumulate_into=w2_main_grad
+            )
+            dw2 = result if w2_main_grad is None else none
+        del a_scaled, ds_partial
+        if needs_w1:
+            result = stages.up_backward_weight(
+                x if x is None else _rows_16b(x),
+                dh,
+                token_by_row,
+                offset_by_expert,
+                layout=order,
+                gated=act.is_gated,
+                accumulate_into=w1_main_grad,
+            )
+            dw1 = result if w1_main_grad is None else none
+        if needs_b1:
+            db1 = stages.bias_grad_rows(dh, offset_by_expert)
+            if act.is_gated:
+                db1 = packed_to_rows(db1, order)
+        if needs_x:
+            dx_rows = stages.up_backward_act(
+                dh, w1, offset_by_expert, layout=order, gated=act.is_gated
+            )
+            del dh
+            dx = stages.combine(
+                dx_rows, row_by_slot, None, offset_by_token, slot_by_position, num_tokens, top_k
+            )
+    return dx, dw1, db1, dw2, db2, dscores
+
+
+def _gradient_shapes(
+    dout: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    scores: Tensor,
+    needs: list[bool],
+    w1_main_grad: Tensor | None,
+    w2_main_grad: Tensor | None,
+) -> list[tuple[int, ...]]:
+    """Shapes of the six results: those of the inputs, or ``(0,)`` for one that is not asked for."""
+    shapes = [dout.shape, w1.shape, w1.shape[:2], w2.shape, w2.shape[:2], scores.shape]
+    wanted = list(needs)
+    wanted[1] = wanted[1] and w1_main_grad is None
+    wanted[3] = wanted[3] and w2_main_grad is None
+    return [tuple(shape) if want else (0,) for shape, want in zip(shapes, wanted, strict=True)]
+
+
+def _zero_gradients(
+    dout: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    scores: Tensor,
+    needs: list[bool],
+    w1_main_grad: Tensor | None,
+    w2_main_grad: Tensor | None,
+) -> Gradients:
+    shapes = _gradient_shapes(dout, w1, w2, scores, needs, w1_main_grad, w2_main_grad)
+    dx, dw1, db1, dw2, db2 = (dout.new_zeros(shape) for shape in shapes[:5])
+    return dx, dw1, db1, dw2, db2, scores.new_zeros(shapes[5])
+
+
+@_impl("experts_backward")
+def experts_backward(*arguments: Any) -> Gradients:
+    """Gradients of :func:`experts_forward` for ``(x, w1, b1, w2, b2, scores)``.
+
+    ``needs`` names, in that order, the ones to compute; the others come back with shape ``(0,)``.
+    ``x`` may be None if ``dw1`` is not needed. Source: SonicMoE (arXiv 2512.14080), section 3,
+    backward: ``dscores = <dout @ w2, act(h)>`` needs neither the expert outputs nor a second GEMM.
+    """
+    return _gradients(*arguments)
+
+
+@_impl("experts_backward_accumulate")
+def experts_backward_accumulate(*arguments: Any) -> Gradients:
+    """:func:`experts_backward` that adds ``dw1`` / ``dw2`` into fp32 main gradients where given."""
+    return _gradients(*arguments)
+
+
+def _gradients_fake(
+    dout: Tensor,
+    x: Tensor | None,
+    w1: Tensor,
+    w2: Tensor,
+    b2: Tensor | None,
+    h: Tensor,
+    scores: Tensor,
+    *rest: Any,
+) -> Gradients:
+    needs, w1_main_grad, w2_main_grad = rest[-3:]
+    shapes = _gradient_shapes(dout, w1, w2, scores, needs, w1_main_grad, w2_main_grad)
+    dx, dw1, db1, dw2, db2 = (dout.new_empty(shape) for shape in shapes[:5])
+    return dx, dw1, db1, dw2, db2, scores.new_empty(shapes[5])
+
+
+@_fake("experts_backward")
+def _experts_backward_fake(*arguments: Any) -> Gradients:
+    return _gradients_fake(*arguments, None, None)
+
+
+@_fake("experts_backward_accumulate")
+def _experts_backward_accumulate_fake(*arguments: Any) -> Gradients:
+    return _gradients_fake(*arguments)
+
+
+# ---------------------------------------------------------------------------- grouped_mm
+
+
+def _zero_tail(rows: Tensor, offset_by_expert: Tensor, impl: str) -> Tensor:
+    """Clear the rows that belong to no expert, in place, so that no garbage leaves the operator."""
+    if impl == "reference":
+        index = torch.arange(rows.shape[0], device=rows.device)
+        return rows.masked_fill_((index >= offset_by_expert[-1]).unsqueeze(1), 0)
+    from sonic.triton.tail import zero_tail
+
+    return zero_tail(rows, offset_by_expert)
+
+
+@_impl("grouped_mm")
+def grouped_mm(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, offset_by_expert: Tensor, impl: str
+) -> Tensor:
+    """``out[r] = rows[r] @ weight[e].T + bias[e]`` for the rows r of expert e, zero elsewhere."""
+    if rows.shape[0] == 0:
+        return rows.new_empty((0, weight.shape[1]))
+    stages = _load_stages(impl, rows.device)
+    require_aligned(impl, weight=weight, bias=bias)
+    with _region(rows, impl):
+        out: Tensor = stages.down_forward(_rows_16b(rows), weight, bias, offset_by_expert)
+        return _zero_tail(out, offset_by_expert, impl)
+
+
+@_fake("grouped_mm")
+def _grouped_mm_fake(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, offset_by_expert: Tensor, impl: str
+) -> Tensor:
+    return rows.new_empty((rows.shape[0], weight.shape[1]))
+
+
+@_impl("grouped_mm_backward")
+def grouped_mm_backward(
+    dout: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    offset_by_expert: Tensor,
+    impl: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`grouped_mm` for ``(rows, weight, bias)``; ``needs`` as in the experts."""
+    if dout.shape[0] == 0:
+        return _grouped_mm_gradients(torch.zeros, dout, weight, needs)
+    stages = _load_stages(impl, dout.device)
+    drows = dweight = dbias = dout.new_empty((0,))
+    with _region(dout, impl):
+        dout = _rows_16b(dout)
+        if needs[0]:
+            drows = stages.up_backward_act(
+                dout, weight, offset_by_expert, layout=GateUpLayout.CONCATENATED, gated=False
+            )
+            drows = _zero_tail(drows, offset_by_expert, impl)
+        if needs[1]:
+            # The rows are grouped already: the kernels then need no index, the reference does.
+            index = None if impl == "cute" else torch.arange(dout.shape[0], device=dout.device)
+            dweight = stages.up_backward_weight(
+                rows if rows is None else _rows_16b(rows),
+                dout,
+                index,
+                offset_by_expert,
+                layout=GateUpLayout.CONCATENATED,
+                gated=False,
+                accumulate_into=None,
+            )
+        if needs[2]:
+            dbias = stages.bias_grad_rows(dout, offset_by_expert)
+    return drows, dweight, dbias
+
+
+def _grouped_mm_gradients(
+    make: Any, dout: Tensor, weight: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((dout.shape[0], weight.shape[2]), weight.shape, weight.shape[:2])
+    drows, dweight, dbias = (
+        make(shape if want else (0,), dtype=dout.dtype, device=dout.device)
+        for shape, want in zip(shapes, needs, strict=True)
+    )
+    return drows, dweight, dbias
+
+
+@_fake("grouped_mm_backward")
+def _grouped_mm_backward_fake(
+    dout: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    offset_by_expert: Tensor,
+    impl: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _grouped_mm_gradients(torch.empty, dout, weight, needs)
