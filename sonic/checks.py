@@ -1,0 +1,527 @@
+"""What the public functions accept. Reads shapes, dtypes, devices and strides, never a value.
+
+Every text has four parts: what was asked, what came, what is allowed, what to do. The checks cost
+no synchronisation and trace under torch.compile; what only the running kernel can know (the GPU's
+architecture, a missing package) is raised by ``sonic.runtime.backend`` when an operator runs.
+
+Symbols: T tokens, H hidden size, I intermediate size, E experts, S slots of a flat list, R rows.
+"""
+
+from enum import Enum
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sonic.enums import ActivationType
+from sonic.plan import MAX_EXPERTS, MAX_SLOTS
+from sonic.runtime.errors import (
+    ArgumentError,
+    DeviceError,
+    DTypeError,
+    LayoutError,
+    ShapeError,
+)
+
+MAX_TOP_K = 64
+ALIGNMENT = 8  # elements of 2 bytes: the kernels move rows in 16-byte pieces
+IMPLS = ("auto", "cute", "reference")
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+ID_DTYPES = (torch.int32, torch.int64)
+
+_Choice = TypeVar("_Choice", bound=Enum)
+
+
+def message(op: str, got: str, allowed: str, todo: str) -> str:
+    """The four-part text: the operation and what came, what is allowed, what to do."""
+    return f"{op}: {got}. Allowed: {allowed}. {todo}"
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+# -------------------------------------------------------------------------------- options
+
+
+def choice(op: str, name: str, value: Any, options: type[_Choice]) -> _Choice:
+    """``value`` (a member of ``options`` or its string) as a member."""
+    if isinstance(value, options):
+        return value
+    for option in options:
+        if option.value == value:
+            return option
+    raise ArgumentError(
+        message(
+            op,
+            f"{name}={value!r} is not known",
+            ", ".join(repr(option.value) for option in options),
+            f"Pass one of these strings, or a member of sonic.{options.__name__}.",
+        )
+    )
+
+
+def resolve_impl(op: str, impl: Any, device: torch.device) -> str:
+    """``"cute"`` or ``"reference"`` for tensors on ``device``; only ``"auto"`` chooses."""
+    if impl not in IMPLS:
+        raise ArgumentError(
+            message(
+                op,
+                f"impl={impl!r} is not known",
+                ", ".join(repr(known) for known in IMPLS),
+                'Pass impl="auto" to let the device decide.',
+            )
+        )
+    kind = device.type
+    if kind not in ("cuda", "cpu", "meta"):
+        raise DeviceError(
+            message(
+                op,
+                f"hidden_states is on {device}",
+                "cuda, cpu and meta tensors",
+                'Move the tensors to a CUDA device, or to the CPU with impl="reference".',
+            )
+        )
+    if impl == "auto":
+        return "cute" if kind == "cuda" else "reference"
+    if impl == "cute" and kind == "cpu":
+        raise DeviceError(
+            message(
+                op,
+                'impl="cute" was asked for a tensor on cpu',
+                "CUDA tensors",
+                'Move the tensors to a CUDA device, or pass impl="reference".',
+            )
+        )
+    return str(impl)
+
+
+def check_int(op: str, name: str, value: Any, low: int, high: int, why: str) -> None:
+    """``value`` is an int in ``[low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise ArgumentError(
+            message(
+                op,
+                f"{name}={value!r} is of type {type(value).__name__}",
+                f"an int from {low} to {high}",
+                f"Pass {name} as a Python int.",
+            )
+        )
+    if not low <= value <= high:
+        raise ArgumentError(
+            message(
+                op,
+                f"{name}={value} is out of range",
+                f"{low} to {high} ({why})",
+                f"Pass {name} inside that range.",
+            )
+        )
+
+
+# -------------------------------------------------------------------------------- tensors
+
+
+def check_is_tensor(op: str, name: str, value: Any) -> None:
+    """``value`` is a strided tensor."""
+    if not isinstance(value, Tensor):
+        raise ArgumentError(
+            message(
+                op,
+                f"{name} is of type {type(value).__name__}",
+                "a torch.Tensor",
+                f"Convert {name} with torch.as_tensor.",
+            )
+        )
+    if value.layout is not torch.strided:
+        raise LayoutError(
+            message(
+                op,
+                f"{name} has layout {value.layout}",
+                "torch.strided",
+                f"Convert it with {name}.to_dense().",
+            )
+        )
+
+
+def check_tensor(op: str, name: str, value: Any, axes: tuple[str, ...], todo: str) -> None:
+    """``value`` is a strided tensor with one axis per name in ``axes``."""
+    check_is_tensor(op, name, value)
+    if value.dim() != len(axes):
+        raise ShapeError(
+            message(
+                op,
+                f"{name} has shape {tuple(value.shape)}",
+                f"{len(axes)} axes, ({', '.join(axes)})",
+                todo,
+            )
+        )
+
+
+def check_shape(op: str, name: str, value: Tensor, expected: dict[str, Any], todo: str) -> None:
+    """``value.shape`` equals ``expected``, a mapping from axis name to size."""
+    if tuple(value.shape) != tuple(expected.values()):
+        sizes = ", ".join(f"{axis}={size}" for axis, size in expected.items())
+        raise ShapeError(message(op, f"{name} has shape {tuple(value.shape)}", f"({sizes})", todo))
+
+
+def check_same_device(op: str, first: str, anchor: Tensor, **others: Tensor | None) -> None:
+    """Every tensor of ``others`` lies on the device of ``anchor``."""
+    for name, other in others.items():
+        if other is not None and other.device != anchor.device:
+            raise DeviceError(
+                message(
+                    op,
+                    f"{name} is on {other.device} and {first} on {anchor.device}",
+                    "one device for all tensors",
+                    f"Move {name} to {anchor.device}.",
+                )
+            )
+
+
+def check_same_dtype(op: str, first: str, anchor: Tensor, **others: Tensor | None) -> None:
+    """Every tensor of ``others`` has the dtype of ``anchor``."""
+    for name, other in others.items():
+        if other is not None and other.dtype != anchor.dtype:
+            raise DTypeError(
+                message(
+                    op,
+                    f"{name} is {_dtype(other)} and {first} {_dtype(anchor)}",
+                    "one dtype for activations, weights and biases",
+                    f"Cast one of them, or run under torch.autocast({anchor.device.type!r}).",
+                )
+            )
+
+
+def check_ids(op: str, name: str, ids: Tensor) -> None:
+    if ids.dtype not in ID_DTYPES:
+        raise DTypeError(
+            message(op, f"{name} is {_dtype(ids)}", _names(ID_DTYPES), f"Cast it: {name}.int().")
+        )
+
+
+def check_float(op: str, name: str, value: Tensor) -> None:
+    if value.dtype not in FLOAT_DTYPES:
+        raise DTypeError(
+            message(
+                op, f"{name} is {_dtype(value)}", _names(FLOAT_DTYPES), f"Cast it: {name}.float()."
+            )
+        )
+
+
+def check_num_slots(op: str, num_slots: int) -> None:
+    if num_slots > MAX_SLOTS:
+        raise ShapeError(
+            message(
+                op,
+                f"{num_slots} slots (token-expert pairs)",
+                f"at most {MAX_SLOTS}, since row indices are int32",
+                "Split the tokens over several calls.",
+            )
+        )
+
+
+# ------------------------------------------------------------------------- kernel limits
+
+
+def check_kernel_operands(op: str, first: str, x: Tensor, **weights: Tensor | None) -> None:
+    """What only the kernels ask for: a 2-byte dtype and packed weights."""
+    if x.dtype not in KERNEL_DTYPES:
+        raise DTypeError(
+            message(
+                op,
+                f'{first} is {_dtype(x)} with impl="cute"',
+                _names(KERNEL_DTYPES),
+                'Cast the tensors, run under torch.autocast, or pass impl="reference".',
+            )
+        )
+    for name, weight in weights.items():
+        if weight is None:
+            continue
+        if not weight.is_contiguous():
+            raise LayoutError(
+                message(
+                    op,
+                    f"{name} has strides {tuple(weight.stride())} for shape {tuple(weight.shape)}",
+                    'contiguous weights with impl="cute"',
+                    f"Store it packed once, {name}.contiguous(), rather than at every call.",
+                )
+            )
+
+
+def check_aligned(op: str, name: str, size: int) -> None:
+    """The kernels move rows in 16-byte pieces, so a row must be a whole number of them."""
+    if size % ALIGNMENT != 0 or size == 0:
+        up = max(ALIGNMENT, (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT)
+        raise ShapeError(
+            message(
+                op,
+                f'{name}={size} with impl="cute"',
+                f"positive multiples of {ALIGNMENT} (rows of whole 16-byte pieces)",
+                f'Pad it to {up}, or pass impl="reference".',
+            )
+        )
+
+
+# --------------------------------------------------------------------------- whole calls
+
+
+def check_hidden_states(op: str, hidden_states: Any) -> None:
+    check_tensor(
+        op,
+        "hidden_states",
+        hidden_states,
+        ("T", "H"),
+        "Flatten the leading axes: hidden_states.reshape(-1, hidden_states.shape[-1]).",
+    )
+    check_float(op, "hidden_states", hidden_states)
+
+
+def check_weights(
+    op: str,
+    hidden_states: Tensor,
+    w1: Any,
+    b1: Any,
+    w2: Any,
+    b2: Any,
+    activation: ActivationType,
+    impl: str,
+) -> None:
+    """Shapes, devices and dtypes of the expert weights, after any autocast."""
+    check_tensor(op, "w1", w1, ("E", "2I or I", "H"), "Stack the experts along the first axis.")
+    check_tensor(op, "w2", w2, ("E", "H", "I"), "Stack the experts along the first axis.")
+    num_experts, width, hidden_size = w1.shape
+    check_int(op, "the number of experts", num_experts, 1, MAX_EXPERTS, "expert ids have 16 bits")
+    if hidden_size != hidden_states.shape[1]:
+        raise ShapeError(
+            message(
+                op,
+                f"w1 has hidden size {hidden_size} (shape {tuple(w1.shape)}) and hidden_states "
+                f"{hidden_states.shape[1]}",
+                "w1 (E, 2I or I, H) with the H of hidden_states",
+                "Check for a transposed weight: w1.transpose(1, 2).contiguous().",
+            )
+        )
+    gated = activation.is_gated
+    if gated and width % 2 != 0:
+        raise ShapeError(
+            message(
+                op,
+                f"w1 has {width} rows per expert with activation={activation.value!r}",
+                "an even number, 2I, since the activation is gated",
+                "Store the gate and the up rows, or choose an activation that is not gated.",
+            )
+        )
+    intermediate = width // 2 if gated else width
+    check_shape(
+        op,
+        "w2",
+        w2,
+        {"E": num_experts, "H": hidden_size, "I": intermediate},
+        f"I follows from w1 {tuple(w1.shape)} and activation={activation.value!r}, which is "
+        f"{'gated: w1 has 2I rows' if gated else 'not gated: w1 has I rows'} per expert.",
+    )
+    for name, bias, size in (("b1", b1, width), ("b2", b2, hidden_size)):
+        if bias is not None:
+            check_tensor(op, name, bias, ("E", "rows"), "Give one bias per row of the weight.")
+            check_shape(
+                op,
+                name,
+                bias,
+                {"E": num_experts, "rows": size},
+                "Give one bias per row of the weight, or None.",
+            )
+    check_same_device(op, "hidden_states", hidden_states, w1=w1, b1=b1, w2=w2, b2=b2)
+    check_same_dtype(op, "hidden_states", hidden_states, w1=w1, b1=b1, w2=w2, b2=b2)
+    if impl == "cute":
+        check_kernel_operands(op, "hidden_states", hidden_states, w1=w1, b1=b1, w2=w2, b2=b2)
+        check_aligned(op, "hidden_size", hidden_size)
+        check_aligned(op, "intermediate_size", intermediate)
+
+
+def check_topk(op: str, hidden_states: Tensor, topk_ids: Any, topk_weights: Any) -> None:
+    axes = ("T", "top_k")
+    check_tensor(op, "topk_ids", topk_ids, axes, "Pass one row of expert ids per token.")
+    check_tensor(op, "topk_weights", topk_weights, axes, "Pass one weight per expert id.")
+    check_ids(op, "topk_ids", topk_ids)
+    check_float(op, "topk_weights", topk_weights)
+    check_int(op, "top_k (columns of topk_ids)", topk_ids.shape[1], 1, MAX_SLOTS, "one at least")
+    if topk_ids.shape[0] != hidden_states.shape[0]:
+        raise ShapeError(
+            message(
+                op,
+                f"topk_ids has {topk_ids.shape[0]} rows for {hidden_states.shape[0]} tokens",
+                "one row per token, (T, top_k)",
+                "Route the same tokens, or use sonic.experts_flat for any list of pairs.",
+            )
+        )
+    if topk_weights.shape != topk_ids.shape:
+        raise ShapeError(
+            message(
+                op,
+                f"topk_weights has shape {tuple(topk_weights.shape)}",
+                f"that of topk_ids, {tuple(topk_ids.shape)}",
+                "Pass one weight per expert id; gather(1, topk_ids) turns (T, E) scores into that.",
+            )
+        )
+    check_same_device(
+        op, "hidden_states", hidden_states, topk_ids=topk_ids, topk_weights=topk_weights
+    )
+    check_num_slots(op, topk_ids.shape[0] * topk_ids.shape[1])
+
+
+def check_flat(
+    op: str, hidden_states: Tensor, token_ids: Any, expert_ids: Any, weights: Any
+) -> None:
+    for name, value in (("token_ids", token_ids), ("expert_ids", expert_ids)):
+        check_tensor(op, name, value, ("S",), f"Flatten it: {name}.reshape(-1).")
+        check_ids(op, name, value)
+    check_tensor(op, "weights", weights, ("S",), "Flatten it: weights.reshape(-1).")
+    check_float(op, "weights", weights)
+    if not token_ids.shape[0] == expert_ids.shape[0] == weights.shape[0]:
+        raise ShapeError(
+            message(
+                op,
+                f"token_ids, expert_ids and weights have {token_ids.shape[0]}, "
+                f"{expert_ids.shape[0]} and {weights.shape[0]} entries",
+                "one length S for the three, entry i saying that a token visits an expert",
+                "Build the three lists from the same pairs.",
+            )
+        )
+    check_same_device(
+        op,
+        "hidden_states",
+        hidden_states,
+        token_ids=token_ids,
+        expert_ids=expert_ids,
+        weights=weights,
+    )
+    check_num_slots(op, token_ids.shape[0])
+
+
+def check_main_grads(op: str, main_grads: Any, w1: Tensor, w2: Tensor) -> None:
+    """A pair of optional fp32 accumulators, one for ``w1`` and one for ``w2``."""
+    if not isinstance(main_grads, (tuple, list)) or len(main_grads) != 2:
+        raise ArgumentError(
+            message(
+                op,
+                f"main_grads is {type(main_grads).__name__}"
+                + (f" of {len(main_grads)}" if isinstance(main_grads, (tuple, list)) else ""),
+                "a pair (for w1, for w2) of float32 tensors or None",
+                "Pass main_grads=(w1.main_grad, w2.main_grad).",
+            )
+        )
+    for name, grad, weight in (("w1", main_grads[0], w1), ("w2", main_grads[1], w2)):
+        if grad is None:
+            continue
+        label = f"main_grads for {name}"
+        check_tensor(op, label, grad, ("E", "rows", "columns"), f"Make it like {name}.")
+        check_shape(
+            op,
+            label,
+            grad,
+            dict(zip(("E", "rows", "columns"), weight.shape, strict=True)),
+            f"Make it with torch.zeros_like({name}, dtype=torch.float32).",
+        )
+        check_same_device(op, name, weight, **{label: grad})
+        if grad.dtype != torch.float32:
+            raise DTypeError(
+                message(
+                    op,
+                    f"{label} is {_dtype(grad)}",
+                    "float32",
+                    f"Make it with torch.zeros_like({name}, dtype=torch.float32).",
+                )
+            )
+        if not grad.is_contiguous():
+            raise LayoutError(
+                message(
+                    op,
+                    f"{label} has strides {tuple(grad.stride())} for shape {tuple(grad.shape)}",
+                    "contiguous accumulators",
+                    f"Make it with torch.zeros({name}.shape, dtype=torch.float32).",
+                )
+            )
+        if grad.requires_grad:
+            raise ArgumentError(
+                message(
+                    op,
+                    f"{label} requires a gradient",
+                    "plain accumulators",
+                    f"Pass it detached; {name} itself stays the parameter.",
+                )
+            )
+
+
+def check_router(
+    op: str, hidden_states: Tensor, router_weight: Any, num_experts: int, top_k: Any
+) -> None:
+    check_tensor(op, "router_weight", router_weight, ("E", "H"), "Pass the router's weight.")
+    check_float(op, "router_weight", router_weight)
+    check_shape(
+        op,
+        "router_weight",
+        router_weight,
+        {"E": num_experts, "H": hidden_states.shape[1]},
+        "Give one row of router weights per expert of w1.",
+    )
+    check_same_device(op, "hidden_states", hidden_states, router_weight=router_weight)
+    limit = min(MAX_TOP_K, num_experts)
+    check_int(op, "top_k", top_k, 1, limit, f"at most {MAX_TOP_K} and at most E={num_experts}")
+
+
+def check_grouped_mm(
+    op: str, rows: Any, weight: Any, offset_by_expert: Any, bias: Any, impl: str
+) -> None:
+    check_tensor(op, "weight", weight, ("E", "N", "K"), "Stack the experts along the first axis.")
+    num_experts, width, depth = weight.shape
+    check_int(op, "the number of experts", num_experts, 1, MAX_EXPERTS, "expert ids have 16 bits")
+    if rows.shape[1] != depth:
+        raise ShapeError(
+            message(
+                op,
+                f"rows has {rows.shape[1]} columns and weight {depth} (shape "
+                f"{tuple(weight.shape)})",
+                "rows (R, K) and weight (E, N, K) with one K",
+                "Check for a transposed weight: weight.transpose(1, 2).contiguous().",
+            )
+        )
+    check_tensor(
+        op, "offset_by_expert", offset_by_expert, ("E + 1",), "Pass the row range of each expert."
+    )
+    check_shape(
+        op,
+        "offset_by_expert",
+        offset_by_expert,
+        {"E + 1": num_experts + 1},
+        "It starts at 0: F.pad(rows_by_expert.cumsum(0), (1, 0)).int().",
+    )
+    if offset_by_expert.dtype != torch.int32:
+        raise DTypeError(
+            message(
+                op,
+                f"offset_by_expert is {_dtype(offset_by_expert)}",
+                "int32",
+                "Cast it: offset_by_expert.int().",
+            )
+        )
+    if bias is not None:
+        check_tensor(op, "bias", bias, ("E", "N"), "Give one bias per row of the weight.")
+        check_shape(
+            op,
+            "bias",
+            bias,
+            {"E": num_experts, "N": width},
+            "Give one bias per row of the weight, or None.",
+        )
+    check_same_device(op, "rows", rows, weight=weight, offset_by_expert=offset_by_expert, bias=bias)
+    check_same_dtype(op, "rows", rows, weight=weight, bias=bias)
+    check_num_slots(op, rows.shape[0])
+    if impl == "cute":
+        check_kernel_operands(op, "rows", rows, weight=weight, bias=bias)
+        check_aligned(op, "the reduction size K", depth)
+        check_aligned(op, "the output size N", width)

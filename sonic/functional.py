@@ -1,0 +1,471 @@
+"""The layer as functions: :func:`moe`, :func:`experts`, :func:`experts_flat`, :func:`grouped_mm`.
+
+Symbols: T tokens, H hidden size, I intermediate size, E experts, top_k experts per token, S slots
+of a flat list, R rows. Shared conventions:
+
+* ``w1`` is (E, 2I, H) for a gated activation and (E, I, H) otherwise, ``w2`` is (E, H, I).
+* ``layout`` is the order of the gate and up rows of ``w1`` and ``b1``: ``"interleaved"``
+  (g0 u0 g1 u1 ...) or ``"concatenated"`` (gates, then ups; Hugging Face). Neither is copied.
+* ``impl="auto"`` runs the kernels on CUDA tensors and the torch reference on CPU tensors. It never
+  falls back: a GPU without kernels raises :class:`UnsupportedError` and names ``"reference"``.
+* The kernels take bfloat16 and float16, H and I multiples of 8, packed weights; the reference any
+  floating dtype and size.
+* Under ``torch.autocast`` activations, weights and biases are cast to its dtype. Scores stay fp32,
+  and the router is evaluated in fp32.
+* No function reads a device value on the host; all run on the current stream, can be captured in a
+  CUDA graph and traced with ``torch.compile(fullgraph=True)``, and give the same bits on every run.
+* What is saved for the backward pass is listed in ``sonic.autograd``; in a region without gradients
+  nothing is.
+* First derivatives only; a second one raises :class:`UnsupportedError`.
+
+Source: SonicMoE (arXiv 2512.14080), section 3.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sonic.autograd  # noqa: F401  (defines the operators and their gradients)
+from sonic import checks
+from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
+from sonic.plan import RoutingPlan, build_plan, build_plan_flat
+from sonic.routing.topk import topk_routing
+from sonic.runtime.errors import ArgumentError, ShapeError
+
+MainGrads = tuple[Tensor | None, Tensor | None]
+_PLAN_IMPL = {"cute": "triton", "reference": "torch"}
+# (x, w1, b1, w2, b2), (activation, layout, impl), main_grads
+_Operands = tuple[tuple[Any, ...], tuple[str, str, str], MainGrads]
+
+
+def experts(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    activation: str | ActivationType = "swiglu",
+    layout: str | GateUpLayout = "interleaved",
+    impl: str = "auto",
+    main_grads: MainGrads | None = None,
+) -> Tensor:
+    """``out[t] = sum_k weight[t, k] * (act(x[t] @ w1[e].T + b1[e]) @ w2[e].T + b2[e])``.
+
+    The expert ``e`` is ``topk_ids[t, k]``.
+
+    Args:
+        hidden_states: (T, H), floating point; any strides.
+        topk_ids: (T, top_k) int32 or int64. An id outside ``[0, E)`` drops its slot: it adds
+            nothing to the output and receives a zero gradient.
+        topk_weights: (T, top_k), floating point of any dtype; used as fp32. Its gradient has its
+            dtype.
+        w1: (E, 2I, H) gated, (E, I, H) otherwise; contiguous; dtype of ``hidden_states``.
+        w2: (E, H, I), likewise.
+        b1: (E, 2I) or (E, I), or None. b2: (E, H), or None. Dtype of the weights.
+        activation: a value of :class:`sonic.ActivationType`.
+        layout: a value of :class:`sonic.GateUpLayout`; not read if the activation is not gated.
+        impl: ``"auto"``, ``"cute"`` or ``"reference"``.
+        main_grads: ``(for w1, for w2)``, float32 tensors shaped like the weights, or None. The
+            backward pass adds the weight's gradient, not rounded to the weight's dtype, and leaves
+            ``.grad`` of that weight alone. Ignored for a weight that requires no gradient.
+            Under torch.compile, calls that share accumulators must not overlap (the backward pass
+            of one has to run before the forward pass of the next); autograd raises otherwise.
+
+    Returns:
+        (T, H) in the dtype of ``hidden_states`` (of autocast, under autocast). A token whose slots
+        are all dropped gets zeros.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, LayoutError, ArgumentError: an argument is none of the
+            above.
+        UnsupportedError: no kernels for this GPU.
+        MissingPackageError: triton or cutlass is missing.
+
+    Numerics:
+        fp32 accumulation; the pre-activation, post-activation, expert output and result are each
+        rounded once to the working dtype; slots are summed in ascending order.
+
+    Memory:
+        2TH + 4RI bytes (2RI not gated) for 2-byte dtypes and R = T * top_k, plus integers:
+        :func:`sonic.saved_bytes`.
+
+    Example:
+        >>> import torch, sonic
+        >>> x, ids = torch.randn(3, 16), torch.tensor([[0, 1], [1, 0], [2, -1]])
+        >>> w1, w2 = torch.randn(3, 16, 16), torch.randn(3, 16, 8)
+        >>> sonic.experts(x, ids, torch.full((3, 2), 0.5), w1, w2).shape
+        torch.Size([3, 16])
+    """
+    op = "experts"
+    checks.check_hidden_states(op, hidden_states)
+    impl = checks.resolve_impl(op, impl, hidden_states.device)
+    checks.check_topk(op, hidden_states, topk_ids, topk_weights)
+    operands = _operands(op, hidden_states, w1, b1, w2, b2, activation, layout, impl, main_grads)
+    plan = build_plan(topk_ids, w1.shape[0], impl=_PLAN_IMPL[impl])
+    return _run(operands, topk_weights, plan)
+
+
+def experts_flat(
+    hidden_states: Tensor,
+    token_ids: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    activation: str | ActivationType = "swiglu",
+    layout: str | GateUpLayout = "interleaved",
+    impl: str = "auto",
+    main_grads: MainGrads | None = None,
+) -> Tensor:
+    """:func:`experts` for any list of (token, expert) pairs, in any order, any number per token.
+
+    Args:
+        hidden_states: (T, H), floating point.
+        token_ids: (S,) int32 or int64, the token of each slot. An id outside ``[0, T)`` drops it.
+        expert_ids: (S,) int32 or int64, the expert of each slot. An id outside ``[0, E)`` drops it.
+        weights: (S,), floating point of any dtype; used as fp32.
+        w1, w2, b1, b2, activation, layout, impl, main_grads: as in :func:`experts`.
+
+    Returns:
+        (T, H); a token without a live slot gets zeros.
+
+    Raises:
+        As :func:`experts`.
+
+    Memory:
+        As :func:`experts` with R = S, plus 4 (T + 1) + 4 S bytes.
+    """
+    out, _ = _experts_flat(
+        "experts_flat",
+        hidden_states,
+        (token_ids, expert_ids, weights),
+        (w1, b1, w2, b2),
+        (activation, layout, impl, main_grads),
+    )
+    return out
+
+
+def moe(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    top_k: int,
+    score_order: str | ScoreOrder = "softmax_over_topk",
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    activation: str | ActivationType = "swiglu",
+    layout: str | GateUpLayout = "interleaved",
+    impl: str = "auto",
+    main_grads: MainGrads | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole layer: router, top-k, experts.
+
+    Args:
+        hidden_states: (T, H), floating point.
+        router_weight: (E, H). If its dtype differs from that of ``hidden_states``, the logits are
+            computed in the wider of the two, so that a float32 router stays float32.
+        w1, w2, b1, b2, activation, layout, impl, main_grads: as in :func:`experts`.
+        top_k: experts per token, 1 to min(64, E).
+        score_order: a value of :class:`sonic.ScoreOrder`.
+
+    Returns:
+        ``out (T, H)``, ``router_logits (T, E)`` and ``expert_frequency (E,)`` int32, the number of
+        rows of each expert. Gradients flow through the first two.
+
+    Raises:
+        As :func:`experts`.
+
+    Memory:
+        As :func:`experts`, plus the logits and what the router's own operators keep.
+    """
+    op = "moe"
+    checks.check_hidden_states(op, hidden_states)
+    impl = checks.resolve_impl(op, impl, hidden_states.device)
+    order = checks.choice(op, "score_order", score_order, ScoreOrder)
+    operands = _operands(op, hidden_states, w1, b1, w2, b2, activation, layout, impl, main_grads)
+    checks.check_router(op, hidden_states, router_weight, w1.shape[0], top_k)
+    logits = _router_logits(hidden_states, router_weight)
+    scores, ids = topk_routing(logits, top_k, order=order)
+    plan = build_plan(ids, w1.shape[0], impl=_PLAN_IMPL[impl])
+    return _run(operands, scores, plan), logits, plan.expert_frequency()
+
+
+def grouped_mm(
+    rows: Tensor,
+    weight: Tensor,
+    offset_by_expert: Tensor,
+    *,
+    bias: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """``out[r] = rows[r] @ weight[e].T + bias[e]`` for each row r in the range of expert e.
+
+    For callers that dispatch tokens themselves (expert parallelism) and hold grouped rows.
+
+    Args:
+        rows: (R, K), floating point.
+        weight: (E, N, K), contiguous; dtype of ``rows``.
+        offset_by_expert: (E + 1,) int32 on the device of ``rows``; starts at 0 and never decreases;
+            expert e owns rows ``[offset[e], offset[e + 1])``, which may be empty. ``offset[E]`` may
+            be less than R. The values are not checked, since that would synchronise.
+        bias: (E, N) or None.
+        impl: as in :func:`experts`; the kernels take K and N that are multiples of 8.
+
+    Returns:
+        (R, N) in the dtype of ``rows``; zero for the rows from ``offset[E]`` on, whose gradient is
+        zero too.
+
+    Raises:
+        As :func:`experts`.
+
+    Memory:
+        ``rows`` (if ``weight`` requires a gradient) and references.
+    """
+    op = "grouped_mm"
+    checks.check_tensor(op, "rows", rows, ("R", "K"), "Flatten it to one row per routed token.")
+    checks.check_float(op, "rows", rows)
+    impl = checks.resolve_impl(op, impl, rows.device)
+    if _autocast_dtype(rows) is not None:
+        rows, weight, bias = _autocast(rows, weight, bias)
+    checks.check_grouped_mm(op, rows, weight, offset_by_expert, bias, impl)
+    out: Tensor = torch.ops.sonic.grouped_mm(rows, weight, bias, offset_by_expert, impl)
+    return out
+
+
+# ------------------------------------------------------------------- names known to users
+
+
+def moe_TC_softmax_topk_layer(
+    x: Tensor,
+    router_w: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    K: int,
+    stream_id: int | None = None,
+    activation_type: str | ActivationType = ActivationType.SWIGLU,
+    is_inference_mode_enabled: bool = False,
+    is_softmax_over_topk: bool = True,
+    norm_topk_probs: bool = False,
+    concat_layout: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`moe` under the name and argument order of the ``sonicmoe`` package.
+
+    Args:
+        x: (T, H). router_w: (E, H).
+        w1: (2I, H, E) or (I, H, E), the view ``W1.permute(1, 2, 0)`` of a (E, 2I, H) tensor.
+        w2: (H, I, E), the permuted view of a (E, H, I) tensor.
+        b1: (E, 2I) or (E, I), or None. b2: (E, H), or None.
+        K: experts per token.
+        stream_id: not read; the current stream is used.
+        is_inference_mode_enabled: if True, nothing is kept for a backward pass.
+        is_softmax_over_topk, norm_topk_probs: the two flags of :class:`sonic.ScoreOrder`;
+            ``norm_topk_probs`` is for ``is_softmax_over_topk=False`` only.
+        concat_layout: True for gate rows followed by up rows, False for interleaved.
+
+    Returns:
+        ``(out (T, H), router_logits (T, E), expert_frequency (E,))``.
+    """
+    op = "moe_TC_softmax_topk_layer"
+    if is_softmax_over_topk and norm_topk_probs:
+        raise ArgumentError(
+            checks.message(
+                op,
+                "norm_topk_probs=True came with is_softmax_over_topk=True",
+                "norm_topk_probs with is_softmax_over_topk=False",
+                "Drop norm_topk_probs: a softmax over the winners sums to one already.",
+            )
+        )
+    order = ScoreOrder.SOFTMAX_OVER_TOPK
+    if not is_softmax_over_topk:
+        order = ScoreOrder.TOPK_OVER_SOFTMAX
+        if norm_topk_probs:
+            order = ScoreOrder.TOPK_OVER_SOFTMAX_NORM
+    w1, w2 = _unpermuted(op, w1, w2)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference_mode_enabled):
+        return moe(
+            x,
+            router_w,
+            w1,
+            w2,
+            top_k=K,
+            score_order=order,
+            b1=b1,
+            b2=b2,
+            activation=activation_type,
+            layout=_layout(concat_layout),
+        )
+
+
+def moe_general_routing_inputs(
+    x: Tensor,
+    router_scores: Tensor,
+    token_indices: Tensor,
+    expert_indices: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    E: int,
+    stream_id: int | None = None,
+    activation_type: str | ActivationType = ActivationType.SWIGLU,
+    is_inference_mode_enabled: bool = False,
+    concat_layout: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`experts_flat` under the name and argument order of the ``sonicmoe`` package.
+
+    Args:
+        x: (T, H). router_scores: (S,). token_indices, expert_indices: (S,); in any order.
+        w1, b1, w2, b2: as in :func:`moe_TC_softmax_topk_layer`.
+        E: number of experts, that of the weights.
+        stream_id: not read; the current stream is used.
+        is_inference_mode_enabled: if True, nothing is kept for a backward pass.
+        concat_layout: True for gate rows followed by up rows, False for interleaved.
+
+    Returns:
+        ``(out (T, H), expert_frequency (E,))``.
+    """
+    op = "moe_general_routing_inputs"
+    w1, w2 = _unpermuted(op, w1, w2)
+    if w1.shape[0] != E:
+        raise ShapeError(
+            checks.message(
+                op,
+                f"E={E} came with weights of {w1.shape[0]} experts",
+                "E equal to the last axis of w1 and w2",
+                "Pass E=w1.shape[-1], and the weights as W.permute(1, 2, 0) of (E, rows, columns).",
+            )
+        )
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference_mode_enabled):
+        out, plan = _experts_flat(
+            op,
+            x,
+            (token_indices, expert_indices, router_scores),
+            (w1, b1, w2, b2),
+            (activation_type, _layout(concat_layout), "auto", None),
+        )
+    return out, plan.expert_frequency()
+
+
+# --------------------------------------------------------------------------------- shared
+
+
+def _layout(concat_layout: bool) -> GateUpLayout:
+    return GateUpLayout.CONCATENATED if concat_layout else GateUpLayout.INTERLEAVED
+
+
+def _unpermuted(op: str, w1: Any, w2: Any) -> tuple[Tensor, Tensor]:
+    """Weights (rows, columns, E) as (E, rows, columns); no copy."""
+    todo = "Pass the weight as W.permute(1, 2, 0) of a contiguous (E, rows, columns) tensor."
+    checks.check_tensor(op, "w1", w1, ("2I or I", "H", "E"), todo)
+    checks.check_tensor(op, "w2", w2, ("H", "I", "E"), todo)
+    return w1.permute(2, 0, 1), w2.permute(2, 0, 1)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that an enclosing autocast region asks for, or None. float64 is left alone."""
+    kind = x.device.type
+    if kind not in ("cuda", "cpu") or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _autocast(anchor: Any, *others: Any) -> tuple[Any, ...]:
+    """``anchor`` and ``others`` in autocast's dtype, if such a region encloses the call."""
+    dtype = _autocast_dtype(anchor)
+    return tuple(
+        x.to(dtype)
+        if dtype is not None and isinstance(x, Tensor) and x.dtype in checks.FLOAT_DTYPES
+        else x
+        for x in (anchor, *others)
+    )
+
+
+def _operands(
+    op: str,
+    hidden_states: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | ActivationType,
+    layout: str | GateUpLayout,
+    impl: str,
+    main_grads: MainGrads | None,
+) -> _Operands:
+    """Cast, check and bundle what one call of the experts reads besides its routing."""
+    act = checks.choice(op, "activation", activation, ActivationType)
+    order = checks.choice(op, "layout", layout, GateUpLayout)
+    x, w1, b1, w2, b2 = _autocast(hidden_states, w1, b1, w2, b2)
+    checks.check_weights(op, x, w1, b1, w2, b2, act, impl)
+    if main_grads is None:
+        main_grads = (None, None)
+    else:
+        checks.check_main_grads(op, main_grads, w1, w2)
+    return (x, w1, b1, w2, b2), (act.value, order.value, impl), main_grads
+
+
+def _run(operands: _Operands, weights: Tensor, plan: RoutingPlan) -> Tensor:
+    tensors, options, main_grads = operands
+    x = tensors[0]
+    # float64 only in the reference, where it lets gradcheck see the scores exactly.
+    scores = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32).reshape(-1)
+    differentiable = (*tensors, scores)
+    store_preact = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in differentiable
+    )
+    out: Tensor = torch.ops.sonic.experts_forward(
+        *differentiable,
+        plan.offset_by_expert,
+        plan.token_by_row,
+        plan.slot_by_row,
+        plan.row_by_slot,
+        plan.offset_by_token,
+        plan.slot_by_position,
+        plan.top_k,
+        *options,
+        store_preact,
+        *main_grads,
+    )[0]
+    return out
+
+
+def _experts_flat(
+    op: str,
+    hidden_states: Tensor,
+    routing: tuple[Tensor, Tensor, Tensor],
+    parameters: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    options: tuple[str | ActivationType, str | GateUpLayout, str, MainGrads | None],
+) -> tuple[Tensor, RoutingPlan]:
+    token_ids, expert_ids, weights = routing
+    activation, layout, impl, main_grads = options
+    checks.check_hidden_states(op, hidden_states)
+    impl = checks.resolve_impl(op, impl, hidden_states.device)
+    checks.check_flat(op, hidden_states, token_ids, expert_ids, weights)
+    operands = _operands(op, hidden_states, *parameters, activation, layout, impl, main_grads)
+    num_experts = parameters[0].shape[0]
+    plan = build_plan_flat(
+        token_ids, expert_ids, hidden_states.shape[0], num_experts, impl=_PLAN_IMPL[impl]
+    )
+    return _run(operands, weights, plan), plan
+
+
+def _router_logits(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
+    """``hidden_states @ router_weight.T`` in their wider dtype; float32 at least under autocast."""
+    dtype = torch.promote_types(hidden_states.dtype, router_weight.dtype)
+    if _autocast_dtype(hidden_states) is not None:
+        dtype = torch.promote_types(dtype, torch.float32)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return F.linear(hidden_states.to(dtype), router_weight.to(dtype))
+    return F.linear(hidden_states.to(dtype), router_weight.to(dtype))

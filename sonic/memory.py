@@ -1,0 +1,134 @@
+"""Activation memory of one layer, as a formula.
+
+Symbols: T tokens, H hidden size, I intermediate size, E experts, R routed rows (T * top_k, or the
+length of the flat list). Source: SonicMoE (arXiv 2512.14080), section 3, memory.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from sonic.enums import ActivationType
+
+_INT32 = 4
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one call of the experts.
+
+    Attributes:
+        saved: kept from the forward to the backward pass; see the table in ``sonic.autograd``.
+        forward_peak: largest sum of tensors alive at once during the forward pass, the saved ones
+            and the output included, the input and the weights not.
+        backward_peak: the same for the backward pass with all gradients, those of the weights
+            included.
+        weights: ``w1`` and ``w2``.
+    """
+
+    saved: int
+    forward_peak: int
+    backward_peak: int
+    weights: int
+
+
+def saved_bytes(
+    num_tokens: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    top_k: int | None = None,
+    *,
+    num_slots: int | None = None,
+    activation: str | ActivationType = "swiglu",
+    dtype: torch.dtype = torch.bfloat16,
+    weights_frozen: bool = False,
+) -> int:
+    """Bytes that one call of the experts keeps for its backward pass, weights not counted.
+
+    ``2TH + 4RI`` for a gated activation and 2-byte dtypes (``2TH + 2RI`` if not gated), plus 16
+    bytes per slot for scores and permutations and ``4 (E + 1)`` for the offsets.
+
+    Args:
+        num_tokens, hidden_size, intermediate_size, num_experts: T, H, I, E.
+        top_k: slots per token, for :func:`sonic.experts`; or
+        num_slots: length of the flat list, for :func:`sonic.experts_flat`.
+        activation: decides between 2I and I columns of pre-activation.
+        dtype: working dtype.
+        weights_frozen: True if ``w1`` requires no gradient; the input is then not kept.
+    """
+    rows = _rows(num_tokens, top_k, num_slots)
+    width = _preact_width(intermediate_size, activation)
+    total = rows * width * dtype.itemsize
+    if not weights_frozen:
+        total += num_tokens * hidden_size * dtype.itemsize
+    score_bytes = 8 if dtype == torch.float64 else _FP32
+    total += rows * (score_bytes + 3 * _INT32) + (num_experts + 1) * _INT32
+    if top_k is None:
+        total += (num_tokens + 1 + rows) * _INT32
+    return total
+
+
+def memory_estimate(
+    num_tokens: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    activation: str | ActivationType = "swiglu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> MemoryEstimate:
+    """Bytes of one training step through :func:`sonic.experts`, without the allocator's rounding.
+
+    The peaks follow the order in which ``sonic.ops`` allocates and frees: the post-activation and
+    the expert outputs live in the forward pass only, ``dh`` together with either the scaled
+    post-activation or the rows of ``dx`` in the backward pass.
+
+    Example:
+        >>> import sonic
+        >>> estimate = sonic.memory_estimate(32768, 4096, 1024, 128, 8)
+        >>> f"{estimate.saved / 2**30:.2f} GiB"
+        '1.25 GiB'
+    """
+    size = dtype.itemsize
+    rows = num_tokens * top_k
+    width = _preact_width(intermediate_size, activation)
+    saved = saved_bytes(
+        num_tokens,
+        hidden_size,
+        intermediate_size,
+        num_experts,
+        top_k,
+        activation=activation,
+        dtype=dtype,
+    )
+    tokens_by_hidden = num_tokens * hidden_size * size
+    rows_by_hidden = rows * hidden_size * size
+    rows_by_intermediate = rows * intermediate_size * size
+    kept = saved - tokens_by_hidden  # the input belongs to the caller
+    forward = kept + max(rows_by_intermediate + rows_by_hidden, rows_by_hidden + tokens_by_hidden)
+    w1 = num_experts * width * hidden_size * size
+    w2 = num_experts * hidden_size * intermediate_size * size
+    dh = rows * width * size
+    scores = 2 * rows * _FP32
+    backward = (
+        kept + scores + dh + w2 + max(rows_by_intermediate, w1 + rows_by_hidden + tokens_by_hidden)
+    )
+    return MemoryEstimate(saved, forward, backward, w1 + w2)
+
+
+def _preact_width(intermediate_size: int, activation: str | ActivationType) -> int:
+    return (2 if ActivationType(activation).is_gated else 1) * intermediate_size
+
+
+def _rows(num_tokens: int, top_k: int | None, num_slots: int | None) -> int:
+    from sonic.runtime.errors import ArgumentError
+
+    if (top_k is None) == (num_slots is None):
+        raise ArgumentError(
+            f"saved_bytes: top_k={top_k} and num_slots={num_slots} came together. Allowed: exactly "
+            "one of them. Pass top_k for sonic.experts, num_slots for sonic.experts_flat."
+        )
+    return num_slots if top_k is None and num_slots is not None else num_tokens * (top_k or 0)
