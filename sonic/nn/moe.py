@@ -1,0 +1,281 @@
+"""Modules: :class:`MoE` (router and experts), :class:`Experts` (no router), :class:`ExpertLinear`.
+
+Building one touches no GPU and captures no stream; ``device="meta"`` gives shapes without memory.
+
+Symbols: T tokens, H hidden size, I intermediate size, E experts.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from sonic import checks
+from sonic.enums import ActivationType, GateUpLayout, KernelBackendMoE, ScoreOrder
+from sonic.functional import experts, grouped_mm, moe
+from sonic.reference.routing import load_balancing_loss
+from sonic.runtime.errors import DeviceError, ShapeError, UnsupportedError
+
+
+class ExpertLinear(nn.Module):
+    """One linear map per expert: ``weight (E, out_features, in_features)``, ``bias`` or None.
+
+    Called on rows that are grouped by expert, it is :func:`sonic.grouped_mm`. In :class:`MoE` and
+    :class:`Experts` it only holds parameters.
+
+    Args:
+        num_experts, in_features, out_features: sizes, at least 1.
+        add_bias: whether there is a ``bias (E, out_features)``.
+        std: standard deviation of the normal initialisation of ``weight``; ``bias`` starts at zero.
+        device, dtype: of the parameters.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        add_bias: bool,
+        std: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.std = std
+        shape = (num_experts, out_features, in_features)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if add_bias:
+            self.bias = nn.Parameter(torch.empty(shape[:2], device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """N(0, std) weight, zero bias; also what to call after ``to_empty`` on a meta module."""
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, rows: Tensor, offset_by_expert: Tensor, impl: str = "auto") -> Tensor:
+        """``rows (R, in_features)`` to ``(R, out_features)``; see :func:`sonic.grouped_mm`."""
+        return grouped_mm(rows, self.weight, offset_by_expert, bias=self.bias, impl=impl)
+
+    def extra_repr(self) -> str:
+        num_experts, out_features, in_features = self.weight.shape
+        return (
+            f"num_experts={num_experts}, in_features={in_features}, out_features={out_features}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class _ExpertsBase(nn.Module):
+    """Parameters and options that :class:`Experts` and :class:`MoE` share."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation_function: str | ActivationType,
+        add_bias: bool,
+        std: float,
+        *,
+        layout: str | GateUpLayout = GateUpLayout.INTERLEAVED,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        checks.check_int(op, "num_experts", num_experts, 1, checks.MAX_EXPERTS, "16-bit ids")
+        for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+            checks.check_int(op, name, size, 1, 2**31 - 1, "a size")
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.activation_function = checks.choice(
+            op, "activation_function", activation_function, ActivationType
+        )
+        self.layout = checks.choice(op, "layout", layout, GateUpLayout)
+        width = intermediate_size * (2 if self.activation_function.is_gated else 1)
+        self.c_fc = ExpertLinear(
+            num_experts, hidden_size, width, add_bias, std, device=device, dtype=dtype
+        )
+        self.c_proj = ExpertLinear(
+            num_experts, intermediate_size, hidden_size, add_bias, std, device=device, dtype=dtype
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, "
+            f"activation_function={self.activation_function.value!r}, layout={self.layout.value!r}"
+        )
+
+
+class Experts(_ExpertsBase):
+    """The experts without a router: ``c_proj(act(c_fc(x)))``, weighted and summed per token.
+
+    Args:
+        num_experts: E. hidden_size: H. intermediate_size: I.
+        activation_function: a value of :class:`sonic.ActivationType`.
+        add_bias: biases in ``c_fc`` and ``c_proj``.
+        std: standard deviation of the normal initialisation of the weights; biases start at zero.
+        layout: order of the gate and up rows of ``c_fc``; ``"concatenated"`` for Hugging Face
+            checkpoints. Not read if the activation is not gated.
+        device, dtype: of the parameters.
+
+    Parameters: ``c_fc.weight`` (E, 2I, H) gated or (E, I, H), ``c_fc.bias``, ``c_proj.weight``
+    (E, H, I), ``c_proj.bias``.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, impl: str = "auto"
+    ) -> Tensor:
+        """``hidden_states (T, H)``, ids and weights ``(T, top_k)``: see :func:`sonic.experts`."""
+        return experts(
+            hidden_states,
+            topk_ids,
+            topk_weights,
+            self.c_fc.weight,
+            self.c_proj.weight,
+            b1=self.c_fc.bias,
+            b2=self.c_proj.bias,
+            activation=self.activation_function,
+            layout=self.layout,
+            impl=impl,
+        )
+
+
+class MoE(_ExpertsBase):
+    """Router and experts, with the signature and parameter names of the ``sonicmoe`` package.
+
+    Args:
+        num_experts: E. num_experts_per_tok: experts per token, 1 to min(64, E).
+        hidden_size: H. intermediate_size: I; multiples of 8 for the kernels.
+        activation_function: a value of :class:`sonic.ActivationType`.
+        add_bias: biases in the experts; the router has none.
+        std: standard deviation of the normal initialisation of all weights; biases start at zero.
+        layout: order of the gate and up rows of ``c_fc``; ``"concatenated"`` for Hugging Face
+            checkpoints. Not read if the activation is not gated.
+        score_order: a value of :class:`sonic.ScoreOrder`; the Qwen3 family is
+            ``"topk_over_softmax_norm"``.
+        device, dtype: of the parameters.
+
+    Parameters: those of :class:`Experts`, and ``router.weight`` (E, H).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation_function: str | ActivationType,
+        add_bias: bool,
+        std: float,
+        *,
+        layout: str | GateUpLayout = GateUpLayout.INTERLEAVED,
+        score_order: str | ScoreOrder = ScoreOrder.SOFTMAX_OVER_TOPK,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_experts,
+            hidden_size,
+            intermediate_size,
+            activation_function,
+            add_bias,
+            std,
+            layout=layout,
+            device=device,
+            dtype=dtype,
+        )
+        limit = min(checks.MAX_TOP_K, num_experts)
+        checks.check_int(
+            "MoE", "num_experts_per_tok", num_experts_per_tok, 1, limit, "at most 64 and at most E"
+        )
+        self.top_k = num_experts_per_tok
+        self.score_order = checks.choice("MoE", "score_order", score_order, ScoreOrder)
+        self.router = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
+        nn.init.normal_(self.router.weight, std=std)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        kernel_backend_moe: str | KernelBackendMoE = KernelBackendMoE.sonicmoe,
+        is_inference_mode: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Route each token and run its experts.
+
+        Args:
+            hidden_states: (..., H), floating point.
+            kernel_backend_moe: ``sonicmoe`` for the kernels (CUDA), ``torch`` for the reference.
+            is_inference_mode: if True, nothing is kept for a backward pass and no loss is computed.
+
+        Returns:
+            The output, shaped like ``hidden_states``, and the load-balancing loss, a float32 scalar
+            that is 1 for an even load (over the tokens of this process), or None in inference mode.
+
+        Raises:
+            DeviceError: ``sonicmoe`` with a tensor that is not on a CUDA device.
+            UnsupportedError: ``scattermoe``, which is not part of this package.
+        """
+        impl = self._impl(hidden_states, kernel_backend_moe)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference_mode):
+            out, logits, frequency = moe(
+                hidden_states.reshape(-1, self.hidden_size),
+                self.router.weight,
+                self.c_fc.weight,
+                self.c_proj.weight,
+                top_k=self.top_k,
+                score_order=self.score_order,
+                b1=self.c_fc.bias,
+                b2=self.c_proj.bias,
+                activation=self.activation_function,
+                layout=self.layout,
+                impl=impl,
+            )
+            aux_loss = None if is_inference_mode else load_balancing_loss(logits, frequency)
+        return out.view(hidden_states.shape), aux_loss
+
+    def _impl(self, hidden_states: Tensor, kernel_backend_moe: str | KernelBackendMoE) -> str:
+        backend = checks.choice("MoE", "kernel_backend_moe", kernel_backend_moe, KernelBackendMoE)
+        if backend is KernelBackendMoE.scattermoe:
+            raise UnsupportedError(
+                checks.message(
+                    "MoE",
+                    "KernelBackendMoE.scattermoe was asked for, which is not part of this package",
+                    "KernelBackendMoE.sonicmoe (CUDA), KernelBackendMoE.torch (any device)",
+                    "Pass kernel_backend_moe=KernelBackendMoE.sonicmoe.",
+                )
+            )
+        checks.check_is_tensor("MoE", "hidden_states", hidden_states)
+        if hidden_states.dim() == 0 or hidden_states.shape[-1] != self.hidden_size:
+            raise ShapeError(
+                checks.message(
+                    "MoE",
+                    f"hidden_states has shape {tuple(hidden_states.shape)}",
+                    f"(..., {self.hidden_size})",
+                    "Project to the layer's hidden_size, or build the layer with this one.",
+                )
+            )
+        if backend is KernelBackendMoE.torch:
+            return "reference"
+        if hidden_states.device.type == "cpu":
+            raise DeviceError(
+                checks.message(
+                    "MoE",
+                    "KernelBackendMoE.sonicmoe was asked for a tensor on cpu",
+                    "CUDA tensors",
+                    "Move module and input to a CUDA device, or pass "
+                    "kernel_backend_moe=KernelBackendMoE.torch.",
+                )
+            )
+        return "cute"
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, num_experts_per_tok={self.top_k}, "
+            f"score_order={self.score_order.value!r}"
+        )
