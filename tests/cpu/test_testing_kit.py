@@ -105,6 +105,16 @@ def test_an_error_everywhere_but_below_the_maximum_is_caught_by_the_rms():
         assert_close(noisy, ref64, low)
 
 
+def test_a_single_wrong_element_below_the_rms_is_caught_by_the_maximum():
+    ref64 = gaussian(128, 64)
+    low = ref64.bfloat16()
+    wrong = low.clone()
+    wrong[77, 7] += 0.2
+    assert relative_error(wrong, ref64) < 2 * relative_error(low, ref64)
+    with pytest.raises(AssertionError, match=r"largest error is at \[77, 7\]"):
+        assert_close(wrong, ref64, low)
+
+
 def test_weights_are_compared_expert_by_expert():
     ref64 = gaussian(5, 24, 16)
     ref64[3] *= 1e-5
