@@ -31,6 +31,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 
 from tests.tiny_models import (
     CONFIGS,
+    HIDDEN,
     errors,
     experts_modules,
     make_model,
@@ -97,7 +98,7 @@ def test_gpt_oss_clamp_acts() -> None:
 def test_a_token_gets_the_experts_that_its_weights_belong_to() -> None:
     """Distinct weights per slot: swapped slots would show up in the logits."""
     _, module = experts_modules(make_model("qwen3_moe", "sonic"))[0]
-    x = torch.randn(5, module.hidden_dim)
+    x = torch.randn(5, HIDDEN)
     ids = torch.tensor([[0, 7]] * 5)
     weights = torch.tensor([[0.9, 0.1]] * 5)
     module.config._experts_implementation = "eager"
@@ -201,19 +202,27 @@ def test_autocast_runs_the_experts_in_its_dtype(name: str, monkeypatch: pytest.M
     assert set.union(*seen) == {torch.bfloat16}
     bound = errors(eager, exact)
     for what, error in errors(ours, exact).items():
-        assert error <= 2 * bound[what] + 2**-9, what
+        if what == "logits" or ".experts." in what:
+            assert error <= 2 * bound[what] + 2**-9, what
 
 
-def test_compiles_without_a_graph_break() -> None:
-    _, module = experts_modules(make_model("qwen3_moe", "sonic"))[0]
-    x = torch.randn(6, module.hidden_dim)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_compiles_without_a_graph_break(name: str) -> None:
+    _, module = experts_modules(make_model(name, "sonic"))[0]
+    x = torch.randn(6, HIDDEN)
     ids = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7], [1, 0], [3, 3]])
     weights = torch.rand(6, 2)
     torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    actual, expected = compiled(x, ids, weights), module(x, ids, weights)
-    assert expected.norm() > 0
-    assert torch.equal(actual, expected)
+    results = []
+    # The compiled module comes first: recognising the activation must work while it is traced.
+    for run_module in (torch.compile(module, fullgraph=True, backend="aot_eager"), module):
+        module.zero_grad(set_to_none=True)
+        output = run_module(x, ids, weights)
+        output.square().sum().backward()
+        results.append([output.detach(), *(p.grad for p in module.parameters())])
+    for actual, expected in zip(*results, strict=True):
+        assert expected.norm() > 0
+        assert torch.equal(actual, expected)
 
 
 # ------------------------------------------------------------------ one experts module
