@@ -38,6 +38,10 @@ def _busy_experts(offset_by_expert: Tensor) -> Iterator[tuple[int, slice]]:
             yield expert, slice(start, stop)
 
 
+def _gather(source: Tensor, token_by_row: Tensor | None, rows: slice) -> Tensor:
+    return source[rows if token_by_row is None else token_by_row[rows]]
+
+
 def up_forward(
     x: Tensor,
     w1: Tensor,
@@ -212,15 +216,16 @@ def down_backward_act(
 def down_backward_weight(
     dout: Tensor,
     a_scaled: Tensor,
-    token_by_row: Tensor,
+    token_by_row: Tensor | None,
     offset_by_expert: Tensor,
     *,
-    accumulate_into: Tensor | None,
+    accumulate_into: Tensor | None = None,
 ) -> Tensor:
     """``dw2[e] = sum over rows of e of outer(dout[token], a_scaled)``.
 
     Args:
-        dout: (T, H); a_scaled: (R, I); token_by_row: (R,) int32; offset_by_expert: (E + 1,) int32.
+        dout: (T, H); a_scaled: (R, I); offset_by_expert: (E + 1,) int32.
+        token_by_row: (R,) int32, or ``None`` if the rows of ``dout`` are those of ``a_scaled``.
         accumulate_into: float32 (E, H, I) that the unrounded gradient is added to, or ``None``.
 
     Returns:
@@ -232,7 +237,7 @@ def down_backward_weight(
     if target is None:
         target = dout.new_zeros((num_experts, dout.shape[1], a_scaled.shape[1]))
     for expert, rows in _busy_experts(offset_by_expert):
-        dw = dout[token_by_row[rows]].to(acc).T @ a_scaled[rows].to(acc)
+        dw = _gather(dout, token_by_row, rows).to(acc).T @ a_scaled[rows].to(acc)
         target[expert] += dw.to(target.dtype)
     return target
 
@@ -268,7 +273,7 @@ def up_backward_weight(
     *,
     layout: GateUpLayout,
     gated: bool,
-    accumulate_into: Tensor | None,
+    accumulate_into: Tensor | None = None,
 ) -> Tensor:
     """``dw1[e] = sum over rows of e of outer(dh, x[token])``, in the row order of ``w1``.
 
@@ -292,7 +297,7 @@ def up_backward_weight(
         dh_e = dh[rows].to(acc)
         if gated:
             dh_e = merge_gate_up_rows(*split_gate_up(dh_e), layout)
-        x_e = x[rows if token_by_row is None else token_by_row[rows]].to(acc)
+        x_e = _gather(x, token_by_row, rows).to(acc)
         dw = dh_e.T @ x_e
         target[expert] += dw.to(target.dtype)
     return target

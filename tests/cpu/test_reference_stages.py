@@ -1,5 +1,7 @@
 """The stages: chained in float64 they are the layer oracle, and they round where they say."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -384,7 +386,9 @@ def test_weight_gradient_of_ungathered_rows():
     dw = stages.up_backward_weight(
         rows, drows, None, offsets, layout="concatenated", gated=False, accumulate_into=None
     )
-    torch.testing.assert_close(dw, torch.stack([drows[:4].T @ rows[:4], drows[4:5].T @ rows[4:5]]))
+    expected = torch.stack([drows[:4].T @ rows[:4], drows[4:5].T @ rows[4:5]])
+    torch.testing.assert_close(dw, expected)
+    torch.testing.assert_close(stages.down_backward_weight(drows, rows, None, offsets), expected)
 
 
 def test_bias_gradients_take_a_dtype():
@@ -403,3 +407,23 @@ def test_bias_gradients_take_a_dtype():
         0.5 * sum(r % 7 for r in range(257, 300)),
     ]
     assert got[:, 2].tolist() == expected
+
+
+def test_kernel_stages_have_the_same_signatures():
+    pytest.importorskip("triton")
+    pytest.importorskip("cutlass")
+    kernels = pytest.importorskip("sonic.stages")
+    names = [
+        name
+        for name, value in vars(stages).items()
+        if inspect.isfunction(value)
+        and value.__module__ == stages.__name__
+        and not name.startswith("_")
+    ]
+    assert len(names) == 11
+    for name in names:
+        parameters = [
+            [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+            for function in (getattr(stages, name), getattr(kernels, name))
+        ]
+        assert parameters[0] == parameters[1], name
