@@ -1,0 +1,132 @@
+"""Named barriers, cluster barriers and fences (PTX ISA 9.7.13.1-9.7.13.4, 8.7 "Proxies")."""
+
+from .builder import BLOCK, converged, first, instruction
+from .memory import Fault
+from .sync import NamedBarrier
+from .values import LANES
+
+
+@instruction("bar.warp.sync")
+def bar_warp(b, ins):
+    return lambda M, w, frag, m: None if converged(w, frag) else BLOCK
+
+
+def named_barrier(b, ins):
+    """`bar.sync a{, n}` and `bar.arrive a, n`: whole warps take part, counted as 32 threads each."""
+    ids = [b.get(x, "u4") for x in ins.operands]
+    arrive_only = "arrive" in ins.parts
+
+    def bar(M, w, frag, m):
+        if not converged(w, frag):
+            return BLOCK
+        i = first(ids[0](w.r), m)
+        if i > 15:
+            raise Fault(f"named barrier {i}: a CTA has 16, numbered 0 to 15")
+        barrier = w.cta.bars.get(i)
+        if barrier is None:
+            barrier = w.cta.bars[i] = NamedBarrier(i)
+        w.why = barrier
+        if frag.token is not None:
+            if barrier.generation == frag.token:
+                barrier.waiters.append(w)
+                return BLOCK
+            frag.token = None
+            return None
+        if len(ids) > 1:
+            n = first(ids[1](w.r), m)
+            if n % 32 or barrier.expected not in (0, n):
+                raise Fault(f"{barrier}: this warp expects {n} threads")
+            barrier.expected = n
+        barrier.arrived += LANES
+        barrier.warps.append(w)
+        barrier.dirty |= w.dirty
+        if not arrive_only:
+            barrier.joined.append(w)
+        generation = barrier.generation
+        barrier.settle(M, w.cta)
+        if arrive_only or barrier.generation != generation:
+            return None
+        frag.token = generation
+        barrier.waiters.append(w)
+        return BLOCK
+
+    return bar
+
+
+for _name in ("bar", "barrier"):
+    for _form in ("sync", "arrive", "cta.sync", "cta.arrive"):
+        instruction(f"{_name}.{_form}", "aligned")(named_barrier)
+
+
+@instruction("barrier.cluster.arrive", "release relaxed aligned")
+def cluster_arrive(b, ins):
+    relaxed = "relaxed" in ins.parts
+
+    def arrive(M, w, frag, m):
+        barrier = w.cta.cluster.barrier
+        if not relaxed:
+            publish_inits(w)
+            barrier.dirty |= w.dirty
+        w.cluster_target = barrier.phase
+        barrier.arrived += LANES if m is None else int(m.sum())
+        barrier.settle(M)
+
+    return arrive
+
+
+@instruction("barrier.cluster.wait", "acquire aligned")
+def cluster_wait(b, ins):
+    def wait(M, w, frag, m):
+        barrier = w.cta.cluster.barrier
+        if barrier.phase > w.cluster_target:
+            w.dirty |= {d for d in barrier.visible if not d.flushed}
+            return None
+        w.why = barrier
+        barrier.waiters.append(w)
+        return BLOCK
+
+    return wait
+
+
+def publish_inits(w):
+    """Makes the mbarriers that this warp initialised usable by other CTAs and by asynchronous units."""
+    for mb in w.cta.mbars.values():
+        if mb.init_warp is w:
+            mb.published = True
+
+
+@instruction("fence.proxy.async", "global shared::cta shared::cluster")
+def fence_proxy_async(b, ins):
+    if "global" in ins.parts:
+        return lambda M, w, frag, m: None
+
+    def fence(M, w, frag, m):
+        for d in w.dirty:
+            d.flush()
+        w.dirty = set()
+        publish_inits(w)
+
+    return fence
+
+
+instruction("fence.proxy.async::generic", "*")(lambda b, ins: lambda M, w, frag, m: None)
+
+
+@instruction("fence.mbarrier_init", "release cluster")
+def fence_mbarrier_init(b, ins):
+    return lambda M, w, frag, m: publish_inits(w)
+
+
+@instruction("fence.proxy", "alias tensormap::generic acquire release cta cluster gpu sys")
+def fence_proxy(b, ins):
+    return lambda M, w, frag, m: None
+
+
+@instruction("fence", "sc acq_rel acquire release cta cluster gpu sys sync_restrict::shared::cta sync_restrict::shared::cluster")
+def fence(b, ins):
+    return lambda M, w, frag, m: None
+
+
+@instruction("membar", "cta gl sys")
+def membar(b, ins):
+    return lambda M, w, frag, m: None

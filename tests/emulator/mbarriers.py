@@ -1,0 +1,162 @@
+"""mbarrier instructions (PTX ISA 9.7.13.15)."""
+
+import numpy as np
+
+from .builder import SOFT, instruction, lanes_of, set_reg
+from .memory import Fault
+from .ptx import Mem, PtxError, Sink
+from .sync import MBarrier
+from .values import LANES
+
+MODIFIERS = "shared shared::cta shared::cluster release relaxed acquire cta cluster"
+
+
+def operands(b, ins):
+    """(state destination or None, address function, value functions) of an mbarrier instruction."""
+    i = next(n for n, o in enumerate(ins.operands) if isinstance(o, Mem))
+    state = ins.operands[0] if i else None
+    return state, b.shared_address(ins.operands[i]), [b.get(o, "u4") for o in ins.operands[i + 1 : i + 2]]
+
+
+@instruction("mbarrier.init", MODIFIERS)
+def init(b, ins):
+    _, addr, (count,) = operands(b, ins)
+
+    def run(M, w, frag, m):
+        a, n = addr(w.r), count(w.r)
+        for i in lanes_of(m):
+            cta, off = w.cta.cluster.resolve(int(a[i]))
+            if off % 8:
+                raise Fault(f"mbarrier at {off:#x} is not 8-byte aligned")
+            if cta is not w.cta:
+                raise Fault("mbarrier.init in another CTA's shared memory")
+            cta.mbars[off] = MBarrier(cta, off, int(n[i]), w)
+        M.progress = M.tick
+
+    return run
+
+
+@instruction("mbarrier.inval", MODIFIERS)
+def inval(b, ins):
+    _, addr, _ = operands(b, ins)
+
+    def run(M, w, frag, m):
+        for x in set(addr(w.r)[list(lanes_of(m))].tolist()):
+            cta, off = w.cta.cluster.resolve(x)
+            mb = cta.mbars.pop(off, None)
+            if mb is None:
+                raise Fault(f"mbarrier.inval of cta{cta.rank}+{off:#x}, which holds no mbarrier")
+
+    return run
+
+
+def set_state(w, state, mb, lane, m):
+    """The opaque state token: here the number of completed phases of the barrier."""
+    if state is not None and not isinstance(state, Sink):
+        value = np.full(LANES, mb.completed, np.uint64)
+        only = np.arange(LANES) == lane
+        set_reg(w, state, value, only)
+
+
+@instruction("mbarrier.arrive", MODIFIERS + " expect_tx noComplete")
+def arrive(b, ins):
+    return arrival(b, ins, lambda mb, M, n: mb.arrive(M, n))
+
+
+@instruction("mbarrier.arrive_drop", MODIFIERS + " expect_tx noComplete")
+def arrive_drop(b, ins):
+    return arrival(b, ins, lambda mb, M, n: mb.drop(M, n))
+
+
+def arrival(b, ins, act):
+    state, addr, rest = operands(b, ins)
+    expect = "expect_tx" in ins.parts
+
+    def run(M, w, frag, m):
+        a, n = addr(w.r), rest[0](w.r) if rest else None
+        for i in lanes_of(m):
+            mb = w.cta.cluster.mbarrier(w, int(a[i]))
+            w.release_into(mb)
+            set_state(w, state, mb, i, m)
+            if expect:
+                mb.tx += int(n[i])
+                act(mb, M, 1)
+            else:
+                act(mb, M, 1 if n is None else int(n[i]))
+
+    return run
+
+
+@instruction("mbarrier.expect_tx", MODIFIERS)
+def expect_tx(b, ins):
+    _, addr, (count,) = operands(b, ins)
+
+    def run(M, w, frag, m):
+        a, n = addr(w.r), count(w.r)
+        for i in lanes_of(m):
+            w.cta.cluster.mbarrier(w, int(a[i])).add_tx(M, int(n[i]))
+
+    return run
+
+
+@instruction("mbarrier.complete_tx", MODIFIERS)
+def complete_tx(b, ins):
+    _, addr, (count,) = operands(b, ins)
+
+    def run(M, w, frag, m):
+        a, n = addr(w.r), count(w.r)
+        for i in lanes_of(m):
+            w.cta.cluster.mbarrier(w, int(a[i])).add_tx(M, -int(n[i]))
+
+    return run
+
+
+def waiting(b, ins):
+    """try_wait and test_wait: true once the phase of the given parity (or the state's phase) has completed."""
+    pred, mem, which = ins.operands[:3]
+    parity = "parity" in ins.parts
+    addr, phase = b.shared_address(mem), b.get(which, "u4" if parity else "u8")
+    if not isinstance(mem, Mem):
+        raise PtxError(f"line {ins.line}: unsupported instruction {ins.text}")
+    sleeps = ins.parts[1] == "try_wait"
+
+    def run(M, w, frag, m):
+        a, p = addr(w.r), phase(w.r)
+        done, seen = np.zeros(LANES, bool), {}
+        for i in lanes_of(m):
+            key = (int(a[i]), int(p[i]) & 1 if parity else int(p[i]))
+            if key not in seen:
+                seen[key] = test(w, *key, parity)
+            done[i] = seen[key]
+        set_reg(w, pred, done, m)
+        if all(seen.values()):
+            w.failed = 0
+            return None
+        # the first failure returns at once (a program may only be peeking), the next sleeps until the phase completes
+        w.failed += 1
+        return SOFT if sleeps and w.failed > 1 else None
+
+    return run
+
+
+def test(w, addr, phase, parity):
+    """Whether the wait is over; if it is, the warp is ordered after what was released into the phase."""
+    mb = w.cta.cluster.mbarrier(w, addr)
+    if mb.cta is not w.cta:
+        raise Fault("wait on another CTA's mbarrier")
+    ok = mb.phase != phase if parity else mb.completed > phase
+    if not ok:
+        mb.waiters.append(w)
+        w.why = (mb, phase)
+    elif mb.visible:
+        w.dirty |= {d for d in mb.visible if not d.flushed}
+    return ok
+
+
+for _name in ("try_wait", "test_wait"):
+    instruction(f"mbarrier.{_name}", MODIFIERS + " parity")(waiting)
+
+
+@instruction("mbarrier.pending_count", MODIFIERS)
+def pending_count(b, ins):
+    raise b.unsupported(ins)

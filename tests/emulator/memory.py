@@ -1,0 +1,243 @@
+"""Memory spaces: global buffers of the host, and a CTA's shared memory with its two proxies (PTX ISA 5.1, 8.7).
+
+Shared memory is kept twice: as the generic proxy sees it and as the async proxy (TMA, wgmma, tcgen05) sees it. A generic
+store reaches the second copy only by a `fence.proxy.async` of a warp that is ordered after the store. What asynchronous
+operations are reading and writing is tracked, so that an access that races with one is reported whatever the data.
+"""
+
+import bisect
+
+import numpy as np
+
+from .values import POISON32, UINT
+
+SHARED_WINDOW = 1 << 56  # where shared memory appears in the generic address space
+LOCAL_WINDOW = 1 << 57  # and local memory
+SMEM_BYTES = 1 << 18  # what the 14-bit address field of a matrix descriptor can reach
+SMEM_RESERVED = 1024  # the system part at the start of a CTA's shared memory
+
+
+class Fault(Exception):
+    """A program error that the emulator found."""
+
+
+class GlobalMemory:
+    """The registered host buffers; an access outside all of them is a fault."""
+
+    def __init__(self):
+        self.bases, self.regions = [], []
+
+    def add(self, base, data, name=""):
+        """Registers the bytes of the uint8 array `data`, which lie at host address `base`."""
+        i = bisect.bisect(self.bases, base)
+        self.bases.insert(i, base)
+        self.regions.insert(i, (base, len(data), data, name))
+
+    def remove(self, base):
+        i = self.bases.index(base)
+        del self.bases[i], self.regions[i]
+
+    def find(self, addr, what="access"):
+        """(base, size, bytes) of the buffer that holds the address."""
+        i = bisect.bisect_right(self.bases, addr) - 1
+        if i >= 0:
+            base, size, data, _ = self.regions[i]
+            if addr < base + size:
+                return base, size, data
+        raise Fault(f"global {what} at {addr:#x}: {self.nearest(addr)}")
+
+    def nearest(self, addr):
+        """Where an address lies relative to the closest buffer, for a message."""
+        if not self.regions:
+            return "no buffer is registered"
+        base, size, _, name = min(self.regions, key=lambda r: min(abs(addr - r[0]), abs(addr - r[0] - r[1])))
+        where = f"{addr - base - size} bytes past the end of" if addr >= base + size else f"{base - addr} bytes before"
+        return f"{where} the nearest buffer, {name or 'unnamed'} ({size} bytes at {base:#x})"
+
+    def read(self, addr, nbytes):
+        base, size, data = self.find(addr, "read")
+        if addr + nbytes > base + size:
+            raise Fault(f"global read of {nbytes} bytes at {addr:#x} runs past its buffer")
+        return data[addr - base : addr - base + nbytes]
+
+    def locate(self, addrs, nbytes, what, align=None):
+        """[(selector, bytes, offsets)] for lanes' addresses, one entry a buffer; checks alignment and bounds."""
+        if (addrs % np.uint64(align or nbytes)).any():
+            raise Fault(f"global {what} misaligned for {align or nbytes} bytes: {int(addrs[addrs % np.uint64(align or nbytes) != 0][0]):#x}")
+        base, size, data = self.find(int(addrs[0]), what)
+        off = (addrs - np.uint64(base)).view(np.int64)
+        if off.min() >= 0 and off.max() + nbytes <= size:
+            return [(slice(None), data, off)]
+        out, left = [], np.ones(len(addrs), bool)
+        while left.any():
+            one = int(addrs[left][0])
+            base, size, data = self.find(one, what)
+            off = (addrs - np.uint64(base)).view(np.int64)
+            sel = left & (off >= 0) & (off + nbytes <= size)
+            if not sel.any():
+                raise Fault(f"global {what} of {nbytes} bytes at {one:#x} runs past its buffer of {size} bytes at {base:#x}")
+            out.append((sel, data, off[sel]))
+            left &= ~sel
+        return out
+
+
+class Dirty:
+    """Generic-proxy stores to shared memory that no proxy fence has published to the async proxy yet."""
+
+    __slots__ = ("smem", "index", "size", "flushed", "origin")
+
+    def __init__(self, smem, index, size, origin):
+        self.smem, self.index, self.size, self.flushed, self.origin = smem, index, size, False, origin
+
+    def flush(self):
+        if not self.flushed:
+            s = self.smem
+            s.asynchronous[self.size][self.index] = s.generic[self.size][self.index]
+            s.clean(self.index, self.size)
+            self.flushed = True
+
+
+class Access:
+    """An asynchronous operation in flight on 16-byte units of shared memory (4-byte words for cp.async)."""
+
+    __slots__ = ("kind", "units", "ins", "who")
+
+    def __init__(self, kind, units, ins, who):
+        self.kind, self.units, self.ins, self.who = kind, units, ins, who
+
+    def __str__(self):
+        return f"{self.kind} issued by {self.who}, {self.ins.where()}"
+
+
+class SharedMemory:
+    """One CTA's shared memory. `end` is the first offset past its allocation; `check` turns race reports on."""
+
+    def __init__(self, name, end, check=True):
+        self.name, self.end, self.check = name, end, check
+        data = np.full(SMEM_BYTES // 4, POISON32, np.uint32).view(np.uint8)
+        self.generic = self._views(data)
+        self.asynchronous = self._views(data.copy())
+        self.reading = np.zeros(SMEM_BYTES // 16, np.int16)  # counts of async operations on each unit
+        self.writing = np.zeros(SMEM_BYTES // 16, np.int16)
+        self.copying = np.zeros(SMEM_BYTES // 4, np.uint8)  # counts of cp.async on each word
+        self.copying_unit = self.copying.view(np.uint32)
+        self.unfenced = np.zeros(SMEM_BYTES // 4, bool)  # words the async proxy does not see yet
+        self.unfenced_unit = self.unfenced.view(np.uint32)
+        self.inflight, self.copies, self.accesses, self.stores = 0, 0, set(), {}
+        self.version = 0  # of the async copy, for caches of what was read from it
+
+    @staticmethod
+    def _views(data):
+        views = {n: data.view(t) for n, t in UINT.items()}
+        views[16] = data.reshape(-1, 16)
+        return views
+
+    # ---- asynchronous operations in flight ----
+    def begin(self, kind, units, ins, who):
+        """Marks units as read ("... read"), written or copied to by an operation until `end`."""
+        access = Access(kind, units, ins, who)
+        self.accesses.add(access)
+        if kind == "cp.async":
+            np.add.at(self.copying, units, np.uint8(1))
+            self.copies += 1
+        else:
+            (self.writing if kind == "TMA write" else self.reading)[units] += 1
+            self.inflight += 1
+        return access
+
+    def end_access(self, access):
+        self.accesses.discard(access)
+        if access.kind == "cp.async":
+            np.subtract.at(self.copying, access.units, np.uint8(1))
+            self.copies -= 1
+        else:
+            (self.writing if access.kind == "TMA write" else self.reading)[access.units] -= 1
+            self.inflight -= 1
+
+    def conflict(self, what, units, kinds):
+        """The Fault for an access `what` to 16-byte units that an operation of one of `kinds` is using."""
+        wanted = set(np.asarray(units).reshape(-1).tolist())
+        for a in self.accesses:
+            own = set((a.units >> 2 if a.kind == "cp.async" else a.units).reshape(-1).tolist())
+            if a.kind.endswith(kinds) and wanted & own:
+                at = min(wanted & own) * 16
+                return Fault(f"race: {what} of {self.name}+{at:#x} while in flight: {a}")
+        return Fault(f"race: {what} of {self.name}")
+
+    def check_generic(self, off, nbytes, write):
+        """A generic load or store of `nbytes` at each offset in `off`."""
+        if not self.check:
+            return
+        what = "generic store" if write else "generic load"
+        if self.inflight:
+            u = off >> np.uint32(4)
+            if self.writing[u].any():
+                raise self.conflict(what, u, ("TMA write",))
+            if write and self.reading[u].any():
+                raise self.conflict(what, u, ("read",))
+        if self.copies:
+            words = off >> np.uint32(2)
+            for i in range(max(nbytes // 4, 1)):
+                if self.copying[words + np.uint32(i)].any():
+                    raise self.conflict(what, off >> np.uint32(4), ("cp.async",))
+
+    def check_async(self, units, what, write):
+        """An async-proxy read or write of 16-byte units, as it is issued."""
+        if not self.check:
+            return
+        if self.inflight:
+            if self.writing[units].any():
+                raise self.conflict(what, units, ("TMA write",))
+            if write and self.reading[units].any():
+                raise self.conflict(what, units, ("read",))
+        if self.copies and self.copying_unit[units].any():
+            raise self.conflict(what, units, ("cp.async",))
+        stale = self.unfenced_unit[units]
+        if stale.any():
+            at = int(np.asarray(units)[stale != 0].min())
+            raise Fault(
+                f"{what} of {self.name}+{at * 16:#x}, where a generic-proxy store was not followed by a fence.proxy.async "
+                f"ordered before it; stored by {self.origin_of(at)}"
+            )
+
+    def origin_of(self, unit):
+        for d in self.stores.values():
+            if not d.flushed and (d.index * d.size // 16 == unit).any():
+                warp, ins = d.origin
+                return f"{warp}, {ins.where()}"
+        return "an unknown instruction"
+
+    # ---- the two proxies ----
+    def clean(self, index, size):
+        self.version += 1
+        if size == 16:
+            self.unfenced_unit[index] = 0
+        elif size == 8:
+            self.unfenced[2 * index] = self.unfenced[2 * index + 1] = False
+        else:
+            self.unfenced[index * size >> 2] = False
+
+    def note_store(self, index, size, origin):
+        """Records a generic store; returns its Dirty. Storing to the same places again shares one while unfenced."""
+        key = (size, index.tobytes())
+        d = self.stores.get(key)
+        if d is None or d.flushed:
+            d = self.stores[key] = Dirty(self, index, size, origin)
+        if size == 16:
+            self.unfenced_unit[index] = 0x01010101
+        elif size == 8:
+            self.unfenced[2 * index] = self.unfenced[2 * index + 1] = True
+        else:
+            self.unfenced[index * size >> 2] = True
+        return d
+
+    def write_async(self, units, data):
+        """An async-proxy write of 16-byte units: both proxies see it once it is complete."""
+        self.generic[16][units] = data
+        self.asynchronous[16][units] = data
+        self.version += 1
+
+    def write_async_bytes(self, off, data):
+        self.generic[1][off : off + len(data)] = data
+        self.asynchronous[1][off : off + len(data)] = data
+        self.version += 1

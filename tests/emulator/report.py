@@ -1,0 +1,47 @@
+"""What everything was doing when a launch failed."""
+
+
+def waits_for(w):
+    """What a sleeping warp waits for."""
+    why = w.why
+    if isinstance(why, tuple):
+        return f"parity {why[1]} of {why[0]}"
+    return str(why) if why is not None else "?"
+
+
+def position(w, code):
+    """Where each fragment of a warp is."""
+    parts = []
+    for f in w.frags:
+        if f.pc < len(code):
+            lanes = "" if f.mask is None else f" ({int(f.mask.sum())} lanes)"
+            parts.append(code[f.pc].where() + lanes)
+    return "; ".join(parts)
+
+
+def cta_report(cta, code):
+    """Warps in the same state share a line; then the barriers that are not at rest."""
+    groups = {}
+    for w in cta.warps:
+        if w.frags:
+            state = "ready" if w.ready else f"waits for {waits_for(w)}"
+            groups.setdefault((state, position(w, code)), []).append(w.index)
+    out = [f"  cta{cta.ctaid} rank {cta.rank} warps {warps}: {state}\n      at {where}" for (state, where), warps in groups.items()]
+    done = [w.index for w in cta.warps if not w.frags]
+    if done:
+        out.append(f"  cta{cta.ctaid} rank {cta.rank} warps {done}: exited")
+    out += [f"    {mb}" for _, mb in sorted(cta.mbars.items())]
+    out += [f"    {b}" for b in cta.bars.values() if b.arrived]
+    out += [f"    in flight: {a}" for a in list(cta.smem.accesses)[:8]]
+    return out
+
+
+def report(machine):
+    """Every warp of the first clusters, with its place and what it waits for, and the state of the barriers."""
+    out = [f"[{machine.policy}; step {machine.steps}, {len(machine.events)} asynchronous operations pending]"]
+    for cluster in machine.active[:2]:
+        for cta in cluster.ctas:
+            out += cta_report(cta, machine.program.kernel.instrs)
+        if cluster.barrier.arrived:
+            out.append(f"    {cluster.barrier}")
+    return "\n".join(out)

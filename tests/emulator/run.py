@@ -1,0 +1,108 @@
+"""Entry points: run a CuTeDSL function, or an already compiled one, on CPU tensors."""
+
+import ctypes
+import tempfile
+from dataclasses import dataclass
+
+from . import ptx
+from .compiled import compile_function, export, fake_argument, ptx_of
+from .host import Buffer, HostFunction, is_array
+from .machine import Machine
+from .memory import GlobalMemory
+from .policy import Policy
+from .program import Program
+
+# (shared memory a CTA may opt in to, SMs) of H200, B200, RTX 5090
+DEVICES = {"sm_90": (232448, 132), "sm_10": (232448, 148), "sm_12": (101376, 170)}
+
+
+class Emulator:
+    """A compiled CuTeDSL host function with its kernels, ready to run on the CPU.
+
+    compiled: what `cute.compile` returned, with --enable-tvm-ffi and --keep-ptx; or None, with `ptx_text`, `object_file`
+    and `name` (that of `export_to_c(path, function_name=name)`).
+    """
+
+    def __init__(self, compiled=None, *, ptx_text=None, object_file=None, name="kernel"):
+        self.workdir = tempfile.mkdtemp(prefix="emulator_")
+        if compiled is not None:
+            ptx_text, object_file = ptx_of(compiled), export(compiled, self.workdir, name)
+        self.host = HostFunction(object_file, name, self.workdir)
+        self.load(ptx_text)
+
+    def load(self, ptx_text):
+        """Translates PTX text; called again with a changed text for a mutation test."""
+        self.ptx_text = ptx_text
+        self.programs = {n: Program(k) for n, k in ptx.parse(ptx_text).items()}
+
+    def __call__(self, args, policy=None, sm_count=None, **machine_options):
+        """Runs the function on `args` (in the order of its signature, Constexprs left out); returns the Machine.
+
+        Arrays are torch CPU tensors or numpy arrays and are used in place; other arguments are numbers, None or STREAM.
+        `sm_count` is what the host code reads as the number of SMs. Raises Fault for what the emulator finds.
+        """
+        memory, buffers, regions = GlobalMemory(), [], {}
+        for i, a in enumerate(args):
+            if is_array(a):
+                b = Buffer.of(a)
+                if len(b.data):
+                    regions.setdefault(b.base, (b.data, f"argument {i} {b.dtype}{list(b.shape)}"))
+                a = b
+            buffers.append(a)
+        for base, (data, label) in regions.items():
+            memory.add(base, data, label)
+        machine = self.machine = Machine(memory, policy or Policy(), **machine_options)
+        target = next(iter(self.programs.values())).kernel.target
+        smem_optin, sms = DEVICES.get(target[:5], DEVICES["sm_90"])
+
+        def on_launch(launch):
+            program = self.programs[launch.name]
+            if launch.smem > smem_optin:
+                raise RuntimeError(f"{launch.name} asks for {launch.smem} bytes of shared memory, {target} has {smem_optin}")
+            params = [ctypes.string_at(launch.args[i], p[1]) for i, p in enumerate(program.kernel.params)]
+            machine.launch(program, launch.grid, launch.block, launch.cluster, launch.smem, params)
+
+        self.host(buffers, on_launch, smem_optin, sm_count or sms)
+        return machine
+
+
+@dataclass(frozen=True)
+class Const:
+    """A compile-time (Constexpr) argument of `run_kernel`: passed to cute.compile, absent from the call."""
+
+    value: object
+
+
+def run_kernel(
+    function,
+    args,
+    gpu_arch="sm_90a",
+    *,
+    seed=0,
+    policy=None,
+    fakes=None,
+    static=False,
+    options="",
+    sm_count=None,
+    emulator=None,
+    **machine_options,
+):
+    """Compiles a @cute.jit function for `gpu_arch`, runs it on the CPU; returns (its array arguments, the Machine).
+
+    function: a @cute.jit host function (or an object with such a __call__) that launches kernels.
+    args: in the order of its signature: torch CPU tensors or numpy arrays (used in place), numbers, None, STREAM for a
+        stream, Const(value) for a Constexpr.
+    seed, policy: a Policy, or a timing mode ("mixed", "eager", "random", "lazy") drawn with `seed`.
+    fakes: the arguments for cute.compile; by default made from `args`, sizes and strides symbolic (`static`: fixed).
+    emulator: an Emulator made before, to skip compiling.
+    sm_count and other options: see Emulator.__call__ and Machine.
+    """
+    if emulator is None:
+        if fakes is None:
+            fakes = [a.value if isinstance(a, Const) else fake_argument(a, static) for a in args]
+        emulator = Emulator(compile_function(function, fakes, gpu_arch, options))
+    if not isinstance(policy, Policy):
+        policy = Policy(seed, policy or "mixed")
+    args = [a for a in args if not isinstance(a, Const)]
+    machine = emulator(args, policy, sm_count, **machine_options)
+    return [a for a in args if is_array(a)], machine

@@ -1,0 +1,100 @@
+"""Warps, CTAs and clusters in execution (PTX ISA 2 "Programming model")."""
+
+import numpy as np
+
+from .memory import SMEM_RESERVED, Fault, SharedMemory
+from .sync import ClusterBarrier
+from .values import LANES
+
+TMEM_COLUMNS = 512
+
+
+class Fragment:
+    """Lanes of a warp that share a program counter; `mask` is None when all 32 do."""
+
+    __slots__ = ("pc", "mask", "blocked", "token")
+
+    def __init__(self, pc, mask):
+        self.pc, self.mask, self.blocked, self.token = pc, mask, False, None
+
+
+class Warp:
+    """A warp: its registers `r`, divergent fragments and what it has in flight."""
+
+    def __init__(self, cta, index, registers, lanes, local_bytes):
+        self.cta, self.index, self.r = cta, index, registers
+        self.frags = [Fragment(0, None if lanes.all() else lanes)]
+        self.live = lanes  # lanes that have not exited
+        self.ready = True
+        self.rank = 0.0  # scheduling priority, where the policy uses one
+        self.why = None  # what it waits for, for reports
+        self.failed = 0  # failed try_waits in a row
+        self.dirty = set()  # unfenced generic stores that are ordered before what this warp does next
+        self.cluster_target = 0
+        self.bulk_open, self.bulk_groups = [], []  # cp.async.bulk
+        self.copy_open, self.copy_groups, self.copies = [], [], []  # cp.async
+        self.wgmma_open, self.wgmma_groups = [], []
+        self.fenced, self.produced = None, {}  # registers at the last wgmma.fence, and those a wgmma wrote since
+        self.st_pending, self.st_waiting = 0, False  # tcgen05.st
+        self.local = np.zeros((LANES, local_bytes), np.uint8) if local_bytes else None
+        self.call_params = {}
+
+    def __str__(self):
+        return f"cta{self.cta.ctaid} rank {self.cta.rank} warp {self.index}"
+
+    def release_into(self, barrier):
+        """Orders the warp's unfenced stores before what the waiters of the mbarrier do next."""
+        if self.dirty:
+            self.dirty = barrier.release(self.dirty)
+
+
+class Cta:
+    """A CTA and what it owns."""
+
+    def __init__(self, cluster, rank, ctaid, program, smem_end, check):
+        self.cluster, self.rank, self.ctaid, self.program = cluster, rank, ctaid, program
+        self.smem = SharedMemory(f"cta{rank} shared", smem_end, check)
+        self.mbars, self.bars, self.warps = {}, {}, []
+        self.live_warps = 0
+        self.registers = None  # the setmaxnreg pool
+        self.tmem = None  # made on the first allocation
+        self.tmem_busy = np.zeros(TMEM_COLUMNS, np.int16)
+        self.tmem_alloc = {}  # first column -> columns
+        self.tmem_relinquished = False
+        self.alloc_calls, self.alloc_waiters, self.alloc_done = 0, [], {}  # of tcgen05.alloc.cta_group::2
+
+    def check_exit(self):
+        """The rules for a CTA whose last warp has exited."""
+        if self.tmem_alloc:
+            raise Fault(f"cta{self.ctaid} exits with TMEM still allocated: {self.tmem_alloc}")
+        if self.smem.accesses:
+            raise Fault(f"cta{self.ctaid} exits while its shared memory is in use: {next(iter(self.smem.accesses))}")
+
+
+class Cluster:
+    """The CTAs of a cluster and their common barrier."""
+
+    def __init__(self, index):
+        self.index, self.ctas, self.barrier, self.live_warps = index, [], ClusterBarrier(), 0
+
+    def resolve(self, addr):
+        """The CTA and offset of one shared::cluster address; ranks live in bits 24 and up."""
+        rank, off = addr >> 24, addr & 0xFFFFFF
+        if rank >= len(self.ctas):
+            raise Fault(f"shared address {addr:#x} names CTA {rank} of the cluster, which does not exist")
+        cta = self.ctas[rank]
+        if cta.live_warps == 0:
+            raise Fault(f"access to the shared memory of cta{rank}, which has exited")
+        if not SMEM_RESERVED <= off < cta.smem.end:
+            raise Fault(f"shared address {addr:#x} is outside the allocation {SMEM_RESERVED:#x}..{cta.smem.end:#x}")
+        return cta, off
+
+    def mbarrier(self, warp, addr, remote=False):
+        """The mbarrier at an address, used by `warp` (or by an asynchronous unit: `remote`)."""
+        cta, off = self.resolve(addr)
+        mb = cta.mbars.get(off)
+        if mb is None:
+            raise Fault(f"no initialised mbarrier at cta{cta.rank}+{off:#x}")
+        if (remote or cta is not warp.cta) and not mb.published:
+            raise Fault(f"use of {mb} by another CTA or an asynchronous unit, but its initialisation was never fenced")
+        return mb

@@ -1,0 +1,108 @@
+"""Synchronisation objects: mbarriers, named barriers, cluster barriers (PTX ISA 9.7.13)."""
+
+from .memory import Fault
+
+TX_RANGE = (1 << 20) - 1
+
+
+class MBarrier:
+    """An mbarrier object (9.7.13.15): the current phase completes when no arrivals and no transaction bytes are pending."""
+
+    def __init__(self, cta, offset, count, warp):
+        if not 1 <= count <= TX_RANGE:
+            raise Fault(f"mbarrier.init with count {count}")
+        self.cta, self.offset, self.expected, self.pending, self.tx, self.phase = cta, offset, count, count, 0, 0
+        self.completed = 0
+        self.waiters = []
+        self.init_warp, self.published = warp, False
+        self.released, self.visible = set(), set()  # unfenced generic stores released into this / the completed phase
+
+    def __str__(self):
+        return (
+            f"mbarrier cta{self.cta.rank}+{self.offset:#x} phase {self.phase} (completed {self.completed}) "
+            f"pending arrivals {self.pending}/{self.expected}, pending bytes {self.tx}"
+        )
+
+    def release(self, dirty):
+        """What an arriving warp stored before becomes ordered before what the waiters do."""
+        live = {d for d in dirty if not d.flushed}
+        self.released |= live
+        return live
+
+    def arrive(self, machine, n):
+        if n > self.pending:
+            raise Fault(f"{self}: {n} arrivals, more than are pending")
+        self.pending -= n
+        self.settle(machine)
+
+    def drop(self, machine, n):
+        self.expected -= n
+        self.arrive(machine, n)
+
+    def add_tx(self, machine, n):
+        self.tx += n
+        if abs(self.tx) > TX_RANGE:
+            raise Fault(f"{self}: transaction count out of range")
+        self.settle(machine)
+
+    def settle(self, machine):
+        machine.progress = machine.tick
+        if self.pending == 0 and self.tx == 0:
+            self.phase ^= 1
+            self.completed += 1
+            self.pending = self.expected
+            self.visible, self.released = {d for d in self.visible | self.released if not d.flushed}, set()
+            for w in self.waiters:
+                machine.wake(w)
+            self.waiters.clear()
+
+
+class NamedBarrier:
+    """One of the CTA's 16 barriers of `bar`/`barrier` (9.7.13.1)."""
+
+    def __init__(self, number):
+        self.number, self.arrived, self.generation, self.expected = number, 0, 0, 0
+        self.waiters, self.warps, self.joined, self.dirty = [], [], [], set()
+
+    def __str__(self):
+        return f"named barrier {self.number}: {self.arrived} of {self.expected or 'all'} threads arrived (warps {sorted(w.index for w in self.warps)})"
+
+    def settle(self, machine, cta):
+        """Completes the barrier if enough threads have arrived."""
+        need = self.expected or sum(-(-int(x.live.sum()) // 32) * 32 for x in cta.warps)
+        if not self.arrived or self.arrived < need:
+            return
+        if self.arrived > need:
+            raise Fault(f"{self}: more threads than expected")
+        self.arrived, self.expected = 0, 0
+        self.generation += 1
+        machine.progress = machine.tick
+        known = {d for d in self.dirty if not d.flushed}
+        for x in self.joined:  # stores before the barrier are ordered before what those that wait do next
+            x.dirty |= known
+        self.warps.clear()
+        self.joined.clear()
+        self.dirty = set()
+        for x in self.waiters:
+            machine.wake(x)
+        self.waiters.clear()
+
+
+class ClusterBarrier:
+    """`barrier.cluster` (9.7.13.4)."""
+
+    def __init__(self):
+        self.phase, self.arrived, self.waiters, self.live_lanes, self.dirty, self.visible = 0, 0, [], 0, set(), set()
+
+    def __str__(self):
+        return f"cluster barrier: {self.arrived} of {self.live_lanes} threads arrived"
+
+    def settle(self, machine):
+        if self.arrived and self.arrived == self.live_lanes:
+            self.arrived = 0
+            self.phase += 1
+            self.visible, self.dirty = {d for d in self.dirty if not d.flushed}, set()
+            machine.progress = machine.tick
+            for x in self.waiters:
+                machine.wake(x)
+            self.waiters.clear()

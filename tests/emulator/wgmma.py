@@ -1,0 +1,143 @@
+"""Asynchronous warpgroup MMA (PTX ISA 9.7.15).
+
+Each warp of the warpgroup runs its own quarter: rows 16*(warp%4).. of the 64. An operation reads its operands and
+accumulators and writes its accumulators when it fires, between its issue and the wait for its group.
+"""
+
+
+from .builder import BLOCK, converged, instruction
+from .memory import Fault
+from .operands import ELEM, check_extent, gather_ab, gather_d, operand_offsets, read_operand, scatter_d, to_float
+
+
+class Operation:
+    __slots__ = ("done", "waiters", "registers")
+
+    def __init__(self, registers):
+        self.done, self.waiters, self.registers = False, [], registers
+
+
+@instruction("wgmma.fence.sync.aligned")
+def fence(b, ins):
+    """9.7.15.7.1: orders the warp's register accesses before the wgmma operations that follow."""
+
+    def run(M, w, frag, m):
+        if not converged(w, frag):
+            return BLOCK
+        w.fenced, w.produced = list(w.r), {}
+
+    return run
+
+
+@instruction("wgmma.commit_group.sync.aligned")
+def commit_group(b, ins):
+    def run(M, w, frag, m):
+        if not converged(w, frag):
+            return BLOCK
+        w.wgmma_groups.append(w.wgmma_open)
+        w.wgmma_open = []
+
+    return run
+
+
+@instruction("wgmma.wait_group.sync.aligned")
+def wait_group(b, ins):
+    n = ins.operands[0].bits
+
+    def run(M, w, frag, m):
+        if not converged(w, frag):
+            return BLOCK
+        while w.wgmma_groups and all(op.done for op in w.wgmma_groups[0]):
+            w.wgmma_groups.pop(0)
+        if len(w.wgmma_groups) <= n:
+            return None
+        w.why = f"{len(w.wgmma_groups)} wgmma groups in flight"
+        for op in w.wgmma_groups[-n - 1]:
+            op.waiters.append(w)
+        return BLOCK
+
+    return run
+
+
+def check_fence(M, w, registers, what):
+    """9.7.15.7.1: registers that a wgmma accesses must not have been written since the last wgmma.fence, except by a wgmma.
+
+    Values are told apart by their arrays: a copy of a fenced value is no write, nor is a constant, since the compiler sinks
+    the initialisation of accumulators past the fence. It may sink other pure instructions too, so this is a warning.
+    """
+    r, fenced, produced = w.r, w.fenced, w.produced
+    if fenced is None:
+        raise Fault("wgmma without an earlier wgmma.fence")
+    suspects = [i for i in registers if fenced[i] is not r[i] and produced.get(i) is not r[i] and r[i].flags.writeable]
+    if suspects:
+        known = {id(x) for x in fenced} | {id(x) for x in produced.values()}
+        for i in suspects:
+            if id(r[i]) not in known:
+                name = w.cta.program.kernel.reg_names[i]
+                M.warnings.add(f"{what} {name} was written after the last wgmma.fence, {w.cta.program.kernel.instrs[w.frags[0].pc].where()}")
+                return
+
+
+@instruction("wgmma.mma_async.sync.aligned", "*")
+def mma_async(b, ins):
+    """D (64 x N, float32) = A B + D * scale-d; A from shared memory or registers, B from shared memory."""
+    p = ins.parts
+    shape = next(x for x in p if x.startswith("m64n"))
+    n, k = (int(x) for x in shape[4:].split("k"))
+    td, ta, tb = p[p.index(shape) + 1 : p.index(shape) + 4]
+    d, a, bd, scale_d, *imm = ins.operands
+    if td != "f32" or k * ELEM.get(ta, 0) != 32 or tb not in ELEM or "sp" in p:
+        raise b.unsupported(ins)
+    d = [x.index for x in b.vector(d)]
+    in_regs = len(b.vector(a)) == 4
+    ga = [b.get(x, "u4") for x in a.items] if in_regs else b.get(a, "u8")
+    gb, gs = b.get(bd, "u8"), b.get(scale_d, "?")
+    imm = [x.bits for x in imm]
+    neg_a, neg_b = imm[0] == -1, imm[1] == -1
+    trans = [*imm[2:], 0, 0]
+    mn_a, mn_b = (0, trans[0]) if in_regs else (trans[0], trans[1])
+    if len(d) != n // 2 or {imm[0], imm[1]} - {1, -1}:
+        raise b.unsupported(ins)
+
+    def run(M, w, frag, m):
+        if not converged(w, frag):
+            return BLOCK
+        r, smem, quarter = w.r, w.cta.smem, w.index % 4
+        keep, b_desc = bool(gs(r)[0]), int(gb(r)[0])
+        check_fence(M, w, d if keep else (), "accumulator")
+        if in_regs:
+            check_fence(M, w, [x.index for x in a.items], "A operand")
+        units = [operand_offsets(b_desc, n, k, ELEM[tb], bool(mn_b), False)[1]]
+        if in_regs:
+            a_bits = gather_ab([g(r) for g in ga], ELEM[ta], 16)
+        else:
+            index, own = operand_offsets(int(ga(r)[0]), 64, k, ELEM[ta], bool(mn_a), False)
+            rows = index[16 * quarter : 16 * quarter + 16]
+            units.append(own)
+        for u in units:
+            check_extent(smem, u, "wgmma")
+            smem.check_async(u, "wgmma operand read", write=False)
+        accesses = [smem.begin("wgmma read", u, ins, w) for u in units]
+        op = Operation(d)
+        w.wgmma_open.append(op)
+
+        def fire():
+            av = to_float(a_bits if in_regs else smem.asynchronous[ELEM[ta]][rows], ta)
+            bv = M.cached_operand(smem, (b_desc, n, k, tb, mn_b, neg_b), lambda: read_operand(smem, b_desc, n, k, tb, mn_b, neg_b, False))
+            out = (-av if neg_a else av) @ bv.T
+            if keep:
+                out = out + gather_d([r[i] for i in d], n)
+            for i, v in zip(d, scatter_d(out, n), strict=True):
+                r[i] = w.produced[i] = v
+            for access in accesses:
+                smem.end_access(access)
+            op.done = True
+            for x in op.waiters:
+                M.wake(x)
+
+        M.later("mma", fire, queue=("wgmma", id(w)), cause=(w, ins))
+        M.count("wgmma")
+
+    return run
+
+
