@@ -254,8 +254,7 @@ def _gradients(
     act, order = ActivationType(activation), GateUpLayout(layout)
     stages = _load_stages(impl, dout.device)
     require_aligned(impl, w1_main_grad=w1_main_grad, w2_main_grad=w2_main_grad)
-    none = dout.new_empty((0,))
-    dx = dw1 = db1 = dw2 = db2 = none
+    dx, dw1, db1, dw2, db2 = (dout.new_empty((0,)) for _ in range(5))  # results must not alias
     dscores = scores.new_empty((0,))
     with _region(dout, impl):
         dout = _rows_16b(dout)
@@ -275,7 +274,7 @@ def _gradients(
             result = stages.down_backward_weight(
                 dout, a_scaled, token_by_row, offset_by_expert, accumulate_into=w2_main_grad
             )
-            dw2 = result if w2_main_grad is None else none
+            dw2 = result if w2_main_grad is None else dw2
         del a_scaled, ds_partial
         if needs_w1:
             result = stages.up_backward_weight(
@@ -287,7 +286,7 @@ def _gradients(
                 gated=act.is_gated,
                 accumulate_into=w1_main_grad,
             )
-            dw1 = result if w1_main_grad is None else none
+            dw1 = result if w1_main_grad is None else dw1
         if needs_b1:
             db1 = stages.bias_grad_rows(dh, offset_by_expert)
             if act.is_gated:
@@ -424,7 +423,7 @@ def grouped_mm_backward(
     if dout.shape[0] == 0:
         return _grouped_mm_gradients(torch.zeros, dout, weight, needs)
     stages = _load_stages(impl, dout.device)
-    drows = dweight = dbias = dout.new_empty((0,))
+    drows, dweight, dbias = (dout.new_empty((0,)) for _ in range(3))
     with _region(dout, impl):
         dout = _rows_16b(dout)
         if needs[0]:
