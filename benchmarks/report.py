@@ -1,0 +1,288 @@
+"""Result files, tables for the terminal, and the README's tables made from committed results.
+
+python benchmarks/report.py --write README.md    replace every generated block
+python benchmarks/report.py --check README.md    exit 1 if a block differs from the results
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.shapes import EXTRA_SHAPES, NAMED_SHAPES, NamedShape
+
+RESULTS = Path(__file__).resolve().parent / "results"
+HEAD_KEYS = ("device", "driver", "versions", "commit", "command", "date")
+OURS = "sonic"
+REFERENCE = "sonic_reference"  # the package's torch implementation: never shown as ours
+CUBLAS = "cublas_bmm"
+NARROW = "torch_rounded"  # torch with the same rounding points
+CEILING_UNIT = "% of cuBLAS"
+ERROR_UNIT = "relative L2"
+_BEGIN, _END = "<!-- generated: {} -->", "<!-- end of generated part -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure; ``value`` is None if it was not finite.
+
+    ``problem`` is [T, H, I, E, top_k], or empty where no single size belongs to the figure.
+    """
+
+    provider: str
+    problem: list[int]
+    metric: str
+    value: float | None
+    unit: str
+
+
+@dataclass
+class Result:
+    """A result file: the head that :func:`benchmarks.measure.environment` makes, and rows."""
+
+    head: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    provider: str = OURS
+
+    def add(
+        self, metric: str, value: float, unit: str, problem: list[int], provider: str = ""
+    ) -> None:
+        finite = value if math.isfinite(value) else None
+        self.rows.append(Row(provider or self.provider, problem, metric, finite, unit))
+
+    def write(self, path: Path) -> None:
+        """Write the whole file anew, one row a line, so that a diff of two results reads well."""
+        head = {key: self.head[key] for key in HEAD_KEYS}
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+        rows = ",\n".join(f"    {json.dumps(asdict(row), allow_nan=False)}" for row in self.rows)
+        text = "\n".join(["{", *lines, '  "rows": [', rows, "  ]", "}"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """Raises ``ValueError`` naming what is missing when the file is not a result file."""
+        content = json.loads(path.read_text())
+        missing = [key for key in (*HEAD_KEYS, "rows") if key not in content]
+        if missing:
+            raise ValueError(f"{path} is no result file: {', '.join(missing)} missing")
+        rows = [Row(**row) for row in content["rows"]]
+        return cls({key: content[key] for key in HEAD_KEYS}, rows)
+
+
+def provider_of(impl: str) -> str:
+    """Whose figures those of ``impl`` are."""
+    return REFERENCE if impl == "reference" else OURS
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns padded to their widest cell; the first two flush left, figures flush right."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    lines = []
+    for row in table:
+        cells = [
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+class Figures:
+    """All committed rows; of two that name the same figure, the one of the later file counts."""
+
+    def __init__(self, directory: Path = RESULTS):
+        files = [(path, Result.read(path)) for path in directory.glob("*.json")]
+        files.sort(key=lambda item: (item[1].head["date"], item[0].name))
+        self._figures: dict[tuple[str, tuple[int, ...], str, str], tuple[float | None, Path]] = {}
+        self.heads = {path: result.head for path, result in files}
+        for path, result in files:
+            for row in result.rows:
+                key = (row.provider, tuple(row.problem), row.metric, row.unit)
+                self._figures[key] = (row.value, path)
+        self.used: set[Path] = set()
+
+    def get(
+        self, metric: str, unit: str, problem: Sequence[int] = (), provider: str = OURS
+    ) -> float | None:
+        found = self._figures.get((provider, tuple(problem), metric, unit))
+        if found is None:
+            return None
+        self.used.add(found[1])
+        return found[0]
+
+    def devices(self, metric: str) -> set[str]:
+        """GPUs with a committed row of this metric of ours."""
+        return {
+            str(self.heads[path]["device"])
+            for (provider, _, name, _), (_, path) in self._figures.items()
+            if provider == OURS and name == metric and self.heads[path]["driver"]
+        }
+
+    def sources(self) -> str:
+        """Where the figures asked for since the last call came from."""
+        lines = []
+        for path in sorted(self.used):
+            head = self.heads[path]
+            commit = str(head["commit"])[:12]
+            lines.append(
+                f"{head['device']}, driver {head['driver']}, commit `{commit}`, {head['date']}: "
+                f"[{path.name}](benchmarks/results/{path.name})"
+            )
+        self.used.clear()
+        return "  \n".join(lines)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _named() -> tuple[NamedShape, ...]:
+    return (*NAMED_SHAPES, *EXTRA_SHAPES)
+
+
+def performance_table(figures: Figures) -> str:
+    """Times of the experts from given ids and weights, at every named shape."""
+    rows = []
+    for named in _named():
+        problem = named.shape.problem
+        cells = []
+        for name in ("forward inference", "forward training", "forward + backward", "backward"):
+            ms = figures.get(f"experts/{name}", "ms", problem)
+            tflops = figures.get(f"experts/{name}", "TFLOPS", problem)
+            percent = figures.get(f"experts/{name}", CEILING_UNIT, problem)
+            cells += [_cell(ms, ".3f"), f"{_cell(tflops, '.0f')} ({_cell(percent, '.0f')} %)"]
+        if any(cell[0] != "–" for cell in cells):
+            size = ", ".join(map(str, problem))
+            rows.append([named.letter, named.model, size, *cells])
+    if not rows:
+        return "No times have been committed yet."
+    header = ["", "model", "T, H, I, E, top_k"]
+    for name in ("inference fwd", "training fwd", "fwd + bwd", "bwd"):
+        header += [f"{name} ms", "TFLOPS (of cuBLAS)"]
+    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+
+
+def accuracy_table(figures: Figures) -> str:
+    """Relative L2 errors at full size, ours beside torch with the same rounding points."""
+    tensors = ("out", "dx", "dw1", "dw2", "db1", "db2", "dtopk_weights", "drouter_w")
+    rows = []
+    for named in _named():
+        for layout in ("interleaved", "concatenated"):
+            cells = []
+            for tensor in tensors:
+                run = "moe" if tensor == "drouter_w" else "experts"
+                metric = f"{layout}/{run}/{tensor}"
+                ours = figures.get(metric, ERROR_UNIT, named.shape.problem)
+                torch_error = figures.get(metric, ERROR_UNIT, named.shape.problem, NARROW)
+                both = f"{_cell(ours, '.5f')} / {_cell(torch_error, '.5f')}"
+                cells.append("–" if ours is None else both)
+            if any(cell != "–" for cell in cells):
+                rows.append([named.letter, layout, *cells])
+    if not rows:
+        return "No errors have been committed yet."
+    return f"{markdown_table(['', 'layout', *tensors], rows)}\n\n{figures.sources()}"
+
+
+def memory_table(figures: Figures) -> str:
+    """Bytes saved for backward beside the formula."""
+    rows = []
+    for named in _named():
+        problem = named.shape.problem
+        total = figures.get("saved bytes", "B", problem)
+        formula = figures.get("saved bytes formula", "B", problem)
+        if total is not None and formula is not None:
+            cells = [f"{value / 1e6:.1f}" for value in (total, formula, total - formula)]
+            rows.append([named.letter, named.model, ", ".join(map(str, problem)), *cells])
+    if not rows:
+        return "No sizes have been committed yet."
+    header = ["", "model", "T, H, I, E, top_k", "saved MB", "2TH + 4RI MB", "metadata MB"]
+    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+
+
+def robustness_table(figures: Figures) -> str:
+    """Counts of the randomised and repeated checks."""
+    rows = []
+    for metric, what in (
+        ("random problems", "random problems, buffers poisoned with NaN, guard bands"),
+        ("mutations", "deliberate mistakes that the checks must catch"),
+        ("repeats", "repeats that must be bitwise equal"),
+    ):
+        run = figures.get(f"{metric}/run", "count")
+        failed = figures.get(f"{metric}/failed", "count")
+        if run is not None:
+            rows.append([what, _cell(run, ".0f"), _cell(failed, ".0f")])
+    if not rows:
+        return "No counts have been committed yet."
+    return f"{markdown_table(['check', 'run', 'failed'], rows)}\n\n{figures.sources()}"
+
+
+def support_table(figures: Figures) -> str:
+    """What has been seen of each architecture, from committed correctness results."""
+    hopper = sorted(figures.devices("correctness/run"))
+    seen = f"executed on {', '.join(hopper)}" if hopper else "compiled; no executed run committed"
+    header = ["GPU", "kernels", "evidence"]
+    rows = [
+        ["Hopper, compute capability 9.0 (H100, H200, GH200)", "forward and backward", seen],
+        ["Blackwell, 10.x (B200, B300)", "none in this release", "refused with an error"],
+        ["Blackwell, 12.x (RTX 5090, RTX PRO 6000)", "none in this release", "refused likewise"],
+        ["any other device, CPU included", 'none; `impl="reference"`', "the test suite, on a CPU"],
+    ]
+    return markdown_table(header, rows)
+
+
+TABLES: dict[str, Callable[[Figures], str]] = {
+    "support": support_table,
+    "performance": performance_table,
+    "accuracy": accuracy_table,
+    "memory": memory_table,
+    "robustness": robustness_table,
+}
+
+
+def regenerate(text: str, figures: Figures) -> str:
+    """``text`` with each generated block replaced; raises ``ValueError`` on an unclosed block."""
+    for name, table in TABLES.items():
+        begin = _BEGIN.format(name)
+        if begin not in text:
+            continue
+        before, rest = text.split(begin, 1)
+        if _END not in rest:
+            raise ValueError(f"the block {begin} is not closed by {_END}")
+        after = rest.split(_END, 1)[1]
+        text = f"{before}{begin}\n{table(figures)}\n{_END}{after}"
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--write", metavar="FILE", type=Path, help="replace the generated blocks")
+    group.add_argument("--check", metavar="FILE", type=Path, help="only compare them")
+    parser.add_argument("--results", metavar="DIRECTORY", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    path = arguments.write or arguments.check
+    before = path.read_text()
+    after = regenerate(before, Figures(arguments.results))
+    if arguments.write:
+        path.write_text(after)
+    elif before != after:
+        print(f"{path} is out of date; run python benchmarks/report.py --write {path}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
