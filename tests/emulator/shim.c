@@ -45,8 +45,60 @@ int _cudaLaunchKernelEx(const config_t *cfg, void *kernel, void **args) {
   uint32_t cluster[3] = {1, 1, 1};
   for (uint32_t i = 0; i < cfg->num_attrs; i++)
     if (cfg->attrs[i].id == LAUNCH_CLUSTER) memcpy(cluster, cfg->attrs[i].val.u32, sizeof cluster);
-  if (!g_launch) return 1;
+  if (!g_launch || g_error[0]) return 1;  // an earlier call failed where the caller does not look at its result
   return g_launch(((kernel_t *)kernel)->name, &cfg->grid.x, &cfg->block.x, cluster, cfg->smem, args);
+}
+
+// The documented checks of cuTensorMapEncodeTiled and the format that tensormap.py decodes.
+enum { TYPES = 13, INVALID_VALUE = 1 };
+static const uint8_t element_code[TYPES] = {0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 8, 7, 8};
+static const uint8_t element_bytes[TYPES] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
+static const uint32_t span_bytes[4] = {0, 32, 64, 128};
+
+static int refuse(const char *why) {
+  snprintf(g_error, sizeof g_error, "cuTensorMapEncodeTiled: %s", why);
+  return INVALID_VALUE;
+}
+
+int _cuTensorMapEncodeTiled(uint64_t *map, uint32_t dtype, uint32_t rank, void *address, const uint64_t *dims,
+                            const uint64_t *strides, const uint32_t *box, const uint32_t *steps, uint32_t interleave,
+                            uint32_t swizzle, uint32_t promotion, uint32_t oob_nan) {
+  uint64_t q[8] = {0}, base = (uint64_t)address;
+  if ((uintptr_t)map % 64) return refuse("the tensor map is not 64-byte aligned");
+  if (dtype >= TYPES) return refuse("unknown data type");
+  if (rank < 1 || rank > 5) return refuse("rank is not 1 to 5");
+  if (interleave > 2 || swizzle > 3 || promotion > 3 || oob_nan > 1) return refuse("an enumeration is out of range");
+  if (base % (interleave == 2 ? 32 : 16)) return refuse("the address is not 16-byte aligned");
+  if (base >> 57) return refuse("the address has more than 57 bits");
+  uint32_t row = box[0] * element_bytes[dtype];
+  if (!interleave && row % 16) return refuse("a box row is not a multiple of 16 bytes");
+  if (!interleave && swizzle && row > span_bytes[swizzle]) return refuse("a box row is longer than the swizzle span");
+  int tf32 = dtype == 11 || dtype == 12;
+  uint32_t flags = (rank - 1) << 4 | element_code[dtype] << 7 | interleave << 11 | swizzle << 13 | oob_nan << 15 |
+                   tf32 << 16 | promotion << 17;
+  uint32_t *w = (uint32_t *)q;
+  q[0] = base;
+  w[2] = flags;
+  for (uint32_t i = 0; i < rank; i++) {
+    if (dims[i] < 1 || dims[i] > 1ull << 32) return refuse("a dimension is not 1 to 2**32");
+    if (box[i] < 1 || box[i] > 256) return refuse("a box dimension is not 1 to 256");
+    if (steps[i] < 1 || steps[i] > 8) return refuse("a traversal stride is not 1 to 8");
+    w[8 + i] = (uint32_t)(dims[i] - 1);
+    w[13] |= (steps[i] - 1) << (3 * i);
+    ((uint8_t *)q)[55 + i] = (uint8_t)(box[i] - 1);
+  }
+  for (uint32_t i = 0; i + 1 < rank; i++) {
+    if (strides[i] % (interleave == 2 ? 32 : 16)) return refuse("a stride is not a multiple of 16 bytes");
+    if (strides[i] >> 40) return refuse("a stride is 2**40 bytes or more");
+    w[3 + i] = (uint32_t)(strides[i] >> 4);
+    w[7] |= (uint32_t)(strides[i] >> 36 & 15) << (4 * i);
+  }
+  memset(map, 0, 128);
+  memcpy(map, q, sizeof q);
+  return 0;
+}
+void cuda_dialect_assert_success(int code) {
+  if (code && !g_error[0]) snprintf(g_error, sizeof g_error, "cuda error %d", code);
 }
 
 int cuda_dialect_init_library_once(void **lib, int (*init)(void **), int (*load)(void **, int), void *raise) {
