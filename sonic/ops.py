@@ -432,12 +432,10 @@ def grouped_mm_backward(
             )
             drows = _zero_tail(drows, offset_by_expert, impl)
         if needs[1]:
-            # The rows are grouped already: the kernels then need no index, the reference does.
-            index = None if impl == "cute" else torch.arange(dout.shape[0], device=dout.device)
             dweight = stages.up_backward_weight(
                 rows if rows is None else _rows_16b(rows),
                 dout,
-                index,
+                None,  # the rows are grouped already
                 offset_by_expert,
                 layout=GateUpLayout.CONCATENATED,
                 gated=False,

@@ -1,0 +1,342 @@
+"""Every refusal of the public functions, and that its text helps.
+
+A text says what was asked and what came, what is allowed, and what to do. Each case below names a
+piece of the first, of the second and of the third; tests of the modules' refusals are in test_nn.
+"""
+
+import importlib.util
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import sonic
+from sonic.runtime import backend
+from sonic.runtime.errors import (
+    ArgumentError,
+    DeviceError,
+    DTypeError,
+    LayoutError,
+    MissingPackageError,
+    ShapeError,
+    SonicError,
+    UnsupportedError,
+)
+
+T, H, I, E, K = 5, 16, 8, 4, 2  # noqa: E741 (the names of sizes throughout)
+LOW = torch.bfloat16
+
+
+def experts(device="cpu", dtype=torch.float32, **changes):
+    arguments = {
+        "hidden_states": torch.zeros(T, H, dtype=dtype, device=device),
+        "topk_ids": torch.zeros(T, K, dtype=torch.int32, device=device),
+        "topk_weights": torch.zeros(T, K, device=device),
+        "w1": torch.zeros(E, 2 * I, H, dtype=dtype, device=device),
+        "w2": torch.zeros(E, H, I, dtype=dtype, device=device),
+    }
+    sonic.experts(**arguments | changes)
+
+
+def kernels(**changes):
+    """A call for the kernels. Meta tensors are checked like CUDA tensors, and run nothing."""
+    experts("meta", LOW, **{"impl": "cute"} | changes)
+
+
+def flat(**changes):
+    arguments = {
+        "hidden_states": torch.zeros(T, H),
+        "token_ids": torch.zeros(7, dtype=torch.int32),
+        "expert_ids": torch.zeros(7, dtype=torch.int32),
+        "weights": torch.zeros(7),
+        "w1": torch.zeros(E, 2 * I, H),
+        "w2": torch.zeros(E, H, I),
+    }
+    sonic.experts_flat(**arguments | changes)
+
+
+def moe(**changes):
+    arguments = {
+        "hidden_states": torch.zeros(T, H),
+        "router_weight": torch.zeros(E, H),
+        "w1": torch.zeros(E, 2 * I, H),
+        "w2": torch.zeros(E, H, I),
+        "top_k": K,
+    }
+    sonic.moe(**arguments | changes)
+
+
+def grouped_mm(device="cpu", **changes):
+    arguments = {
+        "rows": torch.zeros(9, 16, device=device),
+        "weight": torch.zeros(E, 8, 16, device=device),
+        "offset_by_expert": torch.zeros(E + 1, dtype=torch.int32, device=device),
+    }
+    sonic.grouped_mm(**arguments | changes)
+
+
+def upstream_topk(**changes):
+    arguments = {
+        "x": torch.zeros(T, H),
+        "router_w": torch.zeros(E, H),
+        "w1": torch.zeros(2 * I, H, E),
+        "b1": None,
+        "w2": torch.zeros(H, I, E),
+        "b2": None,
+        "K": K,
+        "stream_id": 0,
+    }
+    sonic.moe_TC_softmax_topk_layer(**arguments | changes)
+
+
+def upstream_general(**changes):
+    ids = torch.zeros(7, dtype=torch.int32)
+    arguments = {"x": torch.zeros(T, H), "router_scores": torch.zeros(7)}
+    arguments |= {"token_indices": ids, "expert_indices": ids, "E": E, "stream_id": 0}
+    arguments |= {"w1": torch.zeros(2 * I, H, E), "b1": None}
+    arguments |= {"w2": torch.zeros(H, I, E), "b2": None}
+    sonic.moe_general_routing_inputs(**arguments | changes)
+
+
+class Case(NamedTuple):
+    name: str
+    call: object
+    changes: dict
+    error: type
+    came: str
+    allowed: str
+    todo: str
+
+
+def z(*size, dtype=torch.float32, device="cpu"):
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
+def m(*size, dtype=LOW):
+    return torch.zeros(size, dtype=dtype, device="meta")
+
+
+W1, W2 = (E, 2 * I, H), (E, H, I)
+MAIN = (None, None)
+CASES = [
+    # hidden_states
+    Case("no tensor", experts, {"hidden_states": [[1.0]]}, ArgumentError,
+         "hidden_states is of type list", "a torch.Tensor", "torch.as_tensor"),
+    Case("three axes", experts, {"hidden_states": z(1, T, H)}, ShapeError,
+         "(1, 5, 16)", "2 axes, (T, H)", "reshape(-1"),
+    Case("integer input", experts, {"hidden_states": z(T, H, dtype=torch.int32)}, DTypeError,
+         "int32", "bfloat16, float16, float32, float64", ".float()"),
+    Case("sparse input", experts, {"hidden_states": z(T, H).to_sparse()}, LayoutError,
+         "torch.sparse_coo", "torch.strided", "to_dense"),
+    # options
+    Case("activation", experts, {"activation": "swish"}, ArgumentError,
+         "activation='swish'", "'swiglu'", "sonic.ActivationType"),
+    Case("layout", experts, {"layout": "blocked"}, ArgumentError,
+         "layout='blocked'", "'interleaved', 'concatenated'", "sonic.GateUpLayout"),
+    Case("score order", moe, {"score_order": "softmax"}, ArgumentError,
+         "score_order='softmax'", "'topk_over_softmax_norm'", "sonic.ScoreOrder"),
+    Case("impl", experts, {"impl": "triton"}, ArgumentError,
+         "impl='triton'", "'auto', 'cute', 'reference'", 'impl="auto"'),
+    # routing
+    Case("ids rank", experts, {"topk_ids": z(T, dtype=torch.int32)}, ShapeError,
+         "topk_ids has shape (5,)", "2 axes, (T, top_k)", "per token"),
+    Case("ids dtype", experts, {"topk_ids": z(T, K)}, DTypeError,
+         "topk_ids is float32", "int32, int64", "topk_ids.int()"),
+    Case("ids rows", experts, {"topk_ids": z(3, K, dtype=torch.int32)}, ShapeError,
+         "3 rows for 5 tokens", "one row per token", "sonic.experts_flat"),
+    Case("ids without columns", experts,
+         {"topk_ids": z(T, 0, dtype=torch.int32), "topk_weights": z(T, 0)}, ArgumentError,
+         "top_k (columns of topk_ids)=0", "1 to", "inside that range"),
+    Case("weights shape", experts, {"topk_weights": z(T, E)}, ShapeError,
+         "topk_weights has shape (5, 4)", "(5, 2)", "gather(1, topk_ids)"),
+    Case("weights dtype", experts, {"topk_weights": z(T, K, dtype=torch.int64)}, DTypeError,
+         "topk_weights is int64", "float32", ".float()"),
+    Case("too many slots", experts,
+         {"hidden_states": m(2**30, H), "topk_ids": m(2**30, K, dtype=torch.int32),
+          "topk_weights": m(2**30, K), "w1": m(*W1), "w2": m(*W2)}, ShapeError,
+         "2147483648 slots", "2147483647", "Split the tokens"),
+    Case("flat rank", flat, {"token_ids": z(7, 1, dtype=torch.int32)}, ShapeError,
+         "token_ids has shape (7, 1)", "1 axes, (S)", "token_ids.reshape(-1)"),
+    Case("flat dtype", flat, {"expert_ids": z(7)}, DTypeError,
+         "expert_ids is float32", "int32, int64", "expert_ids.int()"),
+    Case("flat lengths", flat, {"weights": z(6)}, ShapeError,
+         "7, 7 and 6 entries", "one length S", "same pairs"),
+    Case("flat weights", flat, {"weights": z(7, dtype=torch.bool)}, DTypeError,
+         "weights is bool", "float32", ".float()"),
+    Case("router shape", moe, {"router_weight": z(H, E)}, ShapeError,
+         "router_weight has shape (16, 4)", "(E=4, H=16)", "one row of router weights"),
+    Case("router dtype", moe, {"router_weight": z(E, H, dtype=torch.int8)}, DTypeError,
+         "router_weight is int8", "float32", ".float()"),
+    Case("top_k too large", moe, {"top_k": 5}, ArgumentError,
+         "top_k=5 is out of range", "1 to 4 (at most 64 and at most E=4)", "inside that range"),
+    Case("top_k no int", moe, {"top_k": 2.0}, ArgumentError,
+         "top_k=2.0 is of type float", "an int from 1 to 4", "Python int"),
+    # weights
+    Case("w1 rank", experts, {"w1": z(2 * I, H)}, ShapeError,
+         "w1 has shape (16, 16)", "3 axes, (E, 2I or I, H)", "Stack the experts"),
+    Case("w1 transposed", experts, {"w1": z(E, H, 2 * I + 2)}, ShapeError,
+         "hidden size 18", "the H of hidden_states", "transpose(1, 2)"),
+    Case("w1 odd", experts, {"w1": z(E, 2 * I + 1, H)}, ShapeError,
+         "17 rows per expert", "an even number", "not gated"),
+    Case("w2 rank", experts, {"w2": z(H, I)}, ShapeError,
+         "w2 has shape (16, 8)", "3 axes, (E, H, I)", "Stack the experts"),
+    Case("w2 for another activation", experts, {"activation": "relu"}, ShapeError,
+         "w2 has shape (4, 16, 8)", "(E=4, H=16, I=16)", "not gated: w1 has I rows"),
+    Case("no experts", experts, {"w1": z(0, 2 * I, H), "w2": z(0, H, I)}, ArgumentError,
+         "number of experts=0", "1 to 65536", "inside that range"),
+    Case("too many experts", kernels, {"w1": m(65537, 2 * I, H)}, ArgumentError,
+         "65537", "1 to 65536", "inside that range"),
+    Case("w1 dtype", experts, {"w1": z(*W1, dtype=LOW)}, DTypeError,
+         "w1 is bfloat16 and hidden_states float32", "one dtype", "torch.autocast('cpu')"),
+    Case("b1 shape", experts, {"b1": z(E, I)}, ShapeError,
+         "b1 has shape (4, 8)", "(E=4, rows=16)", "one bias per row"),
+    Case("b2 rank", experts, {"b2": z(H)}, ShapeError,
+         "b2 has shape (16,)", "2 axes", "one bias per row"),
+    Case("b2 dtype", experts, {"b2": z(E, H, dtype=torch.float64)}, DTypeError,
+         "b2 is float64", "one dtype", "Cast one of them"),
+    # devices
+    Case("mixed devices", experts, {"w2": m(*W2, dtype=torch.float32)}, DeviceError,
+         "w2 is on meta and hidden_states on cpu", "one device", "Move w2 to cpu"),
+    Case("ids elsewhere", experts, {"topk_ids": m(T, K, dtype=torch.int32)}, DeviceError,
+         "topk_ids is on meta", "one device", "Move topk_ids to cpu"),
+    Case("kernels on a CPU", experts, {"impl": "cute"}, DeviceError,
+         'impl="cute" was asked for a tensor on cpu', "CUDA tensors", 'impl="reference"'),
+    # what only the kernels ask for
+    Case("float32 kernels", kernels,
+         {"hidden_states": m(T, H, dtype=torch.float32), "w1": m(*W1, dtype=torch.float32),
+          "w2": m(*W2, dtype=torch.float32)}, DTypeError,
+         'float32 with impl="cute"', "bfloat16, float16", 'impl="reference"'),
+    Case("strided weight", kernels, {"w1": m(E, H, 2 * I).transpose(1, 2)}, LayoutError,
+         "w1 has strides (256, 1, 16)", "contiguous weights", "w1.contiguous()"),
+    Case("misaligned hidden size", kernels,
+         {"hidden_states": m(T, 20), "w1": m(E, 2 * I, 20), "w2": m(E, 20, I)}, ShapeError,
+         "hidden_size=20", "multiples of 8", "Pad it to 24"),
+    Case("misaligned intermediate size", kernels, {"w1": m(E, 8, H), "w2": m(E, H, 4)}, ShapeError,
+         "intermediate_size=4", "multiples of 8", 'impl="reference"'),
+    # main gradients
+    Case("main_grads no pair", experts, {"main_grads": z(*W1)}, ArgumentError,
+         "main_grads is Tensor", "a pair (for w1, for w2)", "w1.main_grad"),
+    Case("main_grads of three", experts, {"main_grads": (None, None, None)}, ArgumentError,
+         "main_grads is tuple of 3", "a pair", "w2.main_grad"),
+    Case("main_grads shape", experts, {"main_grads": (z(*W2), None)}, ShapeError,
+         "main_grads for w1 has shape (4, 16, 8)", "(E=4, rows=16, columns=16)", "zeros_like(w1"),
+    Case("main_grads dtype", experts, {"main_grads": (None, z(*W2, dtype=LOW))}, DTypeError,
+         "main_grads for w2 is bfloat16", "float32", "dtype=torch.float32"),
+    Case("main_grads strides", experts, {"main_grads": (None, z(E, I, H).transpose(1, 2))},
+         LayoutError, "strides (128, 1, 16)", "contiguous accumulators", "torch.zeros(w2.shape"),
+    Case("main_grads device", experts, {"main_grads": (m(*W1), None)}, DeviceError,
+         "main_grads for w1 is on meta", "one device", "to cpu"),
+    Case("main_grads leaf", experts, {"main_grads": (z(*W1).requires_grad_(), None)},
+         ArgumentError, "requires a gradient", "plain accumulators", "detached"),
+    # grouped_mm
+    Case("rows rank", grouped_mm, {"rows": z(9)}, ShapeError,
+         "rows has shape (9,)", "2 axes, (R, K)", "one row per routed token"),
+    Case("rows dtype", grouped_mm, {"rows": z(9, 16, dtype=torch.int64)}, DTypeError,
+         "rows is int64", "bfloat16", "rows.float()"),
+    Case("weight rank", grouped_mm, {"weight": z(8, 16)}, ShapeError,
+         "weight has shape (8, 16)", "3 axes, (E, N, K)", "Stack the experts"),
+    Case("reduction sizes", grouped_mm, {"weight": z(E, 16, 8)}, ShapeError,
+         "rows has 16 columns and weight 8", "one K", "transpose(1, 2)"),
+    Case("offset dtype", grouped_mm, {"offset_by_expert": z(E + 1, dtype=torch.int64)}, DTypeError,
+         "offset_by_expert is int64", "int32", "offset_by_expert.int()"),
+    Case("offset length", grouped_mm, {"offset_by_expert": z(E, dtype=torch.int32)}, ShapeError,
+         "offset_by_expert has shape (4,)", "(E + 1=5)", "F.pad"),
+    Case("bias shape", grouped_mm, {"bias": z(E, 16)}, ShapeError,
+         "bias has shape (4, 16)", "(E=4, N=8)", "or None"),
+    Case("misaligned reduction", grouped_mm,
+         {"rows": m(9, 12), "weight": m(E, 8, 12), "impl": "cute",
+          "offset_by_expert": m(E + 1, dtype=torch.int32)}, ShapeError,
+         "the reduction size K=12", "multiples of 8", "Pad it to 16"),
+    # names known to users
+    Case("two flags for three orders", upstream_topk, {"norm_topk_probs": True}, ArgumentError,
+         "norm_topk_probs=True", "is_softmax_over_topk=False", "Drop norm_topk_probs"),
+    Case("w1 not stacked", upstream_topk, {"w1": z(2 * I, H)}, ShapeError,
+         "w1 has shape (16, 16)", "3 axes, (2I or I, H, E)", "permute(1, 2, 0)"),
+    Case("E contradicts the weights", upstream_general, {"E": 5}, ShapeError,
+         "E=5 came with weights of 4 experts", "the last axis of w1", "E=w1.shape[-1]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name.replace(" ", "-") for case in CASES])
+def test_text_says_what_came_what_is_allowed_and_what_to_do(case):
+    with pytest.raises(case.error) as caught:
+        case.call(**case.changes)
+    text = str(caught.value)
+    assert isinstance(caught.value, SonicError)
+    problem, _, remainder = text.partition(". Allowed: ")
+    assert case.came in problem
+    assert case.allowed in remainder
+    assert case.todo in remainder
+    assert text.endswith(".") and remainder.count(". ") >= 1
+
+
+@pytest.mark.parametrize(
+    "call", [experts, kernels, flat, moe, grouped_mm, upstream_topk, upstream_general]
+)
+def test_the_unchanged_calls_are_accepted(call):
+    """Without this, a case above could be refused for a reason of its own making."""
+    call()
+
+
+def test_cases_are_many_and_distinct():
+    assert len({case.came for case in CASES}) >= 45
+
+
+def test_errors_are_also_the_errors_python_programs_expect():
+    for error, builtin in {
+        ShapeError: ValueError,
+        ArgumentError: ValueError,
+        DTypeError: TypeError,
+        DeviceError: ValueError,
+        LayoutError: ValueError,
+        MissingPackageError: ImportError,
+        UnsupportedError: NotImplementedError,
+    }.items():
+        assert issubclass(error, builtin) and issubclass(error, SonicError)
+
+
+def test_saved_bytes_wants_one_way_of_counting_rows():
+    with pytest.raises(ArgumentError, match="top_k=2 and num_slots=9.*exactly one.*Pass top_k"):
+        sonic.saved_bytes(T, H, I, E, 2, num_slots=9)
+
+
+# --------------------------------------------------- what only a GPU or an installation tells
+
+
+def test_gpu_without_kernels(monkeypatch):
+    monkeypatch.setattr(backend, "_arch_of_device", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "NVIDIA A100")
+    with pytest.raises(UnsupportedError, match='A100.*8.0.*9.0.*impl="reference"'):
+        backend.backend_for(torch.device("cuda", 0))
+    assert not sonic.is_available("cuda:0")
+    assert "A100" in sonic.is_available("cuda:0").reason
+
+
+def test_gpu_whose_kernels_are_not_in_this_release(monkeypatch):
+    monkeypatch.setattr(backend, "_arch_of_device", lambda index: backend.Arch.SM120)
+    if backend.Arch.SM120 in backend._READY:
+        pytest.skip("every architecture has kernels")
+    with pytest.raises(UnsupportedError, match='sm120.*ready: sm.*impl="reference"'):
+        backend.backend_for(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("package", ["cutlass", "triton", "tvm_ffi"])
+def test_missing_package(monkeypatch, package):
+    find = importlib.util.find_spec
+
+    def find_spec(name, *rest):
+        return None if name == package else find("ast")
+
+    monkeypatch.setattr(backend.importlib.util, "find_spec", find_spec)
+    backend.load_backend.cache_clear()
+    with pytest.raises(MissingPackageError, match='not installed.*pip install.*impl="reference"'):
+        backend.load_backend(backend.Arch.SM90)
+    backend.load_backend.cache_clear()
+
+
+def test_device_that_no_implementation_knows():
+    with pytest.raises(DeviceError, match="is on xla:0.*Allowed: cuda, cpu.*Move"):
+        from sonic import checks
+
+        checks.resolve_impl("experts", "auto", torch.device("xla", 0))
