@@ -20,10 +20,12 @@ _RAGGED_UNROLL = 4
 
 
 @triton.jit
-def _load_row(rows, row, column, mask, stride):
+def _load_row(rows, row, column, hidden_size, stride):
+    """One block of a row in fp32, zeros for row -1."""
+    limit = tl.where(row >= 0, hidden_size, 0)
     address = rows + row.to(tl.int64) * stride + column
     # Every row is read once: keep the cache for what is read again.
-    value = tl.load(address, mask=mask & (row >= 0), other=0.0, eviction_policy="evict_first")
+    value = tl.load(address, mask=column < limit, other=0.0, eviction_policy="evict_first")
     return value.to(tl.float32)
 
 
@@ -43,18 +45,20 @@ def _combine_kernel(
     blocks = tl.cdiv(hidden_size, BLOCK_H)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask = column < hidden_size
     total = tl.zeros([BLOCK_H], tl.float32)
     for start in range(0, TOP_K, UNROLL):
         for step in tl.static_range(UNROLL):
             slot = token * TOP_K + start + step
-            inside = start + step < TOP_K
-            row = tl.load(row_by_slot + slot, mask=inside, other=-1)
-            value = _load_row(rows, row, column, mask, stride)
+            row = tl.load(row_by_slot + slot)
+            value = _load_row(rows, row, column, hidden_size, stride)
             if HAS_SCORES:
-                value = value * tl.load(scores + slot, mask=inside & (row >= 0), other=0.0)
+                value = value * tl.load(scores + slot, mask=row >= 0, other=0.0)
             total += value
-    tl.store(out + token * hidden_size + column, total.to(out.dtype.element_ty), mask=mask)
+    tl.store(
+        out + token * hidden_size + column,
+        total.to(out.dtype.element_ty),
+        mask=column < hidden_size,
+    )
 
 
 @triton.jit
@@ -74,7 +78,6 @@ def _combine_ragged_kernel(
     blocks = tl.cdiv(hidden_size, BLOCK_H)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask = column < hidden_size
     total = tl.zeros([BLOCK_H], tl.float32)
     first = tl.load(offset_by_token + token)
     # Counted from zero: position + UNROLL could leave int32 near 2^31 slots.
@@ -85,11 +88,15 @@ def _combine_ragged_kernel(
             position = first.to(tl.int64) + start + step
             slot = tl.load(slot_by_position + position, mask=inside, other=0)
             row = tl.load(row_by_slot + slot, mask=inside, other=-1)
-            value = _load_row(rows, row, column, mask, stride)
+            value = _load_row(rows, row, column, hidden_size, stride)
             if HAS_SCORES:
                 value = value * tl.load(scores + slot, mask=inside & (row >= 0), other=0.0)
             total += value
-    tl.store(out + token * hidden_size + column, total.to(out.dtype.element_ty), mask=mask)
+    tl.store(
+        out + token * hidden_size + column,
+        total.to(out.dtype.element_ty),
+        mask=column < hidden_size,
+    )
 
 
 def combine(
@@ -133,7 +140,7 @@ def combine(
     with device_of(rows):
         if offset_by_token is None:
             check_shape("combine", "row_by_slot", row_by_slot, (num_tokens * top_k,))
-            unroll = top_k if top_k <= _MAX_UNROLL else _MAX_UNROLL // 2
+            unroll = next(n for n in range(_MAX_UNROLL, 0, -1) if top_k % n == 0)
             _combine_kernel[grid](
                 rows,
                 row_by_slot,

@@ -26,31 +26,31 @@ DROPPED = tl.constexpr(2**31 - 1)
 
 _DIRECT_MAX_SLOTS = 4096
 _DIRECT_MAX_PAIRS = 2**25
-_MAX_COUNTER_BYTES = 64 * 2**20
-_TILES = (128, 256, 512)
+_COUNTER_BYTES_PER_TILE_SLOT = 2**17
+_TILES = (64, 128, 256, 512)
 
 
 @triton.jit
 def _load_expert(
-    expert_ids, token_ids, slot, num_slots, num_experts, num_tokens, HAS_TOKEN_IDS: tl.constexpr
+    expert_ids, token_ids, slot, num_slots, num_experts, num_tokens, TOP_K: tl.constexpr
 ):
     expert = tl.load(expert_ids + slot, mask=slot < num_slots, other=-1)
     live = (expert >= 0) & (expert < num_experts)
-    if HAS_TOKEN_IDS:
+    if TOP_K == 0:
         token = tl.load(token_ids + slot, mask=slot < num_slots, other=-1)
         live = live & (token >= 0) & (token < num_tokens)
     return tl.where(live, expert.to(tl.int32), DROPPED)
 
 
 @triton.jit
-def _token_of_slot(token_ids, slot, mask, top_k, HAS_TOKEN_IDS: tl.constexpr):
-    if HAS_TOKEN_IDS:
+def _token_of_slot(token_ids, slot, mask, TOP_K: tl.constexpr):
+    if TOP_K == 0:
         return tl.load(token_ids + slot, mask=mask, other=-1).to(tl.int32)
     else:
-        return (slot // top_k).to(tl.int32)
+        return slot.to(tl.int32) // TOP_K
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_tokens", "top_k", "slot_programs"])
+@triton.jit(do_not_specialize=["num_slots", "num_tokens", "slot_programs"])
 def _direct_kernel(
     expert_ids,
     token_ids,
@@ -61,9 +61,8 @@ def _direct_kernel(
     num_slots,
     num_experts,
     num_tokens,
-    top_k,
     slot_programs,
-    HAS_TOKEN_IDS: tl.constexpr,
+    TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
@@ -71,14 +70,14 @@ def _direct_kernel(
     if pid < slot_programs:
         slot = pid * BLOCK + tl.arange(0, BLOCK)
         expert = _load_expert(
-            expert_ids, token_ids, slot, num_slots, num_experts, num_tokens, HAS_TOKEN_IDS
+            expert_ids, token_ids, slot, num_slots, num_experts, num_tokens, TOP_K
         )
         before = tl.zeros([BLOCK_KEYS, BLOCK], tl.int32)
         live_keys = tl.zeros([BLOCK_KEYS], tl.int32)
         for start in range(0, num_slots, BLOCK_KEYS):
             other = start + tl.arange(0, BLOCK_KEYS)
             key = _load_expert(
-                expert_ids, token_ids, other, num_slots, num_experts, num_tokens, HAS_TOKEN_IDS
+                expert_ids, token_ids, other, num_slots, num_experts, num_tokens, TOP_K
             )
             same = (key[:, None] == expert[None, :]) & (other[:, None] < slot[None, :])
             before += ((key[:, None] < expert[None, :]) | same).to(tl.int32)
@@ -86,7 +85,7 @@ def _direct_kernel(
         row = tl.sum(before, axis=0)
         live = expert != DROPPED
         tl.store(row_by_slot + slot, tl.where(live, row, -1), mask=slot < num_slots)
-        token = _token_of_slot(token_ids, slot, live, top_k, HAS_TOKEN_IDS)
+        token = _token_of_slot(token_ids, slot, live, TOP_K)
         tl.store(slot_by_row + row, slot, mask=live)
         tl.store(token_by_row + row, token, mask=live)
         # The same indices read as rows: those past the last live row have no slot.
@@ -99,13 +98,13 @@ def _direct_kernel(
         for start in range(0, num_slots, BLOCK_KEYS):
             other = start + tl.arange(0, BLOCK_KEYS)
             key = _load_expert(
-                expert_ids, token_ids, other, num_slots, num_experts, num_tokens, HAS_TOKEN_IDS
+                expert_ids, token_ids, other, num_slots, num_experts, num_tokens, TOP_K
             )
             below += (key[:, None] < bound[None, :]).to(tl.int32)
         tl.store(offset_by_expert + bound, tl.sum(below, axis=0), mask=bound <= num_experts)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_tokens", "num_tiles"])
+@triton.jit(do_not_specialize=["num_slots", "num_tokens"])
 def _rank_kernel(
     expert_ids,
     token_ids,
@@ -114,10 +113,9 @@ def _rank_kernel(
     num_slots,
     num_experts,
     num_tokens,
-    num_tiles,
-    HAS_TOKEN_IDS: tl.constexpr,
+    stride,
+    TOP_K: tl.constexpr,
     TILE: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
 ):
     """Per tile: rank of a slot among the tile's slots of its expert (-> row_by_slot), and the
     counts (E, tiles)."""
@@ -125,46 +123,37 @@ def _rank_kernel(
     first = tile.to(tl.int64) * TILE
     local = tl.arange(0, TILE)
     slot = first + local
-    expert = _load_expert(
-        expert_ids, token_ids, slot, num_slots, num_experts, num_tokens, HAS_TOKEN_IDS
-    )
+    expert = _load_expert(expert_ids, token_ids, slot, num_slots, num_experts, num_tokens, TOP_K)
     # Keys run along axis 0, which the default layout keeps inside a thread: both sums need no
     # exchange.
-    rank = tl.zeros([TILE], tl.int32)
-    total = tl.zeros([TILE], tl.int32)
-    for start in range(0, TILE, BLOCK_KEYS):
-        other = start + tl.arange(0, BLOCK_KEYS)
-        key = _load_expert(
-            expert_ids, token_ids, first + other, num_slots, num_experts, num_tokens, HAS_TOKEN_IDS
-        )
-        same = key[:, None] == expert[None, :]
-        rank += tl.sum((same & (other[:, None] < local[None, :])).to(tl.int32), axis=0)
-        total += tl.sum(same.to(tl.int32), axis=0)
+    same = expert[:, None] == expert[None, :]
+    rank = tl.sum((same & (local[:, None] < local[None, :])).to(tl.int32), axis=0)
+    total = tl.sum(same.to(tl.int32), axis=0)
     live = expert != DROPPED
     tl.store(row_by_slot + slot, tl.where(live, rank, -1), mask=slot < num_slots)
     # The last slot of an expert in this tile writes its count; counters nobody writes were zeroed
     # before.
-    tl.store(count + expert.to(tl.int64) * num_tiles + tile, total, mask=live & (rank == total - 1))
+    tl.store(count + expert.to(tl.int64) * stride + tile, total, mask=live & (rank == total - 1))
 
 
-@triton.jit(do_not_specialize=["num_experts", "num_tiles"])
+@triton.jit
 def _scan_tiles_kernel(
-    count, total, num_experts, num_tiles, BLOCK_E: tl.constexpr, BLOCK_TILES: tl.constexpr
+    count, total, num_experts, stride, BLOCK_E: tl.constexpr, BLOCK_TILES: tl.constexpr
 ):
     """In place: count[e, :] becomes its exclusive prefix sum; total[e] its sum."""
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    base = count + expert.to(tl.int64)[:, None] * num_tiles
+    base = count + expert.to(tl.int64)[:, None] * stride
     carry = tl.zeros([BLOCK_E], tl.int32)
-    for start in range(0, num_tiles, BLOCK_TILES):
+    for start in range(0, stride, BLOCK_TILES):
         tile = start + tl.arange(0, BLOCK_TILES)
-        mask = (expert[:, None] < num_experts) & (tile[None, :] < num_tiles)
+        mask = (expert[:, None] < num_experts) & (tile[None, :] < stride)
         value = tl.load(base + tile[None, :], mask=mask, other=0)
         tl.store(base + tile[None, :], carry[:, None] + tl.cumsum(value, axis=1) - value, mask=mask)
         carry += tl.sum(value, axis=1)
     tl.store(total + expert, carry, mask=expert < num_experts)
 
 
-@triton.jit(do_not_specialize=["num_experts"])
+@triton.jit
 def _scan_experts_kernel(total, offset_by_expert, num_experts, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     tl.store(offset_by_expert + lane, 0, mask=lane < 1)
@@ -180,7 +169,7 @@ def _scan_experts_kernel(total, offset_by_expert, num_experts, BLOCK: tl.constex
         carry += tl.sum(value, axis=0)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_tiles", "top_k"])
+@triton.jit(do_not_specialize=["num_slots"])
 def _scatter_kernel(
     expert_ids,
     token_ids,
@@ -191,9 +180,8 @@ def _scatter_kernel(
     row_by_slot,
     num_slots,
     num_experts,
-    num_tiles,
-    top_k,
-    HAS_TOKEN_IDS: tl.constexpr,
+    stride,
+    TOP_K: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -205,9 +193,9 @@ def _scatter_kernel(
     live = rank >= 0
     expert = tl.load(expert_ids + slot, mask=live, other=0).to(tl.int64)
     row = rank + tl.load(offset_by_expert + expert, mask=live, other=0)
-    row += tl.load(count + expert * num_tiles + slot // TILE, mask=live, other=0)
+    row += tl.load(count + expert * stride + slot // TILE, mask=live, other=0)
     tl.store(row_by_slot + slot, row, mask=live)
-    token = _token_of_slot(token_ids, slot, live, top_k, HAS_TOKEN_IDS)
+    token = _token_of_slot(token_ids, slot, live, TOP_K)
     tl.store(slot_by_row + row, slot.to(tl.int32), mask=live)
     tl.store(token_by_row + row, token, mask=live)
     # The same indices read as rows: those past the last live row have no slot.
@@ -228,11 +216,19 @@ def method_for(num_slots: int, num_experts: int) -> str:
     return "tiled" if _tile_for(num_slots, num_experts) else "sorted"
 
 
+def _count_stride(num_slots: int, tile: int) -> int:
+    """Tiles, rounded up so that every expert's counters start at a vector."""
+    return triton.cdiv(triton.cdiv(num_slots, tile), 16) * 16
+
+
 def _tile_for(num_slots: int, num_experts: int) -> int:
-    """The smallest tile whose counters fit the scratch limit (work grows with the tile), 0 if
-    none."""
+    """The smallest tile whose counters stay small, 0 if none.
+
+    Work per slot grows with the tile, the counters shrink: 8 MiB are granted to a tile of 64 slots,
+    64 MiB to one of 512.
+    """
     for tile in _TILES:
-        if 4 * num_experts * triton.cdiv(num_slots, tile) <= _MAX_COUNTER_BYTES:
+        if 4 * num_experts * _count_stride(num_slots, tile) <= tile * _COUNTER_BYTES_PER_TILE_SLOT:
             return tile
     return 0
 
@@ -264,7 +260,6 @@ def sort_slots_by_expert(
     offset_by_expert = torch.empty(num_experts + 1, **options)
     token_by_row, slot_by_row, row_by_slot = (torch.empty(num_slots, **options) for _ in range(3))
     outputs = offset_by_expert, token_by_row, slot_by_row, row_by_slot
-    has_token_ids = token_ids is not None
     with device_of(expert_ids):
         if method == "direct":
             block = 32
@@ -276,19 +271,18 @@ def sort_slots_by_expert(
                 num_slots,
                 num_experts,
                 num_tokens,
-                top_k,
                 slot_programs,
-                HAS_TOKEN_IDS=has_token_ids,
+                TOP_K=top_k,
                 BLOCK=block,
-                BLOCK_KEYS=64,
+                BLOCK_KEYS=256,
                 num_warps=4,
             )
             return outputs
         tile = _tile_for(num_slots, num_experts)
-        num_tiles = triton.cdiv(num_slots, tile)
-        count = torch.zeros(num_experts, num_tiles, **options)
+        stride = _count_stride(num_slots, tile)
+        count = torch.zeros(num_experts, stride, **options)
         total = torch.empty(num_experts, **options)
-        _rank_kernel[(num_tiles,)](
+        _rank_kernel[(triton.cdiv(num_slots, tile),)](
             expert_ids,
             token_ids,
             count,
@@ -296,22 +290,21 @@ def sort_slots_by_expert(
             num_slots,
             num_experts,
             num_tokens,
-            num_tiles,
-            HAS_TOKEN_IDS=has_token_ids,
+            stride,
+            TOP_K=top_k,
             TILE=tile,
-            BLOCK_KEYS=32,
             num_warps=tile // 32,
         )
-        block_tiles = min(triton.next_power_of_2(num_tiles), 1024)
-        block_e = 1024 // block_tiles
+        block_tiles = min(triton.next_power_of_2(stride), 4096)
+        block_e = max(1, 1024 // block_tiles)
         _scan_tiles_kernel[(triton.cdiv(num_experts, block_e),)](
             count,
             total,
             num_experts,
-            num_tiles,
+            stride,
             BLOCK_E=block_e,
             BLOCK_TILES=block_tiles,
-            num_warps=4,
+            num_warps=4 if block_tiles <= 1024 else 8,
         )
         block = min(triton.next_power_of_2(num_experts), 8192)
         _scan_experts_kernel[(1,)](
@@ -325,9 +318,8 @@ def sort_slots_by_expert(
             *outputs,
             num_slots,
             num_experts,
-            num_tiles,
-            top_k,
-            HAS_TOKEN_IDS=has_token_ids,
+            stride,
+            TOP_K=top_k,
             TILE=tile,
             BLOCK=block,
             num_warps=4,

@@ -54,8 +54,7 @@ def _score_grad_kernel(
     live = row >= 0
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(0, num_partials):
-        offset = part.to(tl.int64) * num_rows
-        total += tl.load(ds_partial + offset + row, mask=live, other=0.0)
+        total += tl.load(ds_partial + num_rows.to(tl.int64) * part + row, mask=live, other=0.0)
     if HAS_BIAS:
         token = tl.load(token_by_row + row, mask=live, other=0).to(tl.int64)
         expert = _expert_of_row(offset_by_expert, row, num_experts, STEPS).to(tl.int64)

@@ -12,7 +12,13 @@ _MAX_BLOCK = 256
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
 def _zero_tail_kernel(
-    rows, offset_by_expert, num_rows, num_experts, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    rows,
+    offset_by_expert,
+    num_rows,
+    num_experts,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     live = tl.load(offset_by_expert + num_experts)
     first = tl.program_id(0) * ROWS
@@ -20,11 +26,11 @@ def _zero_tail_kernel(
     if first + ROWS > live:
         row = first + tl.arange(0, ROWS)
         dead = (row >= live) & (row < num_rows)
-        for start in range(0, width, BLOCK):
+        for start in range(0, WIDTH, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            address = rows + row.to(tl.int64)[:, None] * width + column[None, :]
+            address = rows + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
             zero = tl.zeros([ROWS, BLOCK], rows.dtype.element_ty)
-            tl.store(address, zero, mask=dead[:, None] & (column[None, :] < width))
+            tl.store(address, zero, mask=dead[:, None] & (column[None, :] < WIDTH))
 
 
 def zero_tail(rows: torch.Tensor, offset_by_expert: torch.Tensor) -> torch.Tensor:
@@ -47,7 +53,7 @@ def zero_tail(rows: torch.Tensor, offset_by_expert: torch.Tensor) -> torch.Tenso
             offset_by_expert,
             num_rows,
             offset_by_expert.shape[0] - 1,
-            width,
+            WIDTH=width,
             ROWS=_ROWS,
             BLOCK=block,
         )
