@@ -187,7 +187,7 @@ def accuracy_table(figures: Figures) -> str:
                 metric = f"{layout}/{run}/{tensor}"
                 ours = figures.get(metric, ERROR_UNIT, named.shape.problem)
                 torch_error = figures.get(metric, ERROR_UNIT, named.shape.problem, NARROW)
-                both = f"{_cell(ours, '.5f')} / {_cell(torch_error, '.5f')}"
+                both = f"{_cell(ours, '.6f')} / {_cell(torch_error, '.6f')}"
                 cells.append("–" if ours is None else both)
             if any(cell != "–" for cell in cells):
                 rows.append([named.letter, layout, *cells])

@@ -15,6 +15,7 @@ rewritten after every part. Exit status 1 if anything failed or did not get its 
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -476,6 +477,8 @@ def main(argv: list[str] | None = None) -> int:
         budget = int(0.9 * torch.cuda.get_device_properties(device).total_memory)
     path = arguments.output / f"{result.head['date']}-{arguments.name}.json"
     print(f"{result.head['device']}, driver {result.head['driver']}, {result.head['versions']}")
+    # Workers inherit this: without it each would start as many threads as there are cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))
     passed = True
     with Pool(arguments.jobs, budget, arguments.task_seconds) as pool:
         for part in arguments.parts:

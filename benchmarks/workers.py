@@ -4,7 +4,10 @@ A GPU error poisons its process: every later call fails too. Hence one process p
 when it dies, hangs past the task's time, or reports that its device is lost.
 """
 
+import contextlib
+import gc
 import multiprocessing
+import sys
 import time
 import traceback
 from collections import Counter
@@ -170,9 +173,19 @@ def _serve(connection: Connection) -> None:
         except BaseException as exception:  # whatever it is, it is this task's result
             error = "".join(traceback.format_exception(exception))
             lost = _device_is_lost() or not isinstance(exception, Exception)
+        _release_memory()
         connection.send((value, error, lost))
         if lost:
             return
+
+
+def _release_memory() -> None:
+    """Give cached device memory back: the budget counts what runs, not what idle workers keep."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        with contextlib.suppress(Exception):  # a lost device is reported by whoever finds it
+            torch.cuda.empty_cache()
 
 
 def _device_is_lost() -> bool:
