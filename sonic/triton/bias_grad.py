@@ -17,7 +17,8 @@ from sonic.triton.common import check_contiguous, check_float, check_shape, devi
 
 _BLOCK_N = 256
 _BLOCK_R = 16
-_MAX_SHARES = 16
+# Few choices: every one is a kernel to compile while the number of rows varies.
+_SHARES = (16, 4)
 _ROWS_PER_SHARE = 512
 _MAX_PARTIAL_BYTES = 64 * 2**20
 # Enough programs for two on each multiprocessor of the largest GPU when one expert has all rows.
@@ -82,7 +83,8 @@ def _shares_for(num_rows: int, num_experts: int, width: int) -> int:
     wanted = triton.cdiv(_WANTED_PROGRAMS, triton.cdiv(width, _BLOCK_N))
     useful = triton.cdiv(num_rows, _ROWS_PER_SHARE)
     affordable = _MAX_PARTIAL_BYTES // (4 * num_experts * width)
-    return max(1, min(_MAX_SHARES, wanted, useful, affordable))
+    limit = min(wanted, useful, affordable)
+    return next((shares for shares in _SHARES if shares <= limit), 1)
 
 
 def _segment_sum(

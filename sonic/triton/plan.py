@@ -295,7 +295,8 @@ def sort_slots_by_expert(
             TILE=tile,
             num_warps=tile // 32,
         )
-        block_tiles = min(triton.next_power_of_2(stride), 4096)
+        # Few choices: every one is a kernel to compile while the number of tokens varies.
+        block_tiles = 64 if stride <= 64 else 512 if stride <= 512 else 4096
         block_e = max(1, 1024 // block_tiles)
         _scan_tiles_kernel[(triton.cdiv(num_experts, block_e),)](
             count,
