@@ -113,9 +113,12 @@ def memory_estimate(
     w2 = num_experts * hidden_size * intermediate_size * size
     dh = rows * width * size
     scores = 2 * rows * _FP32
-    backward = (
-        kept + scores + dh + w2 + max(rows_by_intermediate, w1 + rows_by_hidden + tokens_by_hidden)
+    steps = (
+        dh + rows_by_intermediate,
+        dh + w1 + rows_by_hidden,
+        w1 + rows_by_hidden + tokens_by_hidden,
     )
+    backward = kept + scores + w2 + max(steps)
     return MemoryEstimate(saved, forward, backward, w1 + w2)
 
 

@@ -117,7 +117,6 @@ def m(*size, dtype=LOW):
 
 
 W1, W2 = (E, 2 * I, H), (E, H, I)
-MAIN = (None, None)
 CASES = [
     # hidden_states
     Case("no tensor", experts, {"hidden_states": [[1.0]]}, ArgumentError,
