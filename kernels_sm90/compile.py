@@ -6,6 +6,8 @@ from cutlass import Int32, Int64
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from kernels_sm90.gemm import GroupedGemmSm90
+from kernels_sm90.tiles import supports_config
+from sonic.runtime.errors import UnsupportedError
 from sonic.runtime.problem import EpilogueKind, Operand, Problem, Ragged, TileConfig
 
 
@@ -43,12 +45,19 @@ def fake_arguments(problem: Problem, gemm: GroupedGemmSm90) -> tuple:
     offsets = _fake(Int32, (experts_plus_1,), align=4)
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     return (
-        a, b, d, aux, c, bias, score, row_sum, gather, offsets, Int64(0), Int64(0), Int32(0), stream,
+        a, b, d, aux, c, bias, score, row_sum, gather, offsets,
+        Int64(0), Int64(0), Int32(0), stream,
     )  # fmt: skip
 
 
 def compile_kernel(problem: Problem, config: TileConfig, extra_options: str = ""):
-    """Compiled host function of ``GroupedGemmSm90(problem, config)``; call it without the stream."""
+    """Compiled host function of ``GroupedGemmSm90(problem, config)``; call it without the stream.
+
+    :raises UnsupportedError: the tiles do not fit the problem.
+    """
+    refusal = supports_config(problem, config)
+    if refusal is not None:
+        raise UnsupportedError(f"sm90 kernels do not support {refusal.reason}; {refusal.remedy}")
     gemm = GroupedGemmSm90(problem, config)
     options = f"--gpu-arch sm_90a --enable-tvm-ffi {extra_options}".strip()
     return cute.compile(gemm, *fake_arguments(problem, gemm), options=options)

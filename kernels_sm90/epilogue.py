@@ -1,9 +1,9 @@
 """Register-to-memory side of the Hopper grouped GEMM (mixin of ``GroupedGemmSm90``).
 
-A warpgroup owns ``rows_per_group`` rows of a tile and stores them chunk by chunk: registers -> stmatrix
--> swizzled shared memory -> TMA store. Each warpgroup has its own slots and its own named barrier, so
-the two never wait for each other. A loaded tile C shares its slot with D: the same warps read and then
-overwrite the same 8x8 matrices.
+A warpgroup owns ``rows_per_group`` rows of a tile and stores them chunk by chunk: registers ->
+stmatrix -> swizzled shared memory -> TMA store. Each warpgroup has its own slots and its own named
+barrier, so the two never wait for each other. A loaded tile C shares its slot with D: the same
+warps read and then overwrite the same 8x8 matrices.
 """
 
 import cutlass
@@ -120,9 +120,7 @@ class EpilogueMixin:
         return chunk + chunks
 
     def _sync_group(self, group):
-        cute.arch.barrier(
-            barrier_id=_FIRST_NAMED_BARRIER + group, number_of_threads=WARPGROUP
-        )
+        cute.arch.barrier(barrier_id=_FIRST_NAMED_BARRIER + group, number_of_threads=WARPGROUP)
 
     @cute.jit
     def _row_scores(self, score, context, group: Int32, row_in_group: Int32):
@@ -146,7 +144,7 @@ class EpilogueMixin:
         self, accumulator, m, chunk, d_slot, aux_slot, bias, context, bias_strides, scores, sums,
         warp, lane,
     ):  # fmt: skip
-        """One chunk of 64 rows: epilogue on registers, then shared memory. Unrolled while tracing."""
+        """One chunk of 64 rows: epilogue on registers, then shared memory; unrolled."""
         epilogue = self.epilogue
         row_base = m * _ROWS_PER_MMA + (warp % 4) * 16
         c_words, d_words, aux_words = [], [], []
@@ -184,7 +182,7 @@ class EpilogueMixin:
         self._store_matrices(aux_slot, aux_words, row_base, epilogue.aux_chunk, lane)
 
     def _pack(self, rows, blocks):
-        """16-bit words of one unit, in stmatrix order: block by block, upper then lower eight rows."""
+        """16-bit words of one unit in stmatrix order: by block, upper then lower eight rows."""
         return [
             pack_pair(rows[half][block][0], rows[half][block][1], self.dtype)
             for block in range(blocks)
@@ -198,10 +196,10 @@ class EpilogueMixin:
             )
 
     def _matrix_pointer(self, slot, row_base, block, columns, lane):
-        """This lane's row address of the 16x16 elements at ``(row_base, 8 * block)``, ``block`` even.
+        """This lane's row address in the 16x16 elements at ``(row_base, 8 * block)``, even block.
 
-        Lanes 0-7 and 8-15 address the upper and lower eight rows of the left block, 16-31 those of the
-        right one. Rows are ``2 * columns`` bytes with the swizzle of that span.
+        Lanes 0-7 and 8-15 address the upper and lower eight rows of the left block, 16-31 those of
+        the right one. Rows are ``2 * columns`` bytes with the swizzle of that span.
         """
         row_bytes = columns * 2
         row = row_base + lane % 16
@@ -214,9 +212,7 @@ class EpilogueMixin:
         for half in range(2):
             row = row_base + lane // 4 + half * 8
             piece = (unit * 2 + lane % 4 // 2) ^ (row % 8)
-            pointer = cute.recast_ptr(
-                slot + (row * 128 + piece * 16 + lane % 2 * 8), dtype=Float32
-            )
+            pointer = cute.recast_ptr(slot + (row * 128 + piece * 16 + lane % 2 * 8), dtype=Float32)
             pair = cute.make_tensor(pointer, cute.make_layout(2))
             pair[0], pair[1] = rows[half][0]
 
@@ -261,9 +257,7 @@ class EpilogueMixin:
             if cutlass.const_expr(self.ragged_rows):
                 tma_store(d_map, d_slot, ragged_coordinates(column, first_row, begin, end))
             else:
-                coordinates = weight_coordinates(
-                    column, first_row, expert, self.problem.gated_rows
-                )
+                coordinates = weight_coordinates(column, first_row, expert, self.problem.gated_rows)
                 if cutlass.const_expr(epilogue.accumulates):
                     tma_reduce_add(d_map, d_slot, coordinates)
                 else:
@@ -273,7 +267,9 @@ class EpilogueMixin:
             tma_store(aux_map, aux_slot, ragged_coordinates(column, first_row, begin, end))
 
     @cute.jit
-    def _store_row_sums(self, row_sum, sums, context, group: Int32, row_in_group: Int32, lane: Int32):
+    def _store_row_sums(
+        self, row_sum, sums, context, group: Int32, row_in_group: Int32, lane: Int32
+    ):
         """Adds the four lanes that share a row and writes the tile's partial sums."""
         if cutlass.const_expr(self.epilogue.has_row_sum):
             cursor, row, col, sizes = context

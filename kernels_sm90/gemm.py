@@ -3,16 +3,16 @@
     Ragged.ROWS        D[r, n] = sum_k A[row(r), k] W[e, n, k]        for the rows r of expert e
     Ragged.REDUCTION   D[e, m, n] = sum_r A[row(r), m] B[row(r), n]   over the rows r of expert e
 
-where ``row`` is the identity or, for the gathered operand, an index read from memory. The six GEMMs of
-the layer (arXiv 2512.14080, section 4) are instances; ``sonic.device.epilogue`` says what happens to
-the accumulator.
+where ``row`` is the identity or, for the gathered operand, an index read from memory. The six GEMMs
+of the layer (arXiv 2512.14080, section 4) are instances; ``sonic.device.epilogue`` says what
+happens to the accumulator.
 
-             warpgroup 0 (producer)                      warpgroups 1, 2 (math)
-    tile ->  TMA / cp.async -> [ A | B ] x stages  ->  wgmma -> registers -> epilogue -> smem -> TMA store
-                                                       C tile (pre-activation) -> smem ^
+            warpgroup 0 (producer)                  warpgroups 1, 2 (math)
+    tile -> TMA / cp.async -> [ A | B ] x stages -> wgmma -> registers -> epilogue -> smem -> TMA
+                                                     C tile (pre-activation) -> smem ^
 
-Nothing is padded: rows past an expert's end are clipped by the store descriptor (``ragged_map``), columns
-past the matrix by its bounds, and a ragged reduction reads zeros past its end.
+Nothing is padded: rows past an expert's end are clipped by the store descriptor (``ragged_map``),
+columns past the matrix by its bounds, and a ragged reduction reads zeros past its end.
 """
 
 import cutlass
@@ -40,21 +40,21 @@ _DTYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
     """One grouped GEMM, specialised by ``Problem`` and ``TileConfig``; sizes are run-time values.
 
-    Roles: warpgroup 0 loads (warp 0 issues TMA; with a gathered operand all four warps issue cp.async);
+    Roles: warpgroup 0 loads (warp 0 issues TMA; if it gathers, all four warps issue cp.async);
     warpgroups 1 and 2 multiply and run the epilogue. Every warp decodes the tile sequence itself.
 
     Pipelines (mbarriers in shared memory):
 
-    =========  ============================================  ==========================================
-    name       full when                                     empty when
-    =========  ============================================  ==========================================
-    ``ab``     1 arrival with the stage's TMA bytes, plus     one arrival per math warp that reads the
-               one per producer thread if it gathers          stage, from each CTA that it was sent to
-    ``c``      1 arrival with the chunk's TMA bytes           the chunk's D store has read it (same slot)
-    =========  ============================================  ==========================================
+    ======  ==========================================  =========================================
+    name    full when                                   empty when
+    ======  ==========================================  =========================================
+    ``ab``  1 arrival with the stage's TMA bytes, plus  1 arrival per math warp that reads it, from
+            1 per producer thread if it gathers         each CTA of the cluster
+    ``c``   1 arrival with the chunk's TMA bytes        the D store from the same slot has read it
+    ======  ==========================================  =========================================
 
-    Registers: 168 per thread at launch; the producer drops to 40 (56 if it gathers), math rises to 232
-    (224). Constraints: see ``kernels_sm90.tiles.supports``.
+    Registers: 168 per thread at launch; ``setmaxnreg`` then moves them from the producer to math.
+    Constraints: see ``kernels_sm90.tiles.supports``.
     """
 
     def __init__(self, problem: Problem, config: TileConfig):
@@ -75,8 +75,15 @@ class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
         self.smem = SharedMemoryPlan(problem, config, self.epilogue)
         self.stages = self.smem.stages
         self.threads = (1 + self.math_groups) * WARPGROUP
-        gathers = problem.gather is not None
-        self.producer_registers, self.math_registers = (56, 224) if gathers else (40, 232)
+        self.producer_registers, self.math_registers = self._register_split()
+
+    def _register_split(self) -> tuple[int, int]:
+        """Registers per thread of the producer and of math; ``p + 2 m`` is at most 504."""
+        if self.problem.gather is None:
+            return 40, 232
+        accumulators = self.rows_per_group * self.config.tile_n // WARPGROUP
+        light = accumulators <= 128 and self.epilogue.c_blocks == 0
+        return (72, 216) if light else (56, 224)
 
     @cute.jit
     def __call__(
@@ -99,7 +106,8 @@ class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
         """Builds the descriptors and launches; absent tensors are ``None``.
 
         :param a, b, d: operands and output as :class:`Problem` describes them.
-        :param aux: ``(R, I)`` second output. :param c: ``(R, N)`` pre-activation that the epilogue reads.
+        :param aux: ``(R, I)`` second output. :param c: ``(R, N)`` pre-activation that the epilogue
+        reads.
         :param bias: ``(E, rows of the weight)``. :param score: ``(R,)`` float32.
         :param row_sum: ``(ceil(N / tile_n), R)`` float32 partial sums.
         :param gather: ``(R,)`` int32. :param offset_by_expert: ``(E + 1,)`` int32.
@@ -189,12 +197,13 @@ class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
                 (bias_unit, bias_pair), smem, warp, group - 1,
             )  # fmt: skip
         if cutlass.const_expr(self.cluster_size > 1):
-            # A peer may still send bytes and arrivals to this CTA's shared memory until it is done too.
+            # A peer may still send bytes and arrivals to this CTA's shared memory until it is done
+            # too.
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
     def _allocate(self):
-        """Base pointer of the shared memory; regions are byte offsets of :class:`SharedMemoryPlan`."""
+        """Base of the shared memory; :class:`SharedMemoryPlan` has the offsets."""
         return cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024)
 
     def barrier(self, smem, offset, index):
@@ -238,9 +247,7 @@ class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
         num_experts = Int32(offset_by_expert.shape[0] - 1)
         if cutlass.const_expr(self.ragged_rows):
             rows = self.config.tile_m * self.config.cluster_m
-            result = seek_ragged_rows(
-                tile, cursor, offset_by_expert, num_experts, counts[1], rows
-            )
+            result = seek_ragged_rows(tile, cursor, offset_by_expert, num_experts, counts[1], rows)
         else:
             result = seek_ragged_reduction(
                 tile, cursor, offset_by_expert, num_experts, counts[0] * counts[1]
@@ -286,8 +293,8 @@ class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
     def smem_layout(self, extent: int, stage_extent: int, is_k_major: bool):
         """Layout ``(extent, BLOCK_K, stages)`` of a 128-byte-swizzled operand.
 
-        Slabs of 64 contiguous elements by 64 of the other axis; a stage holds ``stage_extent`` rows or
-        columns, of which a warpgroup may read ``extent``.
+        Slabs of 64 contiguous elements by 64 of the other axis; a stage holds ``stage_extent`` rows
+        or columns, of which a warpgroup may read ``extent``.
         """
         kinds = warpgroup.SmemLayoutAtomKind
         kind = kinds.K_SW128 if is_k_major else kinds.MN_SW128

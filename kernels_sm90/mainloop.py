@@ -3,7 +3,7 @@
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
 from kernels_sm90.tiles import BLOCK_K, WARPGROUP
@@ -12,6 +12,7 @@ from sonic.device.ptx import elect_one_lane, tma_load
 from sonic.device.tensormap import ragged_coordinates, weight_coordinates
 
 SWIZZLE_ROW_BYTES = 128
+TURN_NAMED_BARRIER = 3  # and 4: one per math warpgroup; 1 and 2 belong to the epilogue
 
 
 class MainloopMixin:
@@ -19,7 +20,15 @@ class MainloopMixin:
 
     @cute.jit
     def produce(
-        self, a_map, b_map, gathered, gather, offset_by_expert: cute.Tensor, sizes, smem, warp: Int32
+        self,
+        a_map,
+        b_map,
+        gathered,
+        gather,
+        offset_by_expert: cute.Tensor,
+        sizes,
+        smem,
+        warp: Int32,
     ):
         """Producer warpgroup: fills A/B stages tile after tile."""
         if cutlass.const_expr(self.problem.gather is not None):
@@ -29,7 +38,15 @@ class MainloopMixin:
 
     @cute.jit
     def _produce_tiles(
-        self, a_map, b_map, gathered, gather, offset_by_expert: cute.Tensor, sizes, smem, warp: Int32
+        self,
+        a_map,
+        b_map,
+        gathered,
+        gather,
+        offset_by_expert: cute.Tensor,
+        sizes,
+        smem,
+        warp: Int32,
     ):
         plan = self.smem
         counts = self.tile_counts(sizes)
@@ -65,10 +82,6 @@ class MainloopMixin:
                     phase = phase ^ 1
             tile = tile + tile_step
             cursor = self.seek(tile, cursor, offset_by_expert, counts)
-        # Every stage must be free before the CTA may leave: in a cluster, the last arrivals on these
-        # barriers come from the peer.
-        if cutlass.const_expr(self.problem.gather is not None):
-            cute.arch.cp_async_wait_group(0)
 
     def _gathered_offset(self, stage):
         plan = self.smem
@@ -94,7 +107,7 @@ class MainloopMixin:
         return a_bytes + b_bytes
 
     def _share(self, ctas: int):
-        """``(index of this CTA's share of a multicast operand, CTA mask)`` for ``ctas`` receivers."""
+        """``(this CTA's share of a multicast operand, CTA mask)`` for ``ctas`` receivers."""
         if ctas == 1:
             return Int32(0), None
         return cute.arch.block_idx_in_cluster(), cutlass.Int16((1 << ctas) - 1)
@@ -172,6 +185,7 @@ class MainloopMixin:
         cursor = self.seek(tile, self.start_cursor(), offset_by_expert, counts)
         if cutlass.const_expr(self.pingpong):
             if group == 1:
+                self._pass_turn(group)
                 position = self.k_tiles(cursor, sizes)
                 tile = tile + tile_step
                 cursor = self.seek(tile, cursor, offset_by_expert, counts)
@@ -181,7 +195,14 @@ class MainloopMixin:
             context = (cursor, row, col, sizes)
             self.prefetch_c(c_map, context, smem, warp, group, chunk)
             k_tiles = self.k_tiles(cursor, sizes)
+            if cutlass.const_expr(self.pingpong):
+                # A stage's barrier tells even from odd fills only, so a warpgroup may wait on one
+                # no earlier than the other has seen all fills before its own.
+                self._take_turn(group)
             self._multiply(mma, a_fragments, b_fragments, accumulator, k_tiles, position, smem)
+            if cutlass.const_expr(self.pingpong):
+                self._pass_turn(group)
+            self._finish_multiply(k_tiles, position, smem)
             turns = 2 if cutlass.const_expr(self.pingpong) else 1
             position = position + k_tiles * turns
             chunk = self.store_tile(
@@ -194,7 +215,7 @@ class MainloopMixin:
 
     @cute.jit
     def _make_mma(self, smem, group: Int32):
-        """Tiled MMA of one warpgroup, its operand descriptors over all stages, and its accumulator."""
+        """Tiled MMA of one warpgroup, operand descriptors of all stages, accumulator."""
         config, plan = self.config, self.smem
         mma = sm90.make_trivial_tiled_mma(
             self.dtype, self.dtype, self.major(self.a_is_k_major), self.major(self.b_is_k_major),
@@ -219,7 +240,10 @@ class MainloopMixin:
     def _multiply(
         self, mma, a_fragments, b_fragments, accumulator, k_tiles: Int32, position: Int32, smem
     ):
-        """accumulator = A @ B over ``k_tiles`` stages; zero if there are none. One wgmma group in flight."""
+        """Issues accumulator = A @ B over ``k_tiles`` stages, zero if there are none.
+
+        One wgmma group stays in flight; :meth:`_finish_multiply` awaits the last.
+        """
         plan = self.smem
         accumulator.fill(0.0)
         mma.set(warpgroup.Field.ACCUMULATE, True)
@@ -249,9 +273,26 @@ class MainloopMixin:
             if stage == self.stages:
                 stage = Int32(0)
                 phase = phase ^ 1
+
+    @cute.jit
+    def _finish_multiply(self, k_tiles: Int32, position: Int32, smem):
+        """Awaits the tile's last wgmma group and frees its stage."""
         warpgroup.wait_group(0)
         if k_tiles > 0:
-            self._release(smem, previous)
+            self._release(smem, (position + k_tiles - 1) % self.stages)
+
+    def _take_turn(self, group):
+        """Waits until the other math warpgroup has issued its tile (ping-pong)."""
+        cute.arch.barrier(
+            barrier_id=TURN_NAMED_BARRIER + group, number_of_threads=self.math_groups * WARPGROUP
+        )
+
+    def _pass_turn(self, group):
+        """Lets the other math warpgroup issue its tile."""
+        cute.arch.barrier_arrive(
+            barrier_id=TURN_NAMED_BARRIER + 1 - group,
+            number_of_threads=self.math_groups * WARPGROUP,
+        )
 
     @cute.jit
     def _release(self, smem, stage: Int32):

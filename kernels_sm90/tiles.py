@@ -1,9 +1,8 @@
-"""What the Hopper kernel can run, with which tiles, and how its shared memory is divided. No GPU, no CuTeDSL."""
+"""What the Hopper kernel can run, with which tiles, and its shared-memory plan. No GPU."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from sonic.device.epilogue import Epilogue, make_epilogue
 from sonic.runtime.problem import (
     EpilogueKind,
     Operand,
@@ -13,9 +12,6 @@ from sonic.runtime.problem import (
     TileConfig,
     Unsupported,
 )
-
-if TYPE_CHECKING:
-    from sonic.device.epilogue import Epilogue
 
 WARPGROUP = 128
 BLOCK_K = 64  # one 128-byte swizzle span of 16-bit elements
@@ -53,7 +49,7 @@ class SharedMemoryPlan:
 
 
 def supports(problem: Problem) -> Unsupported | None:
-    """Why the kernel cannot run ``problem``, or ``None``. The only statement of these constraints."""
+    """Why the kernel cannot run ``problem``, or ``None``."""
     if problem.dtype not in ("bfloat16", "float16"):
         return Unsupported(
             f"dtype {problem.dtype}: the Hopper kernels multiply bfloat16 and float16",
@@ -74,17 +70,71 @@ def supports(problem: Problem) -> Unsupported | None:
     return None
 
 
+def supports_config(problem: Problem, config: TileConfig) -> Unsupported | None:
+    """Why ``problem`` cannot run with these tiles, or ``None``."""
+    epilogue = make_epilogue(problem)
+    remedy = "use default_config, or one of candidates"
+    pingpong = config.schedule is Schedule.PINGPONG
+    rows_unit = 64 if pingpong else 128
+    columns_unit = epilogue.acc_chunk
+    if problem.ragged is Ragged.REDUCTION or problem.transposed_weight:
+        columns_unit = max(columns_unit, BLOCK_K)
+    if config.tile_m % rows_unit or config.tile_m > 256:
+        return Unsupported(
+            f"tile_m={config.tile_m}: a multiple of {rows_unit} up to 256 with a "
+            f"{config.schedule.value} schedule",
+            remedy,
+        )
+    if config.tile_n % columns_unit or not 0 < config.tile_n <= 256:
+        return Unsupported(
+            f"tile_n={config.tile_n}: a multiple of {columns_unit} up to 256 here", remedy
+        )
+    if pingpong and problem.ragged is Ragged.REDUCTION:
+        return Unsupported(
+            "ping-pong over a ragged reduction: use the cooperative schedule", remedy
+        )
+    if (config.cluster_m, config.cluster_n) not in ((1, 1), (2, 1), (1, 2)):
+        return Unsupported(
+            f"cluster {config.cluster_m}x{config.cluster_n}: 1x1, 2x1 and 1x2 are built", remedy
+        )
+    shared = Operand.B if config.cluster_m == 2 else Operand.A
+    if config.cluster_size == 2 and problem.gather is shared:
+        return Unsupported("multicast of the gathered operand: share the other one", remedy)
+    accumulators = config.tile_m * config.tile_n // WARPGROUP // (1 if pingpong else 2)
+    if accumulators > 192:
+        return Unsupported(f"{accumulators} accumulators per thread: at most 192", remedy)
+    if config.epilogue_stages < (2 if epilogue.c_blocks else 1):
+        return Unsupported(
+            f"epilogue_stages={config.epilogue_stages}: at least 2 where a tile is loaded, else 1",
+            remedy,
+        )
+    plan = SharedMemoryPlan(problem, config, epilogue)
+    if plan.stages < 2:
+        return Unsupported(
+            f"{plan.stages} main-loop stages beside {config.epilogue_stages} epilogue stages in "
+            f"{SHARED_MEMORY_BYTES} bytes of shared memory: at least 2",
+            remedy,
+        )
+    return None
+
+
+# The choices below were the best, or within 3% of it, of 10 to 40 tiles timed on an H200 on
+# 2026-11-20 at (T, H, I, E, top_k) = (32768,4096,1024,128,8), (24576,1536,256,128,8) and
+# (16384,2048,512,512,10).
 def default_config(problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
-    """Tiles for a problem of about this size per expert. Pure and deterministic."""
-    pingpong, cooperative = Schedule.PINGPONG, Schedule.COOPERATIVE
+    """Tiles for ``rows_per_expert`` rows and a weight of ``n`` by ``k``. Pure and deterministic."""
+    cooperative, pingpong = Schedule.COOPERATIVE, Schedule.PINGPONG
+    many_rows = rows_per_expert >= 1024
     if problem.ragged is Ragged.REDUCTION:
         if problem.gather is Operand.B:
-            return TileConfig(256, 128, 1, 2, cooperative, epilogue_stages=1, raster_along_m=True)
-        return TileConfig(128, 256, 2, 1, cooperative, epilogue_stages=2, raster_along_m=False)
+            return TileConfig(256, 128, 1, 2, cooperative, 1, raster_along_m=not many_rows)
+        return TileConfig(128, 256, 2, 1, cooperative, 2, raster_along_m=not many_rows)
     if problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
-        return TileConfig(128, 128, 1, 1, cooperative, epilogue_stages=4)
+        if n <= 128:
+            return TileConfig(128, 128, 1, 1, pingpong, 2)
+        return TileConfig(128, 256, 1, 1, cooperative, 2)
     if problem.epilogue is EpilogueKind.ACTIVATION:
-        return TileConfig(128, 256, 1, 1, cooperative, epilogue_stages=1)
-    if k >= 1024:
-        return TileConfig(128, 256, 1, 1, cooperative, epilogue_stages=2)
-    return TileConfig(128, 128, 1, 1, pingpong, epilogue_stages=2)
+        return TileConfig(128, 256, 1, 1, cooperative, 2)
+    if problem.transposed_weight:
+        return TileConfig(128, 256, 1, 1, cooperative, 2, raster_along_m=False)
+    return TileConfig(128, 192, 2 if many_rows else 1, 1, pingpong, 2)

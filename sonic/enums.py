@@ -58,7 +58,7 @@ def is_glu(activation: ActivationType) -> bool:
 
 
 class GateUpLayout(str, Enum):
-    """Order of the gate and up rows along the ``2I`` axis of ``w1`` and ``b1`` (gated activations only)."""
+    """Order of the gate and up rows along the ``2I`` axis of ``w1`` and ``b1`` if gated."""
 
     INTERLEAVED = "interleaved"  # g0 u0 g1 u1 ...
     CONCATENATED = "concatenated"  # g0 .. g(I-1) u0 .. u(I-1), the Hugging Face order

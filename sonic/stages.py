@@ -1,7 +1,7 @@
 """The layer's stages on a GPU: six grouped GEMMs in CuTeDSL and the row kernels in Triton.
 
-Same names, signatures, rounding points and layout of ``h`` as :mod:`sonic.reference.stages`, which is
-the specification. Symbols: T tokens, H hidden, I intermediate, E experts, R rows (static bound).
+Same names, signatures, rounding points and layout of ``h`` as :mod:`sonic.reference.stages`, which
+is the specification. Symbols: T tokens, H hidden, I intermediate, E experts, R rows (static bound).
 Rows at or past ``offset_by_expert[E]`` of any ``(R, *)`` output are undefined and never read.
 """
 
@@ -11,7 +11,14 @@ import torch
 
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.runtime.launch import config_for, grouped_gemm
-from sonic.runtime.problem import EpilogueKind, Operand, Problem, Ragged
+from sonic.runtime.problem import (
+    Operand,
+    down_backward_act_problem,
+    down_problem,
+    up_backward_act_problem,
+    up_problem,
+    weight_grad_problem,
+)
 from sonic.triton.bias_grad import bias_grad_gathered, bias_grad_rows
 from sonic.triton.combine import combine
 from sonic.triton.score_grad import gather_scores, score_grad
@@ -65,16 +72,7 @@ def up_forward(
     a = x.new_empty((rows, width // 2 if gated else width))
     if rows == 0:
         return h, a
-    problem = Problem(
-        Ragged.ROWS,
-        _dtype_name(x),
-        EpilogueKind.ACTIVATION,
-        gather=Operand.A,
-        gated_rows=gated,
-        activation=activation,
-        has_bias=b1 is not None,
-        store_preact=store_preact,
-    )
+    problem = up_problem(activation, _dtype_name(x), b1 is not None, store_preact)
     grouped_gemm(
         problem,
         config_for(problem, x.device, rows, experts, width, hidden),
@@ -99,9 +97,7 @@ def down_forward(
     y = a.new_empty((rows, hidden))
     if rows == 0:
         return y
-    problem = Problem(
-        Ragged.ROWS, _dtype_name(a), EpilogueKind.LINEAR, has_bias=b2 is not None
-    )
+    problem = down_problem(_dtype_name(a), b2 is not None)
     grouped_gemm(
         problem,
         config_for(problem, a.device, rows, experts, hidden, width),
@@ -127,20 +123,13 @@ def down_backward_act(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradient through the down-projection and the activation (paper, algorithm 5).
 
-    With ``P = dout[token] w2_e``: ``dh = score * P * act'(h)``, ``a' = score * act(h)``, and the score
-    gradient ``<P, act(h)>`` as partial sums over column tiles.
+    With ``P = dout[token] w2_e``: ``dh = score * P * act'(h)``, ``a' = score * act(h)``, and the
+    score gradient ``<P, act(h)>`` as partial sums over column tiles.
 
     :returns: ``dh`` like ``h``, ``a' (R, I)``, partial sums ``(n, R)`` float32.
     """
     rows, (experts, hidden, width) = h.shape[0], w2.shape
-    problem = Problem(
-        Ragged.ROWS,
-        _dtype_name(h),
-        EpilogueKind.ACTIVATION_GRAD,
-        gather=Operand.A,
-        transposed_weight=True,
-        activation=activation,
-    )
+    problem = down_backward_act_problem(activation, _dtype_name(h))
     dh = torch.empty_like(h)
     a_scaled = h.new_empty((rows, width))
     if rows == 0:
@@ -181,13 +170,7 @@ def _weight_grad(
     d = a.new_empty((experts, m, n)) if accumulate_into is None else accumulate_into
     if rows == 0:
         return d if accumulate else d.zero_()
-    problem = Problem(
-        Ragged.REDUCTION,
-        _dtype_name(a),
-        EpilogueKind.ACCUMULATE if accumulate else EpilogueKind.LINEAR,
-        gather=gather,
-        gated_rows=gated,
-    )
+    problem = weight_grad_problem(_dtype_name(a), gather, gated, accumulate)
     grouped_gemm(
         problem,
         config_for(problem, a.device, rows, experts, n, rows // max(experts, 1)),
@@ -210,7 +193,7 @@ def down_backward_weight(
     *,
     accumulate_into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``dw2_e = dout[token]^T a'``, shape ``(E, H, I)``; added to a float32 tensor if one is given."""
+    """``dw2_e = dout[token]^T a'``, shape ``(E, H, I)``, or added to a float32 tensor."""
     gather = None if token_by_row is None else Operand.A
     return _weight_grad(
         dout,
@@ -237,13 +220,7 @@ def up_backward_act(
     dx = dh.new_empty((rows, hidden))
     if rows == 0:
         return dx
-    problem = Problem(
-        Ragged.ROWS,
-        _dtype_name(dh),
-        EpilogueKind.LINEAR,
-        transposed_weight=True,
-        gated_rows=gated,
-    )
+    problem = up_backward_act_problem(_dtype_name(dh), gated)
     grouped_gemm(
         problem,
         config_for(problem, dh.device, rows, experts, hidden, width),
@@ -267,7 +244,7 @@ def up_backward_weight(
     gated: bool,
     accumulate_into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``dw1_e = dh^T x[token]``, shape ``(E, 2I | I, H)`` in ``layout``; see :func:`down_backward_weight`."""
+    """``dw1_e = dh^T x[token]``, shape ``(E, 2I | I, H)`` in ``layout``, or added likewise."""
     gather = None if token_by_row is None else Operand.B
     return _weight_grad(
         dh, x, gather, token_by_row, offset_by_expert, accumulate_into, layout, gated

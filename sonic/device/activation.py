@@ -1,9 +1,9 @@
 """Activations and their derivatives on float32 registers: one forward and one gradient each.
 
 The forward takes ``(gate, up)`` or ``(x,)`` and returns the post-activation. The gradient takes the
-incoming gradient and the same inputs, and returns ``(post-activation, gradients of the inputs)``: the
-backward epilogue needs both, and they share the transcendental. ``sonic.reference.activations`` is the
-specification.
+incoming gradient and the same inputs, and returns ``(post-activation, gradients of the inputs)``:
+the backward epilogue needs both, and they share the transcendental. ``sonic.reference.activations``
+is the specification.
 """
 
 import cutlass.cute as cute

@@ -2,11 +2,11 @@
 
 A matrix-multiply accumulator, whatever the architecture, gives each thread pairs of neighbouring
 columns in blocks of eight. An epilogue therefore works on *units*: one or two such blocks of the
-accumulator, the blocks of a loaded tile C that belong to them, and the blocks of D and Aux that come
-out. A thread holds one pair per block; :meth:`Epilogue.unit` maps the pairs of one row.
+accumulator, the blocks of a loaded tile C that belong to them, and the blocks of D and Aux that
+come out. A thread holds one pair per block; :meth:`Epilogue.unit` maps the pairs of one row.
 
-Gated tensors keep eight gate columns and the eight up columns that belong to them side by side, so a
-unit has gate and up of the same columns in the same thread and needs no data from its neighbours.
+Gated tensors keep eight gate columns and the eight up columns that belong to them side by side, so
+a unit has gate and up of the same columns in the same thread and needs no data from its neighbours.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ CHUNK_COLUMNS = 64  # 16-bit columns of D (or C) that go through shared memory a
 
 @dataclass(frozen=True)
 class Epilogue:
-    """Blocks per unit of each tensor that one epilogue reads and writes; 0: it has no such tensor."""
+    """Blocks per unit of each tensor that one epilogue reads and writes; 0 for none."""
 
     problem: Problem
     acc_blocks: int
@@ -62,28 +62,34 @@ class Epilogue:
         """Values of one row of one unit: lists of pairs per block.
 
         :param acc: accumulator pairs. :param c: pairs of the loaded tile, or ``[]``.
-        :param bias: pairs to add to the accumulator, or ``None``. :param score: the row's score, or ``None``.
+        :param bias: pairs to add to the accumulator, or ``None``. :param score: the row's score, or
+        ``None``.
         :returns: ``(D pairs, Aux pairs, the row sum's increment or None)``.
         """
         kind = self.problem.epilogue
         if bias is not None:
-            acc = [tuple(a + b for a, b in zip(x, y)) for x, y in zip(acc, bias)]
+            acc = [
+                tuple(a + b for a, b in zip(x, y, strict=True))
+                for x, y in zip(acc, bias, strict=True)
+            ]
         if kind is EpilogueKind.LINEAR or kind is EpilogueKind.ACCUMULATE:
             return acc, [], None
         if kind is EpilogueKind.ACTIVATION:
-            post = tuple(activate(self.problem.activation, *inputs) for inputs in zip(*acc))
+            post = tuple(
+                activate(self.problem.activation, *inputs) for inputs in zip(*acc, strict=True)
+            )
             return acc, [post], None
         return self._activation_grad(acc[0], c, score)
 
     def _activation_grad(self, acc, preact, score):
         grads, posts = [], []
         row_sum = Float32(0.0)
-        for grad, inputs in zip(acc, zip(*preact)):
+        for grad, inputs in zip(acc, zip(*preact, strict=True), strict=True):
             post, input_grads = activate_grad(self.problem.activation, grad * score, *inputs)
             grads.append(input_grads)
             posts.append(post * score)
             row_sum = row_sum + grad * post
-        return list(zip(*grads)), [tuple(posts)], row_sum
+        return list(zip(*grads, strict=True)), [tuple(posts)], row_sum
 
 
 def make_epilogue(problem: Problem) -> Epilogue:

@@ -1,7 +1,8 @@
 """cp.async loaders of rows picked by index, into 128-byte-swizzled shared memory.
 
-Both loaders move 16-byte pieces: eight neighbouring threads fetch 128 contiguous bytes of one source
-row. A loader carries its per-tile registers in a ``state`` tuple, so that it can live in a loop.
+Both loaders move 16-byte pieces: eight neighbouring threads fetch 128 contiguous bytes of one
+source row. A loader carries its per-tile registers in a ``state`` tuple, so that it can live in a
+loop.
 """
 
 from dataclasses import dataclass
@@ -72,10 +73,10 @@ class GatherMajorColumns:
 
 @dataclass(frozen=True)
 class GatherMajorRows:
-    """Tile ``(depth rows, extent columns)`` of gathered rows, reduction along the rows (ragged reduction).
+    """Tile ``(depth rows, extent columns)`` of gathered rows, reduction along the rows.
 
-    Rows past the segment's end and columns past ``columns`` are zero. The indices of the next stage are
-    fetched while the current one is awaited.
+    Rows past the segment's end and columns past ``columns`` are zero. The indices of the next stage
+    are fetched while the current one is awaited.
     """
 
     source: cute.Tensor  # (tokens, columns)

@@ -8,7 +8,7 @@ from cutlass.experimental import primitives as prims
 
 @cute.jit
 def pack_pair(low: Float32, high: Float32, dtype: cutlass.Constexpr) -> Int32:
-    """Rounds two floats to nearest even and packs them in one 32-bit register, ``low`` first in memory."""
+    """Rounds two floats to nearest even and packs them in one register, ``low`` first."""
     suffix = "bf16x2" if cutlass.const_expr(dtype is BFloat16) else "f16x2"
     return cute.arch.inline_ptx(
         f"cvt.rn.{suffix}.f32 {{$w0}}, {{$r0}}, {{$r1}};",
@@ -29,7 +29,8 @@ def unpack_pair(word: Int32, dtype: cutlass.Constexpr):
         )
     else:
         low, high = cute.arch.inline_ptx(
-            "{ .reg .b16 l, h; mov.b32 {l, h}, {$r0}; cvt.f32.f16 {$w0}, l; cvt.f32.f16 {$w1}, h; }",
+            "{ .reg .b16 l, h; mov.b32 {l, h}, {$r0};"
+            " cvt.f32.f16 {$w0}, l; cvt.f32.f16 {$w1}, h; }",
             write_only_types=[Float32, Float32],
             read_only_args=[word],
         )
@@ -63,7 +64,10 @@ def count_trailing_zeros(mask: Int32) -> Int32:
 
 
 def store_matrix_x4(pointer, words) -> None:
-    """``stmatrix.x4``: four 8x8 matrices of 16-bit elements; lane ``l`` addresses row ``l % 8`` of matrix ``l / 8``."""
+    """``stmatrix.x4``: four 8x8 matrices of 16-bit elements.
+
+    Lane ``l`` addresses row ``l % 8`` of matrix ``l / 8``.
+    """
     prims.stmatrix(pointer, words, prims.MMALayout.ROW)
 
 
@@ -75,7 +79,7 @@ def load_matrix_x4(pointer):
 
 @cute.jit
 def copy_16_bytes_or_zero(smem_pointer, gmem_pointer, valid) -> None:
-    """``cp.async`` of 16 bytes through L2; writes zeros, and reads nothing, where ``valid`` is false."""
+    """``cp.async`` of 16 bytes; writes zeros and reads nothing where ``valid`` is false."""
     size = Int32(16) if valid else Int32(0)
     prims.cp_async_shared_global(
         smem_pointer, gmem_pointer, 16, prims.LoadCacheModifier.CG, cp_size=size

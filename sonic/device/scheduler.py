@@ -1,12 +1,12 @@
 """Persistent tile schedulers that read the expert offsets on the device.
 
 A cluster works on tiles ``cluster_id, cluster_id + clusters, ...`` of one linear order over
-(expert, tile of that expert). Every warp decodes for itself: no broadcast, no barrier, no host sync.
-A scheduler's *cursor* is a tuple of registers that a warp carries from tile to tile; experts only move
-forward, so decoding all tiles of a kernel reads each offset once per warp.
+(expert, tile of that expert). Every warp decodes for itself: no broadcast, no barrier, no host
+sync. A scheduler's *cursor* is a tuple of registers that a warp carries from tile to tile; experts
+only move forward, so decoding all tiles of a kernel reads each offset once per warp.
 
-Cursor: ``(expert, first, tiles, begin, end)``: the expert, the linear index of its first tile, its number
-of tiles, and its row range. ``expert == num_experts`` means that no tile is left.
+Cursor: ``(expert, first, tiles, begin, end)``: the expert, the linear index of its first tile, its
+number of tiles, and its row range. ``expert == num_experts`` means that no tile is left.
 """
 
 from dataclasses import dataclass
@@ -53,10 +53,10 @@ def seek_ragged_rows(
     tiles_n: Int32,
     rows_per_tile: cutlass.Constexpr,
 ):
-    """Cursor at linear ``tile``, where expert ``e`` has ``ceil(rows_e / rows_per_tile) * tiles_n`` tiles.
+    """Cursor at ``tile``, where ``e`` has ``ceil(rows_e / rows_per_tile) * tiles_n`` tiles.
 
-    Called by whole warps. Thirty-two experts are scanned at a time: each lane counts the tiles of one,
-    an inclusive warp scan places them, and the first lane past ``tile`` owns it.
+    Called by whole warps. Thirty-two experts are scanned at a time: each lane counts the tiles of
+    one, an inclusive warp scan places them, and the first lane past ``tile`` owns it.
     """
     expert, first, tiles, begin, end = cursor
     lane = cute.arch.lane_idx()
@@ -96,7 +96,7 @@ def seek_ragged_rows(
 def seek_ragged_reduction(
     tile: Int32, cursor, offset_by_expert: cute.Tensor, num_experts: Int32, tiles_per_expert: Int32
 ):
-    """Cursor at linear ``tile``, where every expert has ``tiles_per_expert`` tiles, empty ones too."""
+    """Cursor at ``tile``, where every expert, empty or not, has the same number of tiles."""
     expert, first, tiles, begin, end = cursor
     expert = cutlass.min(tile // tiles_per_expert, num_experts)
     first = expert * tiles_per_expert

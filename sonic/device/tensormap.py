@@ -1,21 +1,25 @@
-"""TMA descriptors of the layer's tensors, built on the host at launch. Strides in elements on input.
+"""TMA descriptors of the layer's tensors, built on the host at launch. Strides are in elements.
 
 Three kinds cover every operand:
 
 * ``rows_map``    a plain ``(rows, cols)`` matrix.
-* ``ragged_map``  the same matrix, addressed by *expert segment*: rows at or past the segment's end read
-  as zero and are not written, with one descriptor for all experts. The segment's end is moved onto the
-  descriptor's bound: with ``BIG = 2**30`` and row stride ``s`` bytes, two more dimensions have strides
-  ``2**34 - s`` and ``s``. At coordinates ``(col, BIG - length + i, BIG, end)`` the address is
-  ``col + s (BIG - length + i) + BIG (2**34 - s) + s end = col + s (begin + i) + 2**64``, and the row
-  coordinate leaves ``[0, BIG)`` exactly when ``i >= length``.
-* ``weight_map``  one matrix per expert ``(E, rows, cols)``; with gated rows, the row axis is seen as
-  ``(8, 2, I/8)``: eight gate rows, then the eight up rows that belong to them. Interleaved and
+* ``ragged_map``  the same matrix, addressed by *expert segment*: rows at or past the segment's
+  end read as zero and are not written, with one descriptor for all experts. The segment's end is
+  moved onto the descriptor's bound: with ``BIG = 2**30`` and row stride ``s`` bytes, two more
+  dimensions have strides ``2**34 - s`` and ``s``. At coordinates ``(col, BIG - length + i, BIG,
+  end)`` the address is ``col + s (BIG - length + i) + BIG (2**34 - s) + s end = col + s (begin + i)
+  + 2**64``, and the row coordinate leaves ``[0, BIG)`` exactly when ``i >= length``.
+* ``weight_map``  one matrix per expert ``(E, rows, cols)``; with gated rows, the row axis is seen
+  as ``(8, 2, I/8)``: eight gate rows, then the eight up rows that belong to them. Interleaved and
   concatenated parameters differ in two strides only.
 """
 
 from cutlass import Int32, Int64
-from cutlass.experimental.cuda import TensorMapL2Promotion, TensorMapSwizzle, create_tensor_map_tiled
+from cutlass.experimental.cuda import (
+    TensorMapL2Promotion,
+    TensorMapSwizzle,
+    create_tensor_map_tiled,
+)
 
 RAGGED_EXTENT = 1 << 30
 _UNBOUNDED = (1 << 31) - 1
@@ -66,7 +70,7 @@ def ragged_coordinates(col, row_in_segment, begin, end):
 
 
 def weight_map(tensor, box_cols: int, box_rows: int, gated_rows: bool, pair_stride, unit_stride):
-    """Descriptor of ``tensor (E, rows, cols)``; gated rows ``2 i`` and ``2 i + 1`` of unit ``i`` lie
+    """Descriptor of ``tensor (E, rows, cols)``; gated rows ``2i`` and ``2i + 1`` of unit ``i`` lie
     ``unit_stride`` and ``pair_stride`` elements apart from the next unit and from each other."""
     experts, rows, cols = tensor.shape
     expert_stride = _in_16_bytes(tensor, Int64(rows) * cols)
@@ -91,7 +95,7 @@ def weight_map(tensor, box_cols: int, box_rows: int, gated_rows: bool, pair_stri
 
 
 def weight_coordinates(col, row, expert, gated_rows: bool):
-    """Coordinates of a box of :func:`weight_map`; ``row`` is a multiple of 16 where rows are gated."""
+    """Coordinates of a :func:`weight_map` box; ``row`` is a multiple of 16 if rows are gated."""
     if not gated_rows:
         return [col, row, expert]
     return [col, 0, 0, row // 16, expert]

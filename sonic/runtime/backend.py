@@ -1,4 +1,4 @@
-"""Which kernel package serves a device. The only module that names the ``kernels_smXX`` packages."""
+"""Which kernel package serves a device; nothing else names the ``kernels_smXX`` packages."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def load_backend(arch: Arch) -> Backend:
     ):
         if importlib.util.find_spec(package) is None:
             raise MissingPackageError(
-                f"the {arch.value} kernels need the package {distribution}, which is not installed: "
-                f"pip install {distribution}, or {_REFERENCE_HINT}"
+                f"the {arch.value} kernels need the package {distribution}, which is not "
+                f"installed: pip install {distribution}, or {_REFERENCE_HINT}"
             )
     backend: Backend = importlib.import_module(f"kernels_{arch.value}").BACKEND
     return backend
@@ -85,16 +85,16 @@ def backend_for(device: torch.device) -> Backend:
     """
     if device.type != "cuda":
         raise DeviceError(
-            f"the kernels run on CUDA tensors, got a tensor on {device}: move it to a Hopper GPU, or "
-            'pass impl="reference"'
+            f"the kernels run on CUDA tensors, got a tensor on {device}: move it to a Hopper GPU, "
+            'or pass impl="reference"'
         )
     index = device.index if device.index is not None else torch.cuda.current_device()
     arch = _arch_of_device(index)
     if arch is None:
         major, minor = torch.cuda.get_device_capability(index)
         raise UnsupportedError(
-            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}; kernels exist "
-            f"for 9.0 (Hopper), and 10.x and 12.x follow. To go on, {_REFERENCE_HINT}"
+            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}; kernels "
+            f"exist for 9.0 (Hopper), and 10.x and 12.x follow. To go on, {_REFERENCE_HINT}"
         )
     return load_backend(arch)
 

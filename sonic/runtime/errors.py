@@ -1,4 +1,7 @@
-"""Errors of the public API. Each text says what was asked, what came, what is allowed and what to do."""
+"""Errors of the public API.
+
+Each text says what was asked, what came, what is allowed and what to do.
+"""
 
 
 class SonicError(Exception):

@@ -47,7 +47,8 @@ def _compile(backend: Backend, problem: Problem, config: TileConfig) -> Any:
         kernel = backend.compile(problem, config)
     except Exception as error:
         raise CompileError(
-            f"compiling {problem.name} with tile {config.name} for {backend.arch.value} failed: {error}"
+            f"compiling {problem.name} with tile {config.name} for {backend.arch.value} failed: "
+            f"{error}"
         ) from error
     _log.info(
         "compiled %s %s for %s in %.1f s",
@@ -78,7 +79,9 @@ def _grid(
     return max(min(tiles, sms // config.cluster_size), 1) * config.cluster_size
 
 
-def config_for(problem: Problem, device: torch.device, rows: int, experts: int, n: int, k: int) -> TileConfig:
+def config_for(
+    problem: Problem, device: torch.device, rows: int, experts: int, n: int, k: int
+) -> TileConfig:
     """The tiles that :func:`grouped_gemm` will use for this size."""
     return backend_for(device).default_config(problem, rows // max(experts, 1), n, k)
 

@@ -1,4 +1,4 @@
-"""What a grouped GEMM computes (:class:`Problem`) and how (:class:`TileConfig`). Plain data, no GPU."""
+"""What a grouped GEMM computes (:class:`Problem`) and how (:class:`TileConfig`). No GPU."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ class Problem:
     """One grouped GEMM, shape-free: a compiled kernel serves every size.
 
     ``Ragged.ROWS``: ``A (R or T, K)``, weight ``W (E, N, K)`` or, with ``transposed_weight``,
-    ``W (E, K, N)``; output ``D (R, N)``. ``Ragged.REDUCTION``: ``A (R or T, M)``, ``B (R or T, N)``,
-    output ``D (E, M, N)``. ``gather`` names the operand whose rows are picked by index out of ``T``
-    tokens; the other one holds the ``R`` rows grouped by expert.
+    ``W (E, K, N)``; output ``D (R, N)``. ``Ragged.REDUCTION``: ``A (R or T, M)``, ``B (R or T,
+    N)``, output ``D (E, M, N)``. ``gather`` names the operand whose rows are picked by index out of
+    ``T`` tokens; the other one holds the ``R`` rows grouped by expert.
 
-    ``gated_rows``: the weight's second axis interleaves gate and up rows (``2 I`` of them). The kernel
-    sees it as blocks of eight gate rows and eight up rows whatever the parameter's own order is.
+    ``gated_rows``: the weight's second axis interleaves gate and up rows (``2 I`` of them). The
+    kernel sees it as blocks of eight gate rows and eight up rows whatever the parameter's own order
+    is.
     """
 
     ragged: Ragged
@@ -112,3 +113,75 @@ class Unsupported:
 
     reason: str
     remedy: str
+
+
+# The grouped GEMMs of the layer. ``sonic.stages`` launches exactly these.
+
+
+def up_problem(
+    activation: ActivationType, dtype: str, has_bias: bool, store_preact: bool
+) -> Problem:
+    """``h = x[token] w1^T + b1``, ``a = act(h)``."""
+    return Problem(
+        Ragged.ROWS,
+        dtype,
+        EpilogueKind.ACTIVATION,
+        gather=Operand.A,
+        gated_rows=activation.is_gated,
+        activation=activation,
+        has_bias=has_bias,
+        store_preact=store_preact,
+    )
+
+
+def down_problem(dtype: str, has_bias: bool) -> Problem:
+    """``y = a w2^T + b2``."""
+    return Problem(Ragged.ROWS, dtype, EpilogueKind.LINEAR, has_bias=has_bias)
+
+
+def down_backward_act_problem(activation: ActivationType, dtype: str) -> Problem:
+    """``dh``, ``a'`` and the score gradient from ``dout[token] w2``."""
+    return Problem(
+        Ragged.ROWS,
+        dtype,
+        EpilogueKind.ACTIVATION_GRAD,
+        gather=Operand.A,
+        transposed_weight=True,
+        activation=activation,
+    )
+
+
+def up_backward_act_problem(dtype: str, gated: bool) -> Problem:
+    """``dx = dh w1``."""
+    return Problem(
+        Ragged.ROWS, dtype, EpilogueKind.LINEAR, transposed_weight=True, gated_rows=gated
+    )
+
+
+def weight_grad_problem(
+    dtype: str, gather: Operand | None, gated: bool, accumulate: bool
+) -> Problem:
+    """``dw = a^T b`` over the rows of each expert."""
+    return Problem(
+        Ragged.REDUCTION,
+        dtype,
+        EpilogueKind.ACCUMULATE if accumulate else EpilogueKind.LINEAR,
+        gather=gather,
+        gated_rows=gated,
+    )
+
+
+def layer_problems(
+    activation: ActivationType, dtype: str, has_bias: bool, accumulate: bool = False
+) -> list[Problem]:
+    """Every grouped GEMM of one layer: inference and training, forward and backward."""
+    gated = activation.is_gated
+    return [
+        up_problem(activation, dtype, has_bias, store_preact=True),
+        up_problem(activation, dtype, has_bias, store_preact=False),
+        down_problem(dtype, has_bias),
+        down_backward_act_problem(activation, dtype),
+        up_backward_act_problem(dtype, gated),
+        weight_grad_problem(dtype, Operand.A, False, accumulate),
+        weight_grad_problem(dtype, Operand.B, gated, accumulate),
+    ]

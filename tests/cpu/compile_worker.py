@@ -1,0 +1,53 @@
+"""Compiles a share of the layer's kernels and prints what the assembler says of each."""
+
+import sys
+
+from sonic.enums import ActivationType
+from sonic.runtime.backend import load_backend
+from sonic.runtime.problem import (
+    Arch,
+    Operand,
+    Problem,
+    TileConfig,
+    layer_problems,
+    weight_grad_problem,
+)
+
+# Spans the branches of default_config: few and many rows per expert, narrow and wide weights.
+_SIZES = [(rows, n, k) for rows in (64, 320, 2048) for n in (128, 1024) for k in (128, 4096)]
+
+
+def kernels(arch: Arch) -> list[tuple[Problem, TileConfig]]:
+    """Every (problem, default tiles) that the layer can ask for, without repeats."""
+    backend = load_backend(arch)
+    problems: dict[Problem, None] = {}
+    for dtype in ("bfloat16", "float16"):
+        for activation in ActivationType:
+            for has_bias in (False, True):
+                problems.update(dict.fromkeys(layer_problems(activation, dtype, has_bias)))
+        for gated in (False, True):
+            for accumulate in (False, True):
+                for gather in (None, Operand.A, Operand.B):
+                    if gated and gather is Operand.A:
+                        continue  # the down-projection's weight gradient has no gate and up rows
+                    problem = weight_grad_problem(dtype, gather, gated, accumulate)
+                    problems[problem] = None
+    pairs = {
+        (problem, backend.default_config(problem, rows, n, k)): None
+        for problem in problems
+        for rows, n, k in _SIZES
+    }
+    return list(pairs)
+
+
+def main() -> None:
+    first, step = int(sys.argv[1]), int(sys.argv[2])
+    backend = load_backend(Arch.SM90)
+    for problem, config in kernels(Arch.SM90)[first::step]:
+        print(f"KERNEL {problem.name} {config.name}", flush=True)
+        backend.compile(problem, config)
+        sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Every kernel of the layer compiles for its GPU on a machine without one, and spills nothing."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed")
+
+from sonic.runtime.backend import load_backend
+from sonic.runtime.errors import UnsupportedError
+from sonic.runtime.problem import (
+    Arch,
+    Operand,
+    Schedule,
+    TileConfig,
+    weight_grad_problem,
+)
+from tests.cpu.compile_worker import kernels
+
+_ROOT = Path(__file__).parents[2]
+_PARTS = 8
+_REPORT = {"CUTE_DSL_COMPILER_OPT": "remarks{ptx}"}  # registers and spills, on stderr
+_SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", range(_PARTS))
+def test_kernels_compile_without_spills(part):
+    expected = kernels(Arch.SM90)[part::_PARTS]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.cpu.compile_worker", str(part), str(_PARTS)],
+        cwd=_ROOT,
+        env={**os.environ, "PYTHONPATH": str(_ROOT), "CUDA_VISIBLE_DEVICES": "", **_REPORT},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
+    reports = run.stdout.split("KERNEL ")[1:]
+    assert len(reports) == len(expected)
+    faults = []
+    for report in reports:
+        name = report.splitlines()[0]
+        # Colour codes and line wrapping of the remark must not hide a number.
+        text = re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m", "", report))
+        spills, registers = set(_SPILL.findall(text)), set(_REGISTERS.findall(text))
+        if spills != {("0", "0", "0")} or registers != {"168"}:  # setmaxnreg needs 168 at entry
+            faults.append(
+                f"{name}: stack frame, spill stores, loads {spills}, registers {registers}"
+            )
+    assert not faults, "\n".join(faults)
+
+
+def test_inventory_is_not_empty():
+    names = [problem.name for problem, _ in kernels(Arch.SM90)]
+    assert len(names) > 100
+    assert any("swiglu_oai" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (TileConfig(96, 128), "tile_m=96"),
+        (TileConfig(128, 320), "tile_n=320"),
+        (TileConfig(128, 128, schedule=Schedule.PINGPONG), "ping-pong"),
+        (TileConfig(128, 128, cluster_m=4), "cluster 4x1"),
+        (TileConfig(128, 128, cluster_n=2), "multicast"),
+        (TileConfig(256, 256), "accumulators"),
+        (TileConfig(256, 192, epilogue_stages=4), "stages"),
+    ],
+)
+def test_unfit_tiles_are_refused_before_compiling(config, reason):
+    problem = weight_grad_problem("bfloat16", Operand.A, gated=False, accumulate=False)
+    with pytest.raises(UnsupportedError, match=reason):
+        load_backend(Arch.SM90).compile(problem, config)
