@@ -3,7 +3,7 @@
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
 from kernels_sm90.gemm import GroupedGemmSm90
 from kernels_sm90.tiles import supports_config
@@ -14,6 +14,12 @@ from sonic.runtime.problem import EpilogueKind, Operand, Problem, Ragged, TileCo
 def _fake(dtype, shape, align=16):
     order = tuple(reversed(range(len(shape))))
     return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
+
+
+def _fake_weight(dtype, shape):
+    """``(E, rows, cols)`` with contiguous rows at any 16-byte-aligned strides."""
+    strides = (cute.sym_int64(divisibility=8), cute.sym_int64(divisibility=8), 1)
+    return make_fake_tensor(dtype, shape, strides, assumed_align=16)
 
 
 def fake_arguments(problem: Problem, gemm: GroupedGemmSm90) -> tuple:
@@ -27,18 +33,20 @@ def fake_arguments(problem: Problem, gemm: GroupedGemmSm90) -> tuple:
     b_rows = tokens if problem.gather is Operand.B else rows
     if problem.ragged is Ragged.ROWS:
         a = _fake(dtype, (a_rows, eight[0]))
-        b = _fake(dtype, (experts, eight[1], eight[2]))
+        b = _fake_weight(dtype, (experts, eight[1], eight[2]))
         has_d = kind is not EpilogueKind.ACTIVATION or problem.store_preact
         d = _fake(dtype, (rows, eight[3])) if has_d else None
     else:
         a = _fake(dtype, (a_rows, eight[0]))
         b = _fake(dtype, (b_rows, eight[1]))
-        d = _fake(gemm.d_dtype, (experts, eight[2], eight[3]))
+        d = _fake_weight(gemm.d_dtype, (experts, eight[2], eight[3]))
     has_aux = kind in (EpilogueKind.ACTIVATION, EpilogueKind.ACTIVATION_GRAD)
     is_grad = kind is EpilogueKind.ACTIVATION_GRAD
     aux = _fake(dtype, (rows, eight[4])) if has_aux else None
     c = _fake(dtype, (rows, eight[3])) if is_grad else None
-    bias = _fake(dtype, (experts, eight[1]), align=2) if problem.has_bias else None
+    bias = None
+    if problem.has_bias:
+        bias = make_fake_tensor(dtype, (experts, eight[1]), (cute.sym_int64(), 1), assumed_align=2)
     score = _fake(cutlass.Float32, (rows,), align=4) if is_grad else None
     row_sum = _fake(cutlass.Float32, (cute.sym_int(), rows), align=4) if is_grad else None
     gather = _fake(Int32, (rows,), align=4) if problem.gather is not None else None

@@ -221,8 +221,7 @@ class EpilogueMixin:
         if not self.problem.has_bias:
             return None
         cursor, _, col, sizes = context
-        rows = Int32(bias.shape[1])
-        base = cursor[0].to(cutlass.Int64) * rows
+        base = cutlass.Int64(cursor[0]) * bias.stride[0]
         pairs = []
         for block in range(self.epilogue.acc_blocks):
             column = col + first * BLOCK + block * BLOCK + lane % 4 * 2

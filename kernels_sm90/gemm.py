@@ -148,8 +148,8 @@ class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
         bias_unit = Int32(0)
         bias_pair = Int32(0)
         if cutlass.const_expr(problem.has_bias and gated):
-            bias_unit = Int32(unit_stride // k)
-            bias_pair = Int32(pair_stride // k)
+            bias_unit = Int32(unit_stride // b.stride[1])
+            bias_pair = Int32(pair_stride // b.stride[1])
         self.kernel(
             a_map, b_map, c_map, d_map, aux_map, gathered, gather, bias, score, row_sum,
             offset_by_expert, m, n, k, bias_unit, bias_pair,

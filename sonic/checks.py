@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sonic.enums import ActivationType
+from sonic.enums import ActivationType, GateUpLayout, KernelBackendMoE, ScoreOrder
 from sonic.plan import MAX_EXPERTS, MAX_SLOTS
 from sonic.runtime.errors import (
     ArgumentError,
@@ -49,13 +49,22 @@ def _dtype(x: Tensor) -> str:
 # -------------------------------------------------------------------------------- options
 
 
+_MEMBERS: dict[tuple[str, str], Enum] = {
+    (options.__name__, option.value): option
+    for options in (ActivationType, GateUpLayout, KernelBackendMoE, ScoreOrder)
+    for option in options
+}
+
+
 def choice(op: str, name: str, value: Any, options: type[_Choice]) -> _Choice:
     """``value`` (a member of ``options`` or its string) as a member."""
     if isinstance(value, options):
         return value
-    for option in options:
-        if option.value == value:
-            return option
+    if isinstance(value, str):
+        # A table rather than a loop over the class: Dynamo of torch 2.11 does not iterate enums.
+        member = _MEMBERS.get((options.__name__, value))
+        if member is not None:
+            return member  # type: ignore[return-value]
     raise ArgumentError(
         message(
             op,
@@ -229,7 +238,7 @@ def check_num_slots(op: str, num_slots: int) -> None:
 
 
 def check_kernel_operands(op: str, first: str, x: Tensor, **weights: Tensor | None) -> None:
-    """What only the kernels ask for: a 2-byte dtype and packed weights."""
+    """What only the kernels ask for: a 2-byte dtype and weights with contiguous, aligned rows."""
     if x.dtype not in KERNEL_DTYPES:
         raise DTypeError(
             message(
@@ -242,15 +251,30 @@ def check_kernel_operands(op: str, first: str, x: Tensor, **weights: Tensor | No
     for name, weight in weights.items():
         if weight is None:
             continue
-        if not weight.is_contiguous():
+        strides = weight.stride()
+        if not weight.is_contiguous() and not _addressable(weight):
             raise LayoutError(
                 message(
                     op,
-                    f"{name} has strides {tuple(weight.stride())} for shape {tuple(weight.shape)}",
-                    'contiguous weights with impl="cute"',
+                    f"{name} has strides {strides} for shape {tuple(weight.shape)}",
+                    'contiguous rows, whose strides are positive multiples of 8, with impl="cute"',
                     f"Store it packed once, {name}.contiguous(), rather than at every call.",
                 )
             )
+
+
+def _addressable(weight: Tensor) -> bool:
+    """Whether TMA can read ``weight`` in place: rows are contiguous and start at 16-byte steps."""
+    *outer, last = weight.stride()
+    if last != 1 and weight.shape[-1] > 1:
+        return False
+    if weight.dim() < 3:  # a bias is read element by element
+        return True
+    sizes = weight.shape[:-1]
+    return all(
+        size == 1 or (stride > 0 and stride % ALIGNMENT == 0)
+        for size, stride in zip(sizes, outer, strict=True)
+    )
 
 
 def check_aligned(op: str, name: str, size: int) -> None:

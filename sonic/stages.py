@@ -42,13 +42,22 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _row_strides(layout: GateUpLayout, gated: bool, rows: int, cols: int) -> tuple[int, int]:
+def _row_strides(layout: GateUpLayout, gated: bool, weight: torch.Tensor) -> tuple[int, int]:
     """Element strides (gate -> up, unit -> next unit) of a gated ``(E, rows, cols)`` weight."""
     if not gated:
         return 0, 0
+    row = weight.stride(1)
     if GateUpLayout(layout) is GateUpLayout.INTERLEAVED:
-        return cols, 2 * cols
-    return rows // 2 * cols, cols
+        return row, 2 * row
+    return weight.shape[1] // 2 * row, row
+
+
+def _with_expert_stride(weight: torch.Tensor) -> torch.Tensor:
+    """``weight``, with a legal stride if it has one expert: torch leaves that one undefined."""
+    if weight.shape[0] != 1:
+        return weight
+    row = weight.stride(1)
+    return weight.as_strided(weight.shape, (weight.shape[1] * row, row, 1))
 
 
 def up_forward(
@@ -77,14 +86,14 @@ def up_forward(
         problem,
         config_for(problem, x.device, rows, experts, width, hidden),
         a=x,
-        b=w1,
+        b=_with_expert_stride(w1),
         d=h if store_preact else None,
         aux=a,
         bias=b1,
         gather=token_by_row,
         offset_by_expert=offset_by_expert,
         rows=rows,
-        strides=_row_strides(layout, gated, width, hidden),
+        strides=_row_strides(layout, gated, w1),
     )
     return h, a
 
@@ -102,7 +111,7 @@ def down_forward(
         problem,
         config_for(problem, a.device, rows, experts, hidden, width),
         a=a,
-        b=w2,
+        b=_with_expert_stride(w2),
         d=y,
         bias=b2,
         offset_by_expert=offset_by_expert,
@@ -140,7 +149,7 @@ def down_backward_act(
         problem,
         config,
         a=dout,
-        b=w2,
+        b=_with_expert_stride(w2),
         d=dh,
         aux=a_scaled,
         c=h,
@@ -176,11 +185,11 @@ def _weight_grad(
         config_for(problem, a.device, rows, experts, n, rows // max(experts, 1)),
         a=a,
         b=b,
-        d=d,
+        d=_with_expert_stride(d),
         gather=token_by_row,
         offset_by_expert=offset_by_expert,
         rows=rows,
-        strides=_row_strides(layout, gated, m, n),
+        strides=_row_strides(layout, gated, d),
     )
     return d
 
@@ -225,11 +234,11 @@ def up_backward_act(
         problem,
         config_for(problem, dh.device, rows, experts, hidden, width),
         a=dh,
-        b=w1,
+        b=_with_expert_stride(w1),
         d=dx,
         offset_by_expert=offset_by_expert,
         rows=rows,
-        strides=_row_strides(layout, gated, width, hidden),
+        strides=_row_strides(layout, gated, w1),
     )
     return dx
 

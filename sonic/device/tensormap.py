@@ -70,15 +70,18 @@ def ragged_coordinates(col, row_in_segment, begin, end):
 
 
 def weight_map(tensor, box_cols: int, box_rows: int, gated_rows: bool, pair_stride, unit_stride):
-    """Descriptor of ``tensor (E, rows, cols)``; gated rows ``2i`` and ``2i + 1`` of unit ``i`` lie
-    ``unit_stride`` and ``pair_stride`` elements apart from the next unit and from each other."""
+    """Descriptor of ``tensor (E, rows, cols)``, with any strides of experts and rows.
+
+    Gated rows ``2i`` and ``2i + 1`` of unit ``i`` lie ``pair_stride`` elements apart, units
+    ``unit_stride``.
+    """
     experts, rows, cols = tensor.shape
-    expert_stride = _in_16_bytes(tensor, Int64(rows) * cols)
+    expert_stride = _in_16_bytes(tensor, tensor.stride[0])
     if not gated_rows:
         return _encode(
             tensor,
             (cols, rows, experts),
-            (_in_16_bytes(tensor, cols), expert_stride),
+            (_in_16_bytes(tensor, tensor.stride[1]), expert_stride),
             (box_cols, box_rows, 1),
         )
     return _encode(

@@ -206,7 +206,7 @@ CASES = [
           "w2": m(*W2, dtype=torch.float32)}, DTypeError,
          'float32 with impl="cute"', "bfloat16, float16", 'impl="reference"'),
     Case("strided weight", kernels, {"w1": m(E, H, 2 * I).transpose(1, 2)}, LayoutError,
-         "w1 has strides (256, 1, 16)", "contiguous weights", "w1.contiguous()"),
+         "w1 has strides (256, 1, 16)", "contiguous", "w1.contiguous()"),
     Case("misaligned hidden size", kernels,
          {"hidden_states": m(T, 20), "w1": m(E, 2 * I, 20), "w2": m(E, 20, I)}, ShapeError,
          "hidden_size=20", "multiples of 8", "Pad it to 24"),
