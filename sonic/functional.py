@@ -8,8 +8,8 @@ of a flat list, R rows. Shared conventions:
   (g0 u0 g1 u1 ...) or ``"concatenated"`` (gates, then ups; Hugging Face). Neither is copied.
 * ``impl="auto"`` runs the kernels on CUDA tensors and the torch reference on CPU tensors. It never
   falls back: a GPU without kernels raises :class:`UnsupportedError` and names ``"reference"``.
-* The kernels take bfloat16 and float16, H and I multiples of 8, packed weights; the reference any
-  floating dtype and size.
+* The kernels take bfloat16 and float16, H and I multiples of 8, and weights whose rows are
+  contiguous and start at 16-byte steps; the reference any floating dtype, size and strides.
 * Under ``torch.autocast`` activations, weights and biases are cast to its dtype. Scores stay fp32,
   and the router is evaluated in fp32.
 * No function reads a device value on the host; all run on the current stream, can be captured in a
@@ -64,7 +64,7 @@ def experts(
             nothing to the output and receives a zero gradient.
         topk_weights: (T, top_k), floating point of any dtype; used as fp32. Its gradient has its
             dtype.
-        w1: (E, 2I, H) gated, (E, I, H) otherwise; contiguous; dtype of ``hidden_states``.
+        w1: (E, 2I, H) gated, (E, I, H) otherwise; dtype of ``hidden_states``.
         w2: (E, H, I), likewise.
         b1: (E, 2I) or (E, I), or None. b2: (E, H), or None. Dtype of the weights.
         activation: a value of :class:`sonic.ActivationType`.
@@ -214,7 +214,7 @@ def grouped_mm(
 
     Args:
         rows: (R, K), floating point.
-        weight: (E, N, K), contiguous; dtype of ``rows``.
+        weight: (E, N, K); dtype of ``rows``.
         offset_by_expert: (E + 1,) int32 on the device of ``rows``; starts at 0 and never decreases;
             expert e owns rows ``[offset[e], offset[e + 1])``, which may be empty. ``offset[E]`` may
             be less than R. The values are not checked, since that would synchronise.

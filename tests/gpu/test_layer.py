@@ -96,8 +96,10 @@ def test_dropped_slots(fraction):
         assert not any(t.any() for t in vars(actual).values())
 
 
-def test_strided_activations_and_gradient():
-    check(PROBLEM.with_changes(contiguous=False))
+@pytest.mark.parametrize("layout", list(GateUpLayout))
+def test_strided_operands(layout):
+    """Padded input rows, transposed ids and gradient, every other expert of a larger tensor."""
+    check(PROBLEM.with_changes(contiguous=False, layout=layout))
 
 
 @pytest.mark.parametrize("seed", range(24))
