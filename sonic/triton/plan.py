@@ -24,7 +24,10 @@ from sonic.triton.common import device_of
 # A key above every expert id, so that a dropped slot precedes nobody.
 DROPPED = tl.constexpr(2**31 - 1)
 
-_DIRECT_MAX_SLOTS = 4096
+# With E <= 2^16 an expert and a slot share an int32.
+SLOT_BITS = tl.constexpr(12)
+
+_DIRECT_MAX_SLOTS = 2**12
 _DIRECT_MAX_PAIRS = 2**25
 _COUNTER_BYTES_PER_TILE_SLOT = 2**17
 _TILES = (64, 128, 256, 512)
@@ -50,6 +53,13 @@ def _token_of_slot(token_ids, slot, mask, TOP_K: tl.constexpr):
         return slot.to(tl.int32) // TOP_K
 
 
+@triton.jit
+def _load_key(expert_ids, token_ids, slot, limit, num_experts, num_tokens, TOP_K: tl.constexpr):
+    """(expert, slot) as one integer that sorts alike; DROPPED from slot ``limit`` on."""
+    expert = _load_expert(expert_ids, token_ids, slot, limit, num_experts, num_tokens, TOP_K)
+    return tl.where(expert == DROPPED, DROPPED, (expert << SLOT_BITS) | slot)
+
+
 @triton.jit(do_not_specialize=["num_slots", "num_tokens", "slot_programs"])
 def _direct_kernel(
     expert_ids,
@@ -66,42 +76,33 @@ def _direct_kernel(
     BLOCK: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    if pid < slot_programs:
-        slot = pid * BLOCK + tl.arange(0, BLOCK)
-        expert = _load_expert(
-            expert_ids, token_ids, slot, num_slots, num_experts, num_tokens, TOP_K
-        )
-        before = tl.zeros([BLOCK_KEYS, BLOCK], tl.int32)
-        live_keys = tl.zeros([BLOCK_KEYS], tl.int32)
-        for start in range(0, num_slots, BLOCK_KEYS):
-            other = start + tl.arange(0, BLOCK_KEYS)
-            key = _load_expert(
-                expert_ids, token_ids, other, num_slots, num_experts, num_tokens, TOP_K
-            )
-            same = (key[:, None] == expert[None, :]) & (other[:, None] < slot[None, :])
-            before += ((key[:, None] < expert[None, :]) | same).to(tl.int32)
-            live_keys += (key != DROPPED).to(tl.int32)
-        row = tl.sum(before, axis=0)
-        live = expert != DROPPED
-        tl.store(row_by_slot + slot, tl.where(live, row, -1), mask=slot < num_slots)
-        token = _token_of_slot(token_ids, slot, live, TOP_K)
-        tl.store(slot_by_row + row, slot, mask=live)
-        tl.store(token_by_row + row, token, mask=live)
-        # The same indices read as rows: those past the last live row have no slot.
-        tail = (slot >= tl.sum(live_keys, axis=0)) & (slot < num_slots)
-        tl.store(slot_by_row + slot, -1, mask=tail)
-        tl.store(token_by_row + slot, -1, mask=tail)
-    else:
-        bound = (pid - slot_programs) * BLOCK + tl.arange(0, BLOCK)
-        below = tl.zeros([BLOCK_KEYS, BLOCK], tl.int32)
-        for start in range(0, num_slots, BLOCK_KEYS):
-            other = start + tl.arange(0, BLOCK_KEYS)
-            key = _load_expert(
-                expert_ids, token_ids, other, num_slots, num_experts, num_tokens, TOP_K
-            )
-            below += (key[:, None] < bound[None, :]).to(tl.int32)
-        tl.store(offset_by_expert + bound, tl.sum(below, axis=0), mask=bound <= num_experts)
+    """The first ``slot_programs`` programs place a block of slots each, the others find a block of
+    offsets each: either is a count of the keys below a bound."""
+    is_slots = tl.program_id(0) < slot_programs
+    block = tl.where(is_slots, tl.program_id(0), tl.program_id(0) - slot_programs)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    slot_limit = tl.where(is_slots, num_slots, 0)
+    key = _load_key(expert_ids, token_ids, index, slot_limit, num_experts, num_tokens, TOP_K)
+    bound = tl.where(is_slots, key, index << SLOT_BITS)
+    below = tl.zeros([BLOCK_KEYS, BLOCK], tl.int32)
+    live_keys = tl.zeros([BLOCK_KEYS], tl.int32)
+    for start in range(0, num_slots, BLOCK_KEYS):
+        other = start + tl.arange(0, BLOCK_KEYS)
+        keys = _load_key(expert_ids, token_ids, other, num_slots, num_experts, num_tokens, TOP_K)
+        below += (keys[:, None] < bound[None, :]).to(tl.int32)
+        live_keys += (keys != DROPPED).to(tl.int32)
+    count = tl.sum(below, axis=0)
+    live = key != DROPPED
+    tl.store(row_by_slot + index, tl.where(live, count, -1), mask=index < slot_limit)
+    token = _token_of_slot(token_ids, index, live, TOP_K)
+    tl.store(slot_by_row + count, index, mask=live)
+    tl.store(token_by_row + count, token, mask=live)
+    # The same indices read as rows: those past the last live row have no slot.
+    tail = (index >= tl.sum(live_keys, axis=0)) & (index < slot_limit)
+    tl.store(slot_by_row + index, -1, mask=tail)
+    tl.store(token_by_row + index, -1, mask=tail)
+    offset_limit = tl.where(is_slots, 0, num_experts + 1)
+    tl.store(offset_by_expert + index, count, mask=index < offset_limit)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_tokens"])

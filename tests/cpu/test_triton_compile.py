@@ -73,7 +73,7 @@ def _ids(*shape, dtype=torch.int32):
 
 
 def _launch_all() -> None:
-    for tokens, experts in ((64, 128), (4000, 128), (2000, 1), (70, 65536)):
+    for tokens, experts in ((64, 128), (4000, 128), (64, 1), (2000, 1), (70, 65536)):
         build_plan(_ids(tokens, 8), experts, impl="triton")
     for slots in (100, 9000):
         build_plan_flat(_ids(slots, dtype=torch.int64), _ids(slots), 10, 60, impl="triton")

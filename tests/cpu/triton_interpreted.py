@@ -177,9 +177,7 @@ def test_topk_ties_zeros_and_extremes(chunk, monkeypatch):
         assert scores[[2, 4, 5]].isnan().all()
         assert scores[3].tolist() == [1, 0, 0, 0]
         assert scores[6].tolist() == [0.5, 0.5, 0, 0]
-        dlogits = topk_module.topk_scores_grad(
-            torch.ones_like(scores), logits, scores, ids, order
-        )
+        dlogits = topk_module.topk_scores_grad(torch.ones_like(scores), logits, scores, ids, order)
         assert dlogits[[0, 1, 3, 6]].isfinite().all()
 
 
@@ -208,9 +206,7 @@ def test_combine_without_slots(poisoned):
     )
     from sonic.triton.combine import combine
 
-    out = combine(
-        rows, plan.row_by_slot, None, plan.offset_by_token, plan.slot_by_position, 3, 0
-    )
+    out = combine(rows, plan.row_by_slot, None, plan.offset_by_token, plan.slot_by_position, 3, 0)
     assert out.shape == (3, 16) and not out.any()
     assert combine(rows, plan.row_by_slot, None, None, None, 0, 4).shape == (0, 16)
 
