@@ -1,4 +1,6 @@
-"""Runs compiled CuTeDSL kernels on a CPU: PTX executed adversarially, host code unmodified. See README.md."""
+"""Runs compiled CuTeDSL kernels on a CPU: PTX executed adversarially, host code unmodified. See
+README.md.
+"""
 
 from .host import STREAM
 from .memory import Fault

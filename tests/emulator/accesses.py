@@ -1,26 +1,28 @@
 """Loads, stores and atomics (PTX ISA 9.7.9.8-9.7.9.12, 9.7.13.6-7).
 
-Memory order modifiers change nothing here: each instruction of a warp takes effect at once, for all its lanes.
+Memory order modifiers change nothing here: each instruction of a warp takes effect at once, for all
+    its lanes.
 """
 
 import numpy as np
 
 from .builder import MASK24, instruction, lanes_of, set_reg, split_by_cta
-from .memory import LOCAL_WINDOW, SHARED_WINDOW, Fault
+from .memory import LOCAL_WINDOW, SHARED_WINDOW, Fault, misaligned
 from .ptx import Mem, PtxError, Sink, Sym
 from .values import LANES, NP, UINT, bf16_bits, bf16_float
 
 CACHE = (
-    "weak relaxed acquire release acq_rel volatile mmio cta cluster gpu sys shared shared::cta shared::cluster global param "
-    "param::entry param::func local const nc ca cg cs lu cv wb wt v2 v4 v8 L1::evict_normal L1::evict_unchanged "
-    "L1::evict_first L1::evict_last L1::no_allocate L2::cache_hint L2::64B L2::128B L2::256B L2::evict_first L2::evict_last"
+    "weak relaxed acquire release acq_rel volatile mmio cta cluster gpu sys shared shared::cta "
+    "shared::cluster global param param::entry param::func local const nc ca cg cs lu cv wb wt v2 "
+    "v4 v8 L1::evict_normal L1::evict_unchanged L1::evict_first L1::evict_last L1::no_allocate "
+    "L2::cache_hint L2::64B L2::128B L2::256B L2::evict_first L2::evict_last"
 )
 
 
 def load_shared(w, a, size, n):
     """n consecutive values of `size` bytes at each shared address."""
     if (a % np.uint32(size * n)).any():
-        raise Fault(f"shared load misaligned for {size * n} bytes: {int(a[a % np.uint32(size * n) != 0][0]):#x}")
+        raise misaligned("shared load", a, size * n)
     values = [np.zeros(len(a), UINT[size]) for _ in range(n)]
     for cta, sel, off in split_by_cta(w, a):
         cta.smem.check_generic(off, size * n, write=False)
@@ -35,7 +37,7 @@ def store_shared(w, a, size, vals, ins):
     """Stores the arrays `vals` to consecutive places at each shared address."""
     n = len(vals)
     if (a % np.uint32(size * n)).any():
-        raise Fault(f"shared store misaligned for {size * n} bytes: {int(a[a % np.uint32(size * n) != 0][0]):#x}")
+        raise misaligned("shared store", a, size * n)
     for cta, sel, off in split_by_cta(w, a):
         cta.smem.check_generic(off, size * n, write=True)
         at = (off // np.uint32(size)).astype(np.int64)
@@ -54,8 +56,16 @@ def window(a):
 
 def local_bytes(w, a, nbytes):
     off = (a & np.uint64(LOCAL_WINDOW - 1)).astype(np.int64)
-    if w.local is None or off.min() < 0 or off.max() + nbytes > w.local.shape[1] or (off % nbytes).any():
-        raise Fault(f"local access at offset {int(off.max())} is outside the allocation or misaligned for {nbytes} bytes")
+    if (
+        w.local is None
+        or off.min() < 0
+        or off.max() + nbytes > w.local.shape[1]
+        or (off % nbytes).any()
+    ):
+        raise Fault(
+            f"local access of {nbytes} bytes at offset {int(off.max())}: misaligned or outside the "
+            "allocation"
+        )
     return off
 
 
@@ -89,7 +99,16 @@ def load(b, ins):
             a = a[m]
         where = window(a) if space in ("generic", "param") else space
         if where == "shared":
-            finish(w, load_shared(w, a if a.dtype == np.uint32 else (a - np.uint64(SHARED_WINDOW)).astype(np.uint32), size, len(dst)), m)
+            finish(
+                w,
+                load_shared(
+                    w,
+                    a if a.dtype == np.uint32 else (a - np.uint64(SHARED_WINDOW)).astype(np.uint32),
+                    size,
+                    len(dst),
+                ),
+                m,
+            )
         elif where == "local":
             off, lanes = local_bytes(w, a, nbytes), np.asarray(lanes_of(m))
             rows = np.stack([w.local[lanes, off + i] for i in range(nbytes)], axis=1)
@@ -138,7 +157,9 @@ def store(b, ins):
 
         def st_param(M, w, frag, m):
             block = w.call_params.setdefault(name, np.zeros((LANES, total), np.uint8))
-            block[:, mem.offset : mem.offset + nbytes] = np.stack([g(w.r) for g in src], axis=1).view(np.uint8).reshape(LANES, nbytes)
+            block[:, mem.offset : mem.offset + nbytes] = (
+                np.stack([g(w.r) for g in src], axis=1).view(np.uint8).reshape(LANES, nbytes)
+            )
 
         return st_param
     addr = b.address(mem, "u4" if space == "shared" else "u8")
@@ -150,7 +171,13 @@ def store(b, ins):
         M.progress = M.tick
         where = window(a) if space == "generic" else space
         if where == "shared":
-            store_shared(w, a if a.dtype == np.uint32 else (a - np.uint64(SHARED_WINDOW)).astype(np.uint32), size, vals, ins)
+            store_shared(
+                w,
+                a if a.dtype == np.uint32 else (a - np.uint64(SHARED_WINDOW)).astype(np.uint32),
+                size,
+                vals,
+                ins,
+            )
         elif where == "local":
             off, lanes = local_bytes(w, a, nbytes), np.asarray(lanes_of(m))
             rows = np.stack(vals, axis=1).view(np.uint8).reshape(len(off), nbytes)
@@ -249,7 +276,9 @@ def cell_at(M, w, addr, space, nbytes, ins):
 
 @instruction("st.async", "weak shared::cluster mbarrier::complete_tx::bytes v2 v4")
 def store_async(b, ins):
-    """9.7.9.12: a store to another CTA of the cluster that completes on an mbarrier there, some time later."""
+    """9.7.9.12: a store to another CTA of the cluster that completes on an mbarrier there, some
+    time later.
+    """
     _, _, size = b.type_of(ins)
     dst, value, bar = ins.operands
     src = [b.get(x, f"u{size}") for x in b.vector(value)]

@@ -1,7 +1,9 @@
-"""Register-only PTX instructions as generated Python source over 32-lane numpy arrays (PTX ISA 9.7.1-9.7.9).
+"""Register-only PTX instructions as generated Python source over 32-lane numpy arrays (PTX ISA
+9.7.1-9.7.9).
 
-A run of such instructions becomes one function f(r, m): r is the warp's register list, m the mask of active lanes.
-A second version without the masking serves the common case that all 32 lanes are active.
+A run of such instructions becomes one function f(r, m): r is the warp's register list, m the mask
+of active lanes. A second version without the masking serves the common case that all 32 lanes are
+active.
 """
 
 import numpy as np
@@ -10,41 +12,56 @@ from .ptx import Imm, Not, Pair, PtxError, Reg, Sink, Special, Sym, Vec
 from .values import HELPERS, KIND, LANES, NP, STORE
 
 COMPARE = {
-    "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">=",
+    "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=",
+    "hi": ">", "hs": ">=",
 }  # fmt: skip
 UNORDERED = ("ltu", "leu", "gtu", "geu", "equ", "neu")
 BINARY = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}",
-    "min": "np.minimum({0}, {1})", "max": "np.maximum({0}, {1})", "div": "divide({0}, {1})",
-    "rem": "remainder({0}, {1})",
+    "add": "{0} + {1}", "sub": "{0} - {1}", "and": "{0} & {1}", "or": "{0} | {1}",
+    "xor": "{0} ^ {1}", "min": "np.minimum({0}, {1})", "max": "np.maximum({0}, {1})",
+    "div": "divide({0}, {1})", "rem": "remainder({0}, {1})",
 }  # fmt: skip
 FLOAT_MINMAX = {"min": "np.fmin({0}, {1})", "max": "np.fmax({0}, {1})"}
 UNARY = {
-    "not": "~{0}", "neg": "-{0}", "abs": "np.abs({0})", "sqrt": "np.sqrt({0})", "rcp": "(np.float32(1) / {0})",
-    "rsqrt": "(np.float32(1) / np.sqrt({0}))", "ex2": "np.exp2({0})", "lg2": "np.log2({0})", "sin": "np.sin({0})",
-    "cos": "np.cos({0})", "tanh": "np.tanh({0})",
+    "not": "~{0}", "neg": "-{0}", "abs": "np.abs({0})", "sqrt": "np.sqrt({0})",
+    "rcp": "(np.float32(1) / {0})", "rsqrt": "(np.float32(1) / np.sqrt({0}))",
+    "ex2": "np.exp2({0})", "lg2": "np.log2({0})", "sin": "np.sin({0})", "cos": "np.cos({0})",
+    "tanh": "np.tanh({0})",
 }  # fmt: skip
 PACKED = {
     "add": "np.add", "sub": "np.subtract", "mul": "np.multiply", "min": "np.fmin", "max": "np.fmax",
     "neg": "np.negative", "abs": "np.abs", "fma": "fma", "tanh": "np.tanh", "ex2": "np.exp2",
 }  # fmt: skip
-PACKER = {"f32x2": ("f32x2", "u8"), "f16x2": ("h2", "u4"), "bf16x2": ("bf2", "u4"), "bf16": ("bf1", "u2")}
-# Modifiers that change nothing here (float32 arithmetic is IEEE, round to nearest, subnormals kept) or that the
-# handler looks at; an instruction with any other is refused rather than run without it.
+PACKER = {
+    "f32x2": ("f32x2", "u8"),
+    "f16x2": ("h2", "u4"),
+    "bf16x2": ("bf2", "u4"),
+    "bf16": ("bf1", "u2"),
+}
+# Modifiers that change nothing here (float32 arithmetic is IEEE, round to nearest, subnormals kept)
+# or that the handler looks at; an instruction with any other is refused rather than run without it.
 KNOWN = {
-    "rn", "rz", "ftz", "approx", "full", "lo", "hi", "wide", "relu", "sat", "rzi", "rni", "rmi", "rpi", "l", "r", "clamp",
-    "wrap", "to", "shared", "global", "param", "local", "const", "shared::cluster", "shared::cta", "xor", "and", "or",
-    "num", "nan", "NaN", "shiftamt", *KIND, *COMPARE, *UNORDERED,
+    "rn", "rz", "ftz", "approx", "full", "lo", "hi", "wide", "relu", "sat", "rzi", "rni", "rmi",
+    "rpi", "l", "r", "clamp", "wrap", "to", "shared", "global", "param", "local", "const",
+    "shared::cluster", "shared::cta", "xor", "and", "or", "num", "nan", "NaN", "shiftamt", *KIND,
+    *COMPARE, *UNORDERED,
 }  # fmt: skip
 BITS = {"?": 1, "u1": 8, "i1": 8, "u2": 16, "i2": 16, "f2": 16, "u4": 32, "i4": 32, "f4": 32}
 
 
 class Codegen:
-    """Emits source lines for the register-only instructions of one kernel; constants are collected in `names`."""
+    """Emits source lines for the register-only instructions of one kernel; constants are collected
+    in `names`.
+    """
 
     def __init__(self, symbol_value):
         self.symbol_value = symbol_value
-        self.names = {"np": np, "where": np.where, **HELPERS, **{t: d for t, d in NP.items() if t != "?"}}
+        self.names = {
+            "np": np,
+            "where": np.where,
+            **{f.__name__: f for f in HELPERS},
+            **{t: d for t, d in NP.items() if t != "?"},
+        }
         self.constants = {}
         self.masked = True
 
@@ -57,7 +74,9 @@ class Codegen:
             if kind == "?":
                 arr = np.full(LANES, bool(value))
             else:
-                arr = np.full(LANES, value & ((1 << bits) - 1), NP["u" + str(bits // 8)]).view(NP[kind])
+                arr = np.full(LANES, value & ((1 << bits) - 1), NP["u" + str(bits // 8)]).view(
+                    NP[kind]
+                )
             arr.flags.writeable = False
             name = self.constants[key] = f"K{len(self.constants)}"
             self.names[name] = arr
@@ -156,7 +175,11 @@ class Codegen:
     def packed(self, ins, t):
         """Two-element types and bf16: element-wise on float32, each result rounded."""
         name = ins.parts[0]
-        if name not in PACKED or {"sat", "NaN", "rz"} & set(ins.parts) or ("relu" in ins.parts and name != "fma"):
+        if (
+            name not in PACKED
+            or {"sat", "NaN", "rz"} & set(ins.parts)
+            or ("relu" in ins.parts and name != "fma")
+        ):
             raise PtxError(f"line {ins.line}: unsupported instruction {ins.text}")
         d, *s = ins.operands
         f, k = PACKER[t]
@@ -170,7 +193,11 @@ class Codegen:
         if t in PACKER and name in PACKED:
             return self.packed(ins, t)
         if name in BINARY:
-            form = FLOAT_MINMAX[name] if k[0] == "f" and name in FLOAT_MINMAX and "NaN" not in ins.parts else BINARY[name]
+            form = (
+                FLOAT_MINMAX[name]
+                if k[0] == "f" and name in FLOAT_MINMAX and "NaN" not in ins.parts
+                else BINARY[name]
+            )
         else:
             form = UNARY[name]
             if name == "neg" and k[0] == "u":
@@ -206,7 +233,10 @@ class Codegen:
         pieces, sub = {
             ("u8", 2): (("lo32(x)", "hi32(x)"), "u4"),
             ("u4", 2): (("lo16(x)", "hi16(x)"), "u2"),
-            ("u4", 4): (tuple(f"((x >> np.uint32({8 * i})) & np.uint32(255)).astype(u2)" for i in range(4)), "u2"),
+            ("u4", 4): (
+                tuple(f"((x >> np.uint32({8 * i})) & np.uint32(255)).astype(u2)" for i in range(4)),
+                "u2",
+            ),
             ("u8", 4): (("lo16(lo32(x))", "hi16(lo32(x))", "lo16(hi32(x))", "hi16(hi32(x))"), "u2"),
         }[(k, len(d.items))]
         lines = [f"x = {self.src(s, k)}"]
@@ -217,7 +247,11 @@ class Codegen:
     def op_cvta(self, ins):
         d, s = ins.operands
         e = self.src(s, "u8")
-        space = next(p.split("::")[0] for p in ins.parts[1:] if p.split("::")[0] in ("shared", "param", "global", "local", "const"))
+        space = next(
+            p.split("::")[0]
+            for p in ins.parts[1:]
+            if p.split("::")[0] in ("shared", "param", "global", "local", "const")
+        )
         if space in ("shared", "local"):
             window = "SHARED_WINDOW" if space == "shared" else "LOCAL_WINDOW"
             e = f"({e} - {window})" if "to" in ins.parts else f"({e} + {window})"
@@ -255,7 +289,9 @@ class Codegen:
     def op_selp(self, ins):
         k, _ = self.kind(ins)
         d, a, b, p = ins.operands
-        return self.assign(d, f"where({self.src(p, '?')}, {self.src(a, k)}, {self.src(b, k)})", k, ins.guard)
+        return self.assign(
+            d, f"where({self.src(p, '?')}, {self.src(a, k)}, {self.src(b, k)})", k, ins.guard
+        )
 
     def shift(self, ins, sign, function):
         k, _ = self.kind(ins)
@@ -331,7 +367,7 @@ class Codegen:
             f = {"rzi": "np.trunc", "rni": "np.rint", "rmi": "np.floor", "rpi": "np.ceil"}[rounding]
             e = f"{f}({self.src(s[0], kf)}).astype({kt})"
         elif "sat" in ins.parts and kt[0] != "f":
-            e = f"np.clip({self.src(s[0], kf)}, {kt}(max(np.iinfo({kt}).min, np.iinfo({kf}).min)), {kt}(min(np.iinfo({kt}).max, np.iinfo({kf}).max))).astype({kt})"
+            e = f"clamp_to({self.src(s[0], kf)}, {kt})"
         else:
             e = self.saturated(ins, f"{self.src(s[0], kf)}.astype({kt})", kt)
         return self.assign(d, e, kt, ins.guard)
@@ -340,7 +376,9 @@ class Codegen:
         """A function of n 32-bit operands."""
         d, *s = ins.operands
         args = [self.src(x, "u4") for x in s[:n]]
-        return self.assign(d, f"{function}({', '.join([*map(str, extra), *args])})", "u4", ins.guard)
+        return self.assign(
+            d, f"{function}({', '.join([*map(str, extra), *args])})", "u4", ins.guard
+        )
 
     def op_prmt(self, ins):
         if len(ins.parts) != 2:
@@ -361,7 +399,9 @@ class Codegen:
     def op_bfe(self, ins):
         k, _ = self.kind(ins)
         d, a, b, c = ins.operands
-        return self.assign(d, f"bfe({self.src(a, k)}, {self.src(b, 'u4')}, {self.src(c, 'u4')})", k, ins.guard)
+        return self.assign(
+            d, f"bfe({self.src(a, k)}, {self.src(b, 'u4')}, {self.src(c, 'u4')})", k, ins.guard
+        )
 
     def op_bfi(self, ins):
         k, _ = self.kind(ins)
@@ -379,16 +419,21 @@ class Codegen:
         return self.count(ins, f"clz({self.src(ins.operands[1], self.kind(ins)[0])})")
 
     def op_bfind(self, ins):
-        return self.count(ins, f"bfind({self.src(ins.operands[1], self.kind(ins)[0])}, {'shiftamt' in ins.parts})")
+        return self.count(
+            ins, f"bfind({self.src(ins.operands[1], self.kind(ins)[0])}, {'shiftamt' in ins.parts})"
+        )
 
     def op_brev(self, ins):
         k, _ = self.kind(ins)
         return self.assign(ins.operands[0], f"brev({self.src(ins.operands[1], k)})", k, ins.guard)
 
     def op_mapa(self, ins):
-        """9.7.9.24: the same shared offset in CTA `c` of the cluster; ranks live in bits 24 and up."""
+        """9.7.9.24: the same offset in CTA `c` of the cluster; ranks live in bits 24 and up."""
         d, a, c = ins.operands
         k, _ = self.kind(ins)
-        rank, low = self.const(24, k), self.const(0xFFFFFF if "shared::cluster" in ins.parts else ~(0xFF << 24), k)
+        rank, low = (
+            self.const(24, k),
+            self.const(0xFFFFFF if "shared::cluster" in ins.parts else ~(0xFF << 24), k),
+        )
         e = f"({self.src(a, k)} & {low}) | ({self.src(c, 'u4')}.astype({k}) << {rank})"
         return self.assign(d, e, k, ins.guard)

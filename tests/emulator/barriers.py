@@ -12,7 +12,7 @@ def bar_warp(b, ins):
 
 
 def named_barrier(b, ins):
-    """`bar.sync a{, n}` and `bar.arrive a, n`: whole warps take part, counted as 32 threads each."""
+    """`bar.sync a{, n}` and `bar.arrive a, n`: whole warps take part, as 32 threads each."""
     ids = [b.get(x, "u4") for x in ins.operands]
     arrive_only = "arrive" in ins.parts
 
@@ -89,7 +89,9 @@ def cluster_wait(b, ins):
 
 
 def publish_inits(w):
-    """Makes the mbarriers that this warp initialised usable by other CTAs and by asynchronous units."""
+    """Makes the mbarriers that this warp initialised usable by other CTAs and by asynchronous
+    units.
+    """
     for mb in w.cta.mbars.values():
         if mb.init_warp is w:
             mb.published = True
@@ -122,7 +124,11 @@ def fence_proxy(b, ins):
     return lambda M, w, frag, m: None
 
 
-@instruction("fence", "sc acq_rel acquire release cta cluster gpu sys sync_restrict::shared::cta sync_restrict::shared::cluster")
+@instruction(
+    "fence",
+    "sc acq_rel acquire release cta cluster gpu sys sync_restrict::shared::cta "
+    "sync_restrict::shared::cluster",
+)
 def fence(b, ins):
     return lambda M, w, frag, m: None
 

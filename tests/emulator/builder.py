@@ -1,7 +1,9 @@
-"""From an instruction to a Python function: the table of instructions and what their builders share.
+"""From an instruction to a Python function: the table of instructions and what their builders
+share.
 
-A builder gets (Builder, Instr) and returns f(machine, warp, fragment, mask). The result None means done, BLOCK means try
-again when woken, SOFT means done but sleep until something changes (a failed try_wait).
+A builder gets (Builder, Instr) and returns f(machine, warp, fragment, mask). The result None means
+done, BLOCK means try again when woken, SOFT means done but sleep until something changes (a failed
+try_wait).
 """
 
 import numpy as np
@@ -18,7 +20,9 @@ STORE_NP = {w: NP[k] for w, k in STORE.items()}
 
 
 def instruction(name, allow=""):
-    """Registers the builder of the instructions starting with `name`; other modifiers must be among `allow`."""
+    """Registers the builder of the instructions starting with `name`; other modifiers must be among
+    `allow`.
+    """
 
     def register(builder):
         TABLE[tuple(name.split("."))] = (builder, None if allow == "*" else set(allow.split()))
@@ -68,8 +72,8 @@ def split_by_cta(w, a):
         off = a & MASK24
         if off.min() < SMEM_RESERVED or off.max() >= w.cta.smem.end:
             raise Fault(
-                f"shared access at {int(off.min()):#x}..{int(off.max()):#x} is outside the allocation "
-                f"{SMEM_RESERVED:#x}..{w.cta.smem.end:#x}"
+                f"shared access at {int(off.min()):#x}..{int(off.max()):#x} is outside the "
+                f"allocation {SMEM_RESERVED:#x}..{w.cta.smem.end:#x}"
             )
         return [(w.cta, slice(None), off)]
     out = []
@@ -94,9 +98,15 @@ class Builder:
             entry = TABLE.get(p[:n])
             if entry:
                 builder, allowed = entry
-                unknown = [] if allowed is None else [x for x in p[n:] if x not in allowed and x not in KIND]
+                unknown = (
+                    []
+                    if allowed is None
+                    else [x for x in p[n:] if x not in allowed and x not in KIND]
+                )
                 if unknown:
-                    raise PtxError(f"line {ins.line}: modifier {unknown[0]} of {ins.text} is not supported")
+                    raise PtxError(
+                        f"line {ins.line}: modifier {unknown[0]} of {ins.text} is not supported"
+                    )
                 return builder(self, ins)
         raise self.unsupported(ins)
 
@@ -118,7 +128,9 @@ class Builder:
         return lambda r: g(r) + off
 
     def shared_address(self, mem):
-        """A shared-memory address as uint32, from a shared (32- or 64-bit) or generic address operand."""
+        """A shared-memory address as uint32, from a shared (32- or 64-bit) or generic address
+        operand.
+        """
         wide = getattr(mem.base, "width", 32) == 64
         g = self.address(mem, "u8" if wide else "u4")
         return (lambda r: g(r).astype(np.uint32)) if wide else g
@@ -130,7 +142,9 @@ class Builder:
     @staticmethod
     def space(ins):
         """The state space an instruction names, "generic" if none."""
-        return next((p.split("::")[0] for p in ins.parts[1:] if p.split("::")[0] in SPACES), "generic")
+        return next(
+            (p.split("::")[0] for p in ins.parts[1:] if p.split("::")[0] in SPACES), "generic"
+        )
 
     @staticmethod
     def type_of(ins):

@@ -1,4 +1,6 @@
-"""Calls of device functions: only vprintf, which a kernel's own printf becomes (PTX ISA 9.7.12.5, CUDA "Formatted output")."""
+"""Calls of device functions: only vprintf, which a kernel's own printf becomes (PTX ISA 9.7.12.5,
+CUDA "Formatted output").
+"""
 
 import re
 import struct
@@ -21,7 +23,9 @@ def c_string(memory, addr):
 
 
 def formatted(memory, text, raw):
-    """The C format `text` with the argument bytes `raw`: 8 bytes and aligned for %s, %p, floats and l-sized integers."""
+    """The C format `text` with the argument bytes `raw`: 8 bytes and aligned for %s, %p, floats and
+    l-sized integers.
+    """
     at, out, last = 0, [], 0
     for m in CONVERSION.finditer(text):
         out.append(text[last : m.start()])
@@ -33,7 +37,13 @@ def formatted(memory, text, raw):
         wide = kind in "eEfFgGsp" or "l" in spec or "j" in spec or "z" in spec
         size = 8 if wide else 4
         at = -(-at // size) * size
-        code = "d" if kind in "eEfFgG" else ("q" if wide else "i") if kind in "di" else ("Q" if wide else "I")
+        code = (
+            "d"
+            if kind in "eEfFgG"
+            else ("q" if wide else "i")
+            if kind in "di"
+            else ("Q" if wide else "I")
+        )
         (value,) = struct.unpack_from("<" + code, raw, at)
         at += size
         if kind == "s":

@@ -1,4 +1,6 @@
-"""Compiling and exporting a CuTeDSL function with no GPU (needs nvidia-cutlass-dsl, imported lazily)."""
+"""Compiling and exporting a CuTeDSL function with no GPU (needs nvidia-cutlass-dsl, imported
+lazily).
+"""
 
 import os
 import tempfile
@@ -10,15 +12,19 @@ ALIGNMENT = 16
 
 
 def fake_tensor(array, static=False):
-    """A fake tensor like `array`: its dtype; symbolic sizes and strides, except a stride of 1 (all static if asked)."""
+    """A fake tensor like `array`: its dtype, symbolic sizes and strides, a static stride of 1.
+
+    Strides are promised to be multiples of 16 bytes if they are now. `static` fixes all sizes.
+    """
     import cutlass
     import cutlass.cute as cute
     from cutlass.cute.runtime import make_fake_tensor
 
     names = {
-        "bfloat16": "BFloat16", "float16": "Float16", "float32": "Float32", "float64": "Float64", "int8": "Int8",
-        "int16": "Int16", "int32": "Int32", "int64": "Int64", "uint8": "Uint8", "uint16": "Uint16", "uint32": "Uint32",
-        "uint64": "Uint64", "bool": "Boolean", "float8_e4m3fn": "Float8E4M3FN", "float8_e5m2": "Float8E5M2",
+        "bfloat16": "BFloat16", "float16": "Float16", "float32": "Float32", "float64": "Float64",
+        "int8": "Int8", "int16": "Int16", "int32": "Int32", "int64": "Int64", "uint8": "Uint8",
+        "uint16": "Uint16", "uint32": "Uint32", "uint64": "Uint64", "bool": "Boolean",
+        "float8_e4m3fn": "Float8E4M3FN", "float8_e5m2": "Float8E5M2",
     }  # fmt: skip
     b = Buffer.of(array)
     dtype = getattr(cutlass, names[b.dtype])
@@ -26,14 +32,21 @@ def fake_tensor(array, static=False):
         return make_fake_tensor(dtype, b.shape, b.strides, assumed_align=ALIGNMENT)
     contiguous = next((i for i in reversed(range(len(b.shape))) if b.strides[i] == 1), None)
     per = max(ALIGNMENT * 8 // dtype.width, 1)
-    aligned = b.address % ALIGNMENT == 0 and all(s % per == 0 for i, s in enumerate(b.strides) if i != contiguous)
-    shape = tuple(cute.sym_int32(divisibility=per if aligned and i == contiguous and n % per == 0 else 1) for i, n in enumerate(b.shape))
-    strides = tuple(1 if i == contiguous else cute.sym_int64(divisibility=per if aligned else 1) for i in range(len(b.shape)))
-    return make_fake_tensor(dtype, shape, strides, assumed_align=ALIGNMENT if aligned else dtype.width // 8)
+    outer = [s for i, s in enumerate(b.strides) if i != contiguous]
+    aligned = b.address % ALIGNMENT == 0 and all(s % per == 0 for s in outer)
+    strides = tuple(
+        1 if i == contiguous else cute.sym_int64(divisibility=per if aligned else 1)
+        for i in range(len(b.shape))
+    )
+    shape = tuple(cute.sym_int32() for _ in b.shape)
+    align = ALIGNMENT if aligned else dtype.width // 8
+    return make_fake_tensor(dtype, shape, strides, assumed_align=align)
 
 
 def fake_argument(value, static=False):
-    """What stands for an argument when compiling: fake tensors for arrays, a fake stream, anything else as it is."""
+    """What stands for an argument when compiling: fake tensors for arrays, a fake stream, anything
+    else as it is.
+    """
     from .host import Stream
 
     if is_array(value):
@@ -46,11 +59,15 @@ def fake_argument(value, static=False):
 
 
 def compile_function(function, fakes, gpu_arch, options=""):
-    """`cute.compile` of a @cute.jit function with what the emulator needs; returns the compiled object."""
+    """`cute.compile` of a @cute.jit function with what the emulator needs; returns the compiled
+    object.
+    """
     import cutlass.cute as cute
 
     folder = tempfile.mkdtemp(prefix="emulator_")
-    return cute.compile(function, *fakes, options=f"--gpu-arch {gpu_arch} {OPTIONS} --dump-dir {folder} {options}")
+    return cute.compile(
+        function, *fakes, options=f"--gpu-arch {gpu_arch} {OPTIONS} --dump-dir {folder} {options}"
+    )
 
 
 def ptx_of(compiled):

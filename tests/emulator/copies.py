@@ -1,7 +1,9 @@
 """Non-bulk asynchronous copies, global to shared (PTX ISA 9.7.9.25.3).
 
-A cp.async reads and writes at any time between its issue and the completion mechanism that the thread waits on. It works
-in the generic proxy: wgmma and TMA see its data only after a fence.proxy.async that is ordered after its completion.
+A cp.async reads and writes at any time between its issue and the completion mechanism that the
+thread waits on. It works
+in the generic proxy: wgmma and TMA see its data only after a fence.proxy.async that is ordered
+    after its completion.
 """
 
 import numpy as np
@@ -28,7 +30,9 @@ class Copies:
 
 
 class Arrival:
-    """A cp.async.mbarrier.arrive that waits for its lanes' earlier copies, then arrives once a lane."""
+    """A cp.async.mbarrier.arrive that waits for its lanes' earlier copies, then arrives once a
+    lane.
+    """
 
     __slots__ = ("mb", "count", "pending", "dirty")
 
@@ -78,17 +82,25 @@ def cp_async(b, ins):
         off = parts[0][2].astype(np.int64)
         smem = w.cta.smem
         units = np.unique(off >> 4)
-        if smem.check and smem.inflight and (smem.writing[units].any() or smem.reading[units].any()):
+        if (
+            smem.check
+            and smem.inflight
+            and (smem.writing[units].any() or smem.reading[units].any())
+        ):
             raise smem.conflict("cp.async write", units, ("TMA write", "read"))
         words = ((off >> 2)[:, None] + np.arange(size // 4)).reshape(-1)
         if smem.check and smem.copies and smem.copying[words].any():
             raise smem.conflict("cp.async write", words >> 2, ("cp.async",))
-        locate_live(M.memory, g, n)  # reports an invalid source at the instruction, not when it lands
+        locate_live(
+            M.memory, g, n
+        )  # reports an invalid source at the instruction, not when it lands
         copies = Copies(frozenset(lanes.tolist()))
         w.copies = [c for c in w.copies if not c.done]
         w.copies.append(copies)
         if len(w.copy_open) > 64:  # a kernel that waits by mbarrier never commits a group
-            w.copy_open = [c for c in w.copy_open if not c.done or any(not d.flushed for d in c.dirty)]
+            w.copy_open = [
+                c for c in w.copy_open if not c.done or any(not d.flushed for d in c.dirty)
+            ]
         w.copy_open.append(copies)
         access = smem.begin("cp.async", words, ins, w)
 
@@ -108,7 +120,9 @@ def cp_async(b, ins):
 
 
 def locate_live(memory, addrs, n):
-    """[(rows, buffer, offsets, bytes)] of the lanes that read anything, by how many bytes they read."""
+    """[(rows, buffer, offsets, bytes)] of the lanes that read anything, by how many bytes they
+    read.
+    """
     return [
         (np.flatnonzero(n == k)[sel], buffer, at, int(k))
         for k in np.unique(n[n > 0])
@@ -131,7 +145,7 @@ def commit_group(b, ins):
 
 
 def wait_for(w, groups):
-    """BLOCK while any copy of the groups is in flight; else orders the warp after what they wrote."""
+    """BLOCK while any copy of the groups is in flight; else orders the warp after them."""
     pending = [c for g in groups for c in g if not c.done]
     if not pending:
         for g in groups:
@@ -170,7 +184,9 @@ def wait_all(b, ins):
 
 @instruction("cp.async.mbarrier.arrive", "noinc shared shared::cta")
 def mbarrier_arrive(b, ins):
-    """9.7.13.15.17: arrives when the thread's earlier copies are complete; without .noinc the count is raised first."""
+    """9.7.13.15.17: arrives when the thread's earlier copies are complete; without .noinc the count
+    is raised first.
+    """
     addr = b.shared_address(ins.operands[0])
     noinc = "noinc" in ins.parts
 
@@ -186,7 +202,9 @@ def mbarrier_arrive(b, ins):
             if not noinc:
                 mb.pending += len(own)
             waiting = [c for c in w.copies if c.lanes & own]
-            landed = [c for g in [*w.copy_groups, w.copy_open] for c in g if c.done and c.lanes & own]
+            landed = [
+                c for g in [*w.copy_groups, w.copy_open] for c in g if c.done and c.lanes & own
+            ]
             arrival = Arrival(mb, len(own), len(waiting) + 1)
             arrival.dirty = {d for c in landed for d in c.dirty if not d.flushed}
             for c in waiting:
@@ -195,5 +213,3 @@ def mbarrier_arrive(b, ins):
         M.progress = M.tick
 
     return run
-
-

@@ -14,7 +14,9 @@ def matrix_rows(w, addr, n, what):
     """The CTA and the 16-byte units of the 8 rows of each of n matrices; lane i addresses row i."""
     a = addr(w.r)[: 8 * n]
     if (a & np.uint32(15)).any():
-        raise Fault(f"{what}: row address {int(a[(a & np.uint32(15)) != 0][0]):#x} is not 16-byte aligned")
+        raise Fault(
+            f"{what}: row address {int(a[(a & np.uint32(15)) != 0][0]):#x} is not 16-byte aligned"
+        )
     parts = split_by_cta(w, a)
     if len(parts) != 1:
         raise Fault(f"{what} over several CTAs")
@@ -31,7 +33,11 @@ def matrix_count(b, ins, regs):
 @instruction("ldmatrix.sync.aligned", MATRIX)
 def ldmatrix(b, ins):
     dst = b.vector(ins.operands[0])
-    addr, trans, n = b.shared_address(ins.operands[1]), "trans" in ins.parts, matrix_count(b, ins, dst)
+    addr, trans, n = (
+        b.shared_address(ins.operands[1]),
+        "trans" in ins.parts,
+        matrix_count(b, ins, dst),
+    )
 
     def run(M, w, frag, m):
         if not converged(w, frag):
@@ -51,7 +57,11 @@ def ldmatrix(b, ins):
 @instruction("stmatrix.sync.aligned", MATRIX)
 def stmatrix(b, ins):
     src = b.vector(ins.operands[1])
-    addr, trans, n = b.shared_address(ins.operands[0]), "trans" in ins.parts, matrix_count(b, ins, src)
+    addr, trans, n = (
+        b.shared_address(ins.operands[0]),
+        "trans" in ins.parts,
+        matrix_count(b, ins, src),
+    )
     get = [b.get(x, "u4") for x in src]
 
     def run(M, w, frag, m):

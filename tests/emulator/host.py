@@ -1,8 +1,10 @@
-"""Runs the host half of a compiled CuTeDSL function on the CPU and hands its launches to a callback.
+"""Runs the host half of a compiled CuTeDSL function on the CPU and hands its launches to a
+callback.
 
-`cute.compile(..., options="--enable-tvm-ffi ...")` followed by `export_to_c` gives an object file whose undefined symbols
-are all in shim.c. Linked together they make a shared library whose entry point `__tvm_ffi_<name>` is called here through
-ctypes, with plain host pointers standing for device pointers; neither CUDA nor libtvm_ffi is loaded.
+`cute.compile(..., options="--enable-tvm-ffi ...")` followed by `export_to_c` gives an object file
+whose undefined symbols are all in shim.c. Linked together they make a shared library whose entry
+point `__tvm_ffi_<name>` is called here through ctypes, with plain host pointers standing for device
+pointers; neither CUDA nor libtvm_ffi is loaded.
 """
 
 import ctypes as C
@@ -14,16 +16,23 @@ import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 LAUNCH = C.CFUNCTYPE(
-    C.c_int, C.c_char_p, C.POINTER(C.c_uint32), C.POINTER(C.c_uint32), C.POINTER(C.c_uint32), C.c_uint64, C.POINTER(C.c_void_p)
+    C.c_int,
+    C.c_char_p,
+    C.POINTER(C.c_uint32),
+    C.POINTER(C.c_uint32),
+    C.POINTER(C.c_uint32),
+    C.c_uint64,
+    C.POINTER(C.c_void_p),
 )
 DL_CUDA = 2
 # TVM-FFI type indices
 FFI_NONE, FFI_INT, FFI_BOOL, FFI_FLOAT, FFI_POINTER, FFI_DLTENSOR = 0, 1, 2, 3, 4, 7
 # DLPack (type code, bits) by element type name
 DTYPES = {
-    "bfloat16": (4, 16), "float16": (2, 16), "float32": (2, 32), "float64": (2, 64), "int8": (0, 8), "int16": (0, 16),
-    "int32": (0, 32), "int64": (0, 64), "uint8": (1, 8), "uint16": (1, 16), "uint32": (1, 32), "uint64": (1, 64),
-    "bool": (6, 8), "float8_e4m3fn": (10, 8), "float8_e5m2": (12, 8),
+    "bfloat16": (4, 16), "float16": (2, 16), "float32": (2, 32), "float64": (2, 64), "int8": (0, 8),
+    "int16": (0, 16), "int32": (0, 32), "int64": (0, 64), "uint8": (1, 8), "uint16": (1, 16),
+    "uint32": (1, 32), "uint64": (1, 64), "bool": (6, 8), "float8_e4m3fn": (10, 8),
+    "float8_e5m2": (12, 8),
 }  # fmt: skip
 
 
@@ -36,9 +45,10 @@ STREAM = Stream()
 
 class DLTensor(C.Structure):
     _fields_ = [
-        ("data", C.c_void_p), ("device_type", C.c_int32), ("device_id", C.c_int32), ("ndim", C.c_int32),
-        ("code", C.c_uint8), ("bits", C.c_uint8), ("lanes", C.c_uint16), ("shape", C.POINTER(C.c_int64)),
-        ("strides", C.POINTER(C.c_int64)), ("byte_offset", C.c_uint64),
+        ("data", C.c_void_p), ("device_type", C.c_int32), ("device_id", C.c_int32),
+        ("ndim", C.c_int32), ("code", C.c_uint8), ("bits", C.c_uint8), ("lanes", C.c_uint16),
+        ("shape", C.POINTER(C.c_int64)), ("strides", C.POINTER(C.c_int64)),
+        ("byte_offset", C.c_uint64),
     ]  # fmt: skip
 
 
@@ -48,7 +58,9 @@ class FFIAny(C.Structure):
 
 @dataclass
 class Buffer:
-    """An array argument: its element type name, shape, strides in elements, address, and the bytes behind it."""
+    """An array argument: its element type name, shape, strides in elements, address, and the bytes
+    behind it.
+    """
 
     dtype: str
     shape: tuple
@@ -76,7 +88,11 @@ class Buffer:
             strides, address = tuple(s // array.itemsize for s in array.strides), array.ctypes.data
         if dtype not in DTYPES:
             raise TypeError(f"no DLPack type for {dtype}")
-        view = np.ctypeslib.as_array(C.cast(base, C.POINTER(C.c_uint8)), (nbytes,)) if nbytes else np.zeros(0, np.uint8)
+        view = (
+            np.ctypeslib.as_array(C.cast(base, C.POINTER(C.c_uint8)), (nbytes,))
+            if nbytes
+            else np.zeros(0, np.uint8)
+        )
         return cls(dtype, tuple(array.shape), strides, address, base, view, array)
 
     def dltensor(self):
@@ -84,7 +100,11 @@ class Buffer:
         n = len(self.shape)
         shape, strides = (C.c_int64 * n)(*self.shape), (C.c_int64 * n)(*self.strides)
         code, bits = DTYPES[self.dtype]
-        return DLTensor(self.address, DL_CUDA, 0, n, code, bits, 1, shape, strides, 0), shape, strides
+        return (
+            DLTensor(self.address, DL_CUDA, 0, n, code, bits, 1, shape, strides, 0),
+            shape,
+            strides,
+        )
 
 
 @dataclass
@@ -130,7 +150,19 @@ class HostFunction:
         library = os.path.join(workdir, name + ".so")
         shim = os.path.join(HERE, "shim.c")
         subprocess.run(
-            ["gcc", "-O1", "-shared", "-Wl,-Bsymbolic", "-fPIC", "-w", "-o", library, shim, object_file], check=True
+            [
+                "gcc",
+                "-O1",
+                "-shared",
+                "-Wl,-Bsymbolic",
+                "-fPIC",
+                "-w",
+                "-o",
+                library,
+                shim,
+                object_file,
+            ],
+            check=True,
         )
         self.lib = C.CDLL(library)
         self.lib.emulator_error.restype = C.c_char_p
@@ -139,12 +171,21 @@ class HostFunction:
         self.entry.argtypes = [C.c_void_p, C.POINTER(FFIAny), C.c_int32, C.POINTER(FFIAny)]
 
     def __call__(self, args, on_launch, smem_optin, sm_count):
-        """Calls the function; `on_launch(Launch)` runs synchronously for every kernel it launches."""
+        """Calls the function; `on_launch(Launch)` runs at once for every kernel it launches."""
         failure = []
 
         def callback(name, grid, block, cluster, smem, kernel_args):
             try:
-                on_launch(Launch(name.decode(), tuple(grid[:3]), tuple(block[:3]), tuple(cluster[:3]), smem, kernel_args))
+                on_launch(
+                    Launch(
+                        name.decode(),
+                        tuple(grid[:3]),
+                        tuple(block[:3]),
+                        tuple(cluster[:3]),
+                        smem,
+                        kernel_args,
+                    )
+                )
                 return 0
             except BaseException as e:  # must not unwind through C
                 failure.append(e)

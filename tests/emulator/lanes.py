@@ -1,4 +1,6 @@
-"""Instructions across the lanes of a warp (PTX ISA 9.7.9.6 shfl.sync, 9.7.13.9-12 vote, match, activemask, redux, elect)."""
+"""Instructions across the lanes of a warp (PTX ISA 9.7.9.6 shfl.sync, 9.7.13.9-12 vote, match,
+activemask, redux, elect).
+"""
 
 import numpy as np
 
@@ -23,7 +25,12 @@ def shfl(b, ins):
         segment, limit = (c >> 8) & 31, c & 31
         low = ALL & segment
         top = low | (limit & ~segment)
-        j = {"idx": low | (by & 31 & ~segment), "up": ALL - (by & 31), "down": ALL + (by & 31), "bfly": ALL ^ (by & 31)}[mode]
+        j = {
+            "idx": low | (by & 31 & ~segment),
+            "up": ALL - (by & 31),
+            "down": ALL + (by & 31),
+            "bfly": ALL ^ (by & 31),
+        }[mode]
         ok = j >= top if mode == "up" else j <= top
         j = np.where(ok, j, ALL) & 31
         set_reg(w, d, gv(w.r)[j], m)
@@ -66,12 +73,20 @@ def vote(b, ins):
             set_reg(w, d, np.full(LANES, bits, np.uint32), m)
         else:
             v = values[active]
-            set_reg(w, d, np.full(LANES, {"any": v.any(), "all": v.all(), "uni": v.all() or not v.any()}[mode]), m)
+            set_reg(
+                w,
+                d,
+                np.full(
+                    LANES, {"any": v.any(), "all": v.all(), "uni": v.all() or not v.any()}[mode]
+                ),
+                m,
+            )
 
     return run
 
 
-@instruction("match.sync", "any all")
+@instruction("match.any.sync")
+@instruction("match.all.sync")
 def match(b, ins):
     d, value, members = ins.operands
     d, pred = (d.first, d.second) if isinstance(d, Pair) else (d, None)
@@ -102,7 +117,14 @@ def redux(b, ins):
     if "abs" in ins.parts or "NaN" in ins.parts:
         raise b.unsupported(ins)
     gv, gm = b.get(value, kind), b.get(members, "u4")
-    f = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[ins.parts[2]]
+    f = {
+        "add": np.add,
+        "min": np.minimum,
+        "max": np.maximum,
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
+        "xor": np.bitwise_xor,
+    }[ins.parts[2]]
 
     def run(M, w, frag, m):
         need = member_lanes(first(gm(w.r), m))
@@ -120,6 +142,13 @@ def activemask(b, ins):
 
     def run(M, w, frag, m):
         active = w.live if frag.mask is None else frag.mask & w.live
-        set_reg(w, d, np.full(LANES, int(np.packbits(active, bitorder="little").view(np.uint32)[0]), np.uint32), m)
+        set_reg(
+            w,
+            d,
+            np.full(
+                LANES, int(np.packbits(active, bitorder="little").view(np.uint32)[0]), np.uint32
+            ),
+            m,
+        )
 
     return run

@@ -18,7 +18,8 @@ def emulator_for(problem, config):
 
 
 class Session:
-    """What the launches of an `emulated_layer` block share, and what they left: `machines`, oldest first.
+    """What the launches of an `emulated_layer` block share, and what they left: `machines`, oldest
+    first.
 
     `config` replaces the tile choice, if it is not None.
     """
@@ -45,9 +46,11 @@ class Session:
 
 @contextlib.contextmanager
 def emulated_layer(seed=0, mode="mixed", sms=4, config=None, **options) -> Iterator[Session]:
-    """Inside the block, grouped GEMMs of `sonic.stages` on CPU tensors run in the emulator as on an sm_90a GPU.
+    """Inside the block, grouped GEMMs of `sonic.stages` on CPU tensors run in the emulator as on an
+    sm_90a GPU.
 
-    seed, mode: see Policy; each launch has its own seed. sms: the number of SMs, few so that CTAs take several tiles.
+    seed, mode: see Policy; each launch has its own seed. sms: the number of SMs, few so that CTAs
+        take several tiles.
     config: a TileConfig for every launch instead of the default one. options: see Machine.
     """
     from sonic import stages

@@ -19,7 +19,8 @@ STALL = 300_000  # scheduler steps without any progress that count as a livelock
 class Machine:
     """Runs launches one after another against one GlobalMemory.
 
-    resident: clusters that run at a time. race_check: report accesses that race with asynchronous operations.
+    resident: clusters that run at a time. race_check: report accesses that race with asynchronous
+        operations.
     """
 
     def __init__(self, memory, policy=None, resident=4, race_check=True, max_steps=50_000_000):
@@ -37,7 +38,9 @@ class Machine:
 
     # ---- asynchronous events ----
     def later(self, engine, fn, queue=None, cause=None):
-        """Runs `fn` when the policy says; operations of one `queue` never overtake each other. `cause`: (warp, instruction)."""
+        """Runs `fn` when the policy says; operations of one `queue` never overtake each other.
+        `cause`: (warp, instruction).
+        """
         due = self.tick + self.policy.delay(engine)
         if queue is not None:
             due = max(due, self.queue_due.get(queue, 0) + 1e-6)
@@ -53,7 +56,9 @@ class Machine:
         except Fault as e:
             if cause is None:
                 raise
-            raise Fault(f"{e}\n  in an asynchronous operation issued by {cause[0]}, {cause[1].where()}") from None
+            raise Fault(
+                f"{e}\n  in an asynchronous operation issued by {cause[0]}, {cause[1].where()}"
+            ) from None
 
     def wake(self, w):
         """Makes a sleeping warp look again."""
@@ -77,7 +82,9 @@ class Machine:
 
     # ---- launching ----
     def launch(self, program, grid, block, cluster, smem, params):
-        """Runs a kernel to its end. `params`: the bytes of each parameter; `smem`: dynamic shared bytes."""
+        """Runs a kernel to its end. `params`: the bytes of each parameter; `smem`: dynamic shared
+        bytes.
+        """
         self.program, self.grid, self.block, self.cluster_dim = program, grid, block, cluster
         self.tick = self.progress = self.idle_at = 0
         self.idle = 0
@@ -88,7 +95,9 @@ class Machine:
         counts = [g // c for g, c in zip(grid, cluster, strict=True)]
         if [c * d for c, d in zip(counts, cluster, strict=True)] != list(grid):
             raise Fault(f"grid {grid} is not a multiple of the cluster {cluster}")
-        todo = [(x, y, z) for z in range(counts[2]) for y in range(counts[1]) for x in range(counts[0])]
+        todo = [
+            (x, y, z) for z in range(counts[2]) for y in range(counts[1]) for x in range(counts[0])
+        ]
         todo.reverse()
         try:
             with np.errstate(all="ignore"):
@@ -148,7 +157,13 @@ class Machine:
             cluster.ctas.append(cta)
             for index in range(-(-threads // LANES)):
                 tid = np.arange(index * LANES, (index + 1) * LANES)
-                w = Warp(cta, index, self.registers(cta, tid, at, counts, local), tid < threads, self.program.local_bytes)
+                w = Warp(
+                    cta,
+                    index,
+                    self.registers(cta, tid, at, counts, local),
+                    tid < threads,
+                    self.program.local_bytes,
+                )
                 w.rank = self.rng.random()
                 cta.warps.append(w)
                 cta.live_warps += 1
@@ -158,7 +173,9 @@ class Machine:
         self.active.append(cluster)
 
     def registers(self, cta, tid, at, counts, local):
-        """A warp's initial registers: poison, then the special registers and symbols that the kernel uses."""
+        """A warp's initial registers: poison, then the special registers and symbols that the
+        kernel uses.
+        """
         blank = {
             1: np.zeros(LANES, bool),
             16: np.full(LANES, 0x7FFF, np.uint16),
@@ -214,7 +231,13 @@ class Machine:
         pos = {"x": tid % b[0], "y": tid // b[0] % b[1], "z": tid // (b[0] * b[1])}
         for i, axis in enumerate("xyz"):
             special["%tid." + axis] = pos[axis].astype(np.uint32)
-            values = {"ntid": b[i], "ctaid": cta.ctaid[i], "nctaid": g[i], "clusterid": at[i], "nclusterid": counts[i]}
+            values = {
+                "ntid": b[i],
+                "ctaid": cta.ctaid[i],
+                "nctaid": g[i],
+                "clusterid": at[i],
+                "nclusterid": counts[i],
+            }
             values |= {"cluster_ctaid": local[i], "cluster_nctaid": c[i]}
             for name, value in values.items():
                 special[f"%{name}.{axis}"] = u4(value)
@@ -256,10 +279,18 @@ class Machine:
         return w
 
     def nudge(self):
-        """Everything sleeps: try_wait may time out, so the waiters look again before it counts as a deadlock."""
+        """Everything sleeps: try_wait may time out, so the waiters look again before it counts as a
+        deadlock.
+        """
         self.idle = self.idle + 1 if self.progress <= self.idle_at else 1
         self.idle_at = self.tick
-        waiters = {id(x): x for cl in self.active for c in cl.ctas for mb in c.mbars.values() for x in mb.waiters}
+        waiters = {
+            id(x): x
+            for cl in self.active
+            for c in cl.ctas
+            for mb in c.mbars.values()
+            for x in mb.waiters
+        }
         if self.idle > 4 or not waiters:
             raise Fault("deadlock")
         for x in waiters.values():
@@ -359,7 +390,9 @@ class Machine:
 
     @staticmethod
     def pick(w):
-        """Merges fragments that meet and returns the one at the lowest program counter that can run."""
+        """Merges fragments that meet and returns the one at the lowest program counter that can
+        run.
+        """
         by_pc, best = {}, None
         for f in w.frags:
             other = by_pc.get(f.pc)

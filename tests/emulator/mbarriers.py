@@ -15,7 +15,11 @@ def operands(b, ins):
     """(state destination or None, address function, value functions) of an mbarrier instruction."""
     i = next(n for n, o in enumerate(ins.operands) if isinstance(o, Mem))
     state = ins.operands[0] if i else None
-    return state, b.shared_address(ins.operands[i]), [b.get(o, "u4") for o in ins.operands[i + 1 : i + 2]]
+    return (
+        state,
+        b.shared_address(ins.operands[i]),
+        [b.get(o, "u4") for o in ins.operands[i + 1 : i + 2]],
+    )
 
 
 @instruction("mbarrier.init", MODIFIERS)
@@ -112,7 +116,9 @@ def complete_tx(b, ins):
 
 
 def waiting(b, ins):
-    """try_wait and test_wait: true once the phase of the given parity (or the state's phase) has completed."""
+    """try_wait and test_wait: true once the phase of the given parity (or the state's phase) has
+    completed.
+    """
     pred, mem, which = ins.operands[:3]
     parity = "parity" in ins.parts
     addr, phase = b.shared_address(mem), b.get(which, "u4" if parity else "u8")
@@ -132,7 +138,8 @@ def waiting(b, ins):
         if all(seen.values()):
             w.failed = 0
             return None
-        # the first failure returns at once (a program may only be peeking), the next sleeps until the phase completes
+        # the first failure returns at once (a program may only be peeking), the next sleeps until
+        # the phase completes
         w.failed += 1
         return SOFT if sleeps and w.failed > 1 else None
 
@@ -140,7 +147,9 @@ def waiting(b, ins):
 
 
 def test(w, addr, phase, parity):
-    """Whether the wait is over; if it is, the warp is ordered after what was released into the phase."""
+    """Whether the wait is over; if it is, the warp is ordered after what was released into the
+    phase.
+    """
     mb = w.cta.cluster.mbarrier(w, addr)
     if mb.cta is not w.cta:
         raise Fault("wait on another CTA's mbarrier")

@@ -1,8 +1,10 @@
-"""Memory spaces: global buffers of the host, and a CTA's shared memory with its two proxies (PTX ISA 5.1, 8.7).
+"""Memory spaces: global buffers of the host, and a CTA's shared memory with its two proxies (PTX
+ISA 5.1, 8.7).
 
-Shared memory is kept twice: as the generic proxy sees it and as the async proxy (TMA, wgmma, tcgen05) sees it. A generic
-store reaches the second copy only by a `fence.proxy.async` of a warp that is ordered after the store. What asynchronous
-operations are reading and writing is tracked, so that an access that races with one is reported whatever the data.
+Shared memory is kept twice: as the generic proxy sees it and as the async proxy (TMA, wgmma,
+    tcgen05) sees it. A generic store reaches the second copy only by a `fence.proxy.async` of a
+    warp that is ordered after the store. What asynchronous operations are reading and writing is
+    tracked, so that an access that races with one is reported whatever the data.
 """
 
 import bisect
@@ -19,6 +21,12 @@ SMEM_RESERVED = 1024  # the system part at the start of a CTA's shared memory
 
 class Fault(Exception):
     """A program error that the emulator found."""
+
+
+def misaligned(what, addresses, align):
+    """The Fault for the first address that is no multiple of `align`."""
+    wrong = next(x for x in addresses.tolist() if x % align)
+    return Fault(f"{what} misaligned for {align} bytes: {wrong:#x}")
 
 
 class GlobalMemory:
@@ -50,8 +58,14 @@ class GlobalMemory:
         """Where an address lies relative to the closest buffer, for a message."""
         if not self.regions:
             return "no buffer is registered"
-        base, size, _, name = min(self.regions, key=lambda r: min(abs(addr - r[0]), abs(addr - r[0] - r[1])))
-        where = f"{addr - base - size} bytes past the end of" if addr >= base + size else f"{base - addr} bytes before"
+        base, size, _, name = min(
+            self.regions, key=lambda r: min(abs(addr - r[0]), abs(addr - r[0] - r[1]))
+        )
+        where = (
+            f"{addr - base - size} bytes past the end of"
+            if addr >= base + size
+            else f"{base - addr} bytes before"
+        )
         return f"{where} the nearest buffer, {name or 'unnamed'} ({size} bytes at {base:#x})"
 
     def read(self, addr, nbytes):
@@ -61,9 +75,11 @@ class GlobalMemory:
         return data[addr - base : addr - base + nbytes]
 
     def locate(self, addrs, nbytes, what, align=None):
-        """[(selector, bytes, offsets)] for lanes' addresses, one entry a buffer; checks alignment and bounds."""
+        """[(selector, bytes, offsets)] for lanes' addresses, one entry a buffer; checks alignment
+        and bounds.
+        """
         if (addrs % np.uint64(align or nbytes)).any():
-            raise Fault(f"global {what} misaligned for {align or nbytes} bytes: {int(addrs[addrs % np.uint64(align or nbytes) != 0][0]):#x}")
+            raise misaligned(f"global {what}", addrs, align or nbytes)
         base, size, data = self.find(int(addrs[0]), what)
         off = (addrs - np.uint64(base)).view(np.int64)
         if off.min() >= 0 and off.max() + nbytes <= size:
@@ -75,19 +91,30 @@ class GlobalMemory:
             off = (addrs - np.uint64(base)).view(np.int64)
             sel = left & (off >= 0) & (off + nbytes <= size)
             if not sel.any():
-                raise Fault(f"global {what} of {nbytes} bytes at {one:#x} runs past its buffer of {size} bytes at {base:#x}")
+                raise Fault(
+                    f"global {what} of {nbytes} bytes at {one:#x} runs past its buffer of {size} "
+                    f"bytes at {base:#x}"
+                )
             out.append((sel, data, off[sel]))
             left &= ~sel
         return out
 
 
 class Dirty:
-    """Generic-proxy stores to shared memory that no proxy fence has published to the async proxy yet."""
+    """Generic-proxy stores to shared memory that no proxy fence has published to the async proxy
+    yet.
+    """
 
     __slots__ = ("smem", "index", "size", "flushed", "origin")
 
     def __init__(self, smem, index, size, origin):
-        self.smem, self.index, self.size, self.flushed, self.origin = smem, index, size, False, origin
+        self.smem, self.index, self.size, self.flushed, self.origin = (
+            smem,
+            index,
+            size,
+            False,
+            origin,
+        )
 
     def flush(self):
         if not self.flushed:
@@ -98,7 +125,9 @@ class Dirty:
 
 
 class Access:
-    """An asynchronous operation in flight on 16-byte units of shared memory (4-byte words for cp.async)."""
+    """An asynchronous operation in flight on 16-byte units of shared memory (4-byte words for
+    cp.async).
+    """
 
     __slots__ = ("kind", "units", "ins", "who")
 
@@ -110,20 +139,24 @@ class Access:
 
 
 class SharedMemory:
-    """One CTA's shared memory. `end` is the first offset past its allocation; `check` turns race reports on."""
+    """One CTA's shared memory. `end` is the first offset past its allocation; `check` turns race
+    reports on.
+    """
 
     def __init__(self, name, end, check=True):
         self.name, self.end, self.check = name, end, check
         data = np.full(SMEM_BYTES // 4, POISON32, np.uint32).view(np.uint8)
         self.generic = self._views(data)
         self.asynchronous = self._views(data.copy())
-        self.reading = np.zeros(SMEM_BYTES // 16, np.int16)  # counts of async operations on each unit
+        self.reading = np.zeros(
+            SMEM_BYTES // 16, np.int16
+        )  # counts of async operations on each unit
         self.writing = np.zeros(SMEM_BYTES // 16, np.int16)
         self.copying = np.zeros(SMEM_BYTES // 4, np.uint8)  # counts of cp.async on each word
         self.copying_unit = self.copying.view(np.uint32)
         self.unfenced = np.zeros(SMEM_BYTES // 4, bool)  # words the async proxy does not see yet
         self.unfenced_unit = self.unfenced.view(np.uint32)
-        self.inflight, self.copies, self.accesses, self.stores = 0, 0, set(), {}
+        self.inflight, self.copies, self.accesses, self.stores = 0, 0, {}, {}
         self.version = 0  # of the async copy, for caches of what was read from it
 
     @staticmethod
@@ -136,7 +169,7 @@ class SharedMemory:
     def begin(self, kind, units, ins, who):
         """Marks units as read ("... read"), written or copied to by an operation until `end`."""
         access = Access(kind, units, ins, who)
-        self.accesses.add(access)
+        self.accesses[access] = None
         if kind == "cp.async":
             np.add.at(self.copying, units, np.uint8(1))
             self.copies += 1
@@ -146,7 +179,7 @@ class SharedMemory:
         return access
 
     def end_access(self, access):
-        self.accesses.discard(access)
+        del self.accesses[access]
         if access.kind == "cp.async":
             np.subtract.at(self.copying, access.units, np.uint8(1))
             self.copies -= 1
@@ -155,7 +188,9 @@ class SharedMemory:
             self.inflight -= 1
 
     def conflict(self, what, units, kinds):
-        """The Fault for an access `what` to 16-byte units that an operation of one of `kinds` is using."""
+        """The Fault for an access `what` to 16-byte units that an operation of one of `kinds` is
+        using.
+        """
         wanted = set(np.asarray(units).reshape(-1).tolist())
         for a in self.accesses:
             own = set((a.units >> 2 if a.kind == "cp.async" else a.units).reshape(-1).tolist())
@@ -196,8 +231,8 @@ class SharedMemory:
         if stale.any():
             at = int(np.asarray(units)[stale != 0].min())
             raise Fault(
-                f"{what} of {self.name}+{at * 16:#x}, where a generic-proxy store was not followed by a fence.proxy.async "
-                f"ordered before it; stored by {self.origin_of(at)}"
+                f"{what} of {self.name}+{at * 16:#x}, where a generic-proxy store was not followed "
+                f"by a fence.proxy.async ordered before it; stored by {self.origin_of(at)}"
             )
 
     def origin_of(self, unit):
@@ -218,7 +253,9 @@ class SharedMemory:
             self.unfenced[index * size >> 2] = False
 
     def note_store(self, index, size, origin):
-        """Records a generic store; returns its Dirty. Storing to the same places again shares one while unfenced."""
+        """Records a generic store; returns its Dirty. Storing to the same places again shares one
+        while unfenced.
+        """
         key = (size, index.tobytes())
         d = self.stores.get(key)
         if d is None or d.flushed:

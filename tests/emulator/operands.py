@@ -1,10 +1,12 @@
-"""Matrix operands in shared memory and in registers: descriptors, element types, fragments (PTX ISA 9.7.14-9.7.16)."""
+"""Matrix operands in shared memory and in registers: descriptors, element types, fragments (PTX ISA
+9.7.14-9.7.16).
+"""
 
 import functools
 
 import numpy as np
 
-from .memory import Fault
+from .memory import SMEM_RESERVED, Fault
 from .tensormap import swizzle
 from .values import LANES, UINT, bf16_float
 
@@ -15,10 +17,12 @@ ELEM = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1}
 
 @functools.lru_cache(8192)
 def operand_offsets(desc, rows, k, elem, mn_major, sm100):
-    """(element indices in shared memory, 16-byte units) of the rows x k tile of a 64-bit matrix descriptor.
+    """(element indices in shared memory, 16-byte units) of the rows x k tile of a 64-bit matrix
+    descriptor.
 
-    9.7.15.5.1 (wgmma) and 9.7.16.4.1 (tcgen05): start address, leading and stride byte offsets in 16-byte steps, swizzle
-    mode; the swizzle XORs the absolute address, so steps along K are plain additions to the start.
+    9.7.15.5.1 (wgmma) and 9.7.16.4.1 (tcgen05): start address, leading and stride byte offsets in
+    16-byte steps, swizzle mode; the swizzle XORs the absolute address, so steps along K are plain
+    additions to the start.
     """
     start, lbo, sbo = ((desc >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     if (desc >> 49) & 7:
@@ -41,23 +45,39 @@ def operand_offsets(desc, rows, k, elem, mn_major, sm100):
             off = start + chunk * sbo + within + (c % 8) * 16 + (c // 8) * lbo
         else:
             w = span // 16
-            off = start + (chunk % w) * 16 + (chunk // w) * lbo + within + (c % 8) * span + (c // 8) * sbo
+            off = (
+                start
+                + (chunk % w) * 16
+                + (chunk // w) * lbo
+                + within
+                + (c % 8) * span
+                + (c // 8) * sbo
+            )
     off = swizzle(off, span)
     return off // elem, np.unique(off >> 4)
 
 
 def check_extent(smem, units, what):
     """A descriptor that reaches outside the CTA's allocation is a fault."""
-    if int(units[0]) * 16 < 1024 or int(units[-1]) * 16 + 16 > smem.end:
-        raise Fault(f"{what}: operand at {int(units[0]) * 16:#x}..{int(units[-1]) * 16 + 16:#x} is outside the allocation")
+    start, end = int(units[0]) * 16, int(units[-1]) * 16 + 16
+    if start < SMEM_RESERVED or end > smem.end:
+        raise Fault(f"{what}: operand at {start:#x}..{end:#x} is outside the allocation")
 
 
 def f8_table(exp_bits, man_bits, bias, finite):
     """The float32 value of every 8-bit code; `finite` types have no infinities and one NaN code."""
     out = np.zeros(256, np.float32)
     for code in range(256):
-        s, e, m = code >> 7, (code >> man_bits) & ((1 << exp_bits) - 1), code & ((1 << man_bits) - 1)
-        v = m * 2.0 ** (1 - bias - man_bits) if e == 0 else (1 + m / (1 << man_bits)) * 2.0 ** (e - bias)
+        s, e, m = (
+            code >> 7,
+            (code >> man_bits) & ((1 << exp_bits) - 1),
+            code & ((1 << man_bits) - 1),
+        )
+        v = (
+            m * 2.0 ** (1 - bias - man_bits)
+            if e == 0
+            else (1 + m / (1 << man_bits)) * 2.0 ** (e - bias)
+        )
         if e == (1 << exp_bits) - 1:
             if finite and m == (1 << man_bits) - 1:
                 v = np.nan
@@ -88,22 +108,33 @@ def read_operand(smem, desc, rows, k, dtype, mn_major, negate, sm100):
     return -x if negate else x
 
 
-# In every fragment thread t of a warp holds, per 8x8 block of 16-bit (8x4 of 32-bit) elements, row t/4 and two adjacent
-# columns 2*(t%4); D of mma and wgmma is made of such blocks with float32 pairs (figures in 9.7.14.5 and 9.7.15.5).
+# In every fragment thread t of a warp holds, per 8x8 block of 16-bit (8x4 of 32-bit) elements, row
+# t/4 and two adjacent columns 2*(t%4); D of mma and wgmma is made of such blocks with float32 pairs
+# (figures in 9.7.14.5 and 9.7.15.5).
 def gather_d(arrays, n):
     """The registers of a 16 x n float32 accumulator fragment -> the matrix."""
-    x = np.stack(arrays).view(np.float32).reshape(n // 8, 2, 2, 8, 4)  # block, half, column, t/4, t%4
+    x = (
+        np.stack(arrays).view(np.float32).reshape(n // 8, 2, 2, 8, 4)
+    )  # block, half, column, t/4, t%4
     return x.transpose(1, 3, 0, 4, 2).reshape(16, n)
 
 
 def scatter_d(matrix, n):
     """A 16 x n float32 matrix -> the n/2 registers of its fragment."""
-    x = np.ascontiguousarray(matrix, np.float32).reshape(2, 8, n // 8, 4, 2).transpose(2, 0, 4, 1, 3)
+    x = (
+        np.ascontiguousarray(matrix, np.float32)
+        .reshape(2, 8, n // 8, 4, 2)
+        .transpose(2, 0, 4, 1, 3)
+    )
     return np.ascontiguousarray(x).reshape(n // 2, LANES).view(np.uint32)
 
 
 def gather_ab(arrays, elem, rows):
-    """Registers of a 16-row A fragment (4) or an 8-row B fragment (2) -> bits of the rows x (32 / elem) matrix."""
+    """Registers of a 16-row A fragment (4) or an 8-row B fragment (2) -> bits of the rows x (32 /
+    elem) matrix.
+    """
     per, halves = 4 // elem, rows // 8
-    x = np.stack(arrays).view(UINT[elem]).reshape(2, halves, 8, 4, per)  # K half, row half, t/4, t%4, element
+    x = (
+        np.stack(arrays).view(UINT[elem]).reshape(2, halves, 8, 4, per)
+    )  # K half, row half, t/4, t%4, element
     return x.transpose(1, 2, 0, 3, 4).reshape(rows, 8 * per)

@@ -10,10 +10,11 @@ LAZY = 10**12
 class Policy:
     """How long the operations of each engine take, in scheduler steps, and the order of warps.
 
-    A mode is "eager" (complete at once), "random" (exponential delay with mean `mean`) or "lazy" (only when no warp can
-    run, oldest first within an engine). `mode` is one of these for all engines, "mixed" (each drawn from the seed), or a
-    dict by engine. With `priority`, warps run by random priorities that change now and then: some starve for long, which
-    reaches interleavings that a uniform choice hardly ever does. None draws it from the seed.
+    A mode is "eager" (complete at once), "random" (exponential delay with mean `mean`) or "lazy"
+    (only when no warp can run, oldest first within an engine). `mode` is one of these for all
+    engines, "mixed" (each drawn from the seed), or a dict by engine. With `priority`, warps run by
+    random priorities that change now and then: some starve for long, which reaches interleavings
+    that a uniform choice hardly ever does. None draws it from the seed.
     """
 
     def __init__(self, seed=0, mode="mixed", mean=40, priority=None):
@@ -26,10 +27,14 @@ class Policy:
             self.mode = dict.fromkeys(ENGINES, mode)
         unknown = set(self.mode.values()) - set(MODES)
         if unknown:
-            raise ValueError(f"unknown timing mode {unknown.pop()!r}; choose from {MODES} or 'mixed'")
+            raise ValueError(
+                f"unknown timing mode {unknown.pop()!r}; choose from {MODES} or 'mixed'"
+            )
         self.seed, self.mean = seed, mean
         self.priority = self.rng.random() < 0.5 if priority is None else priority
-        self.lateness = {engine: self.rng.random() for engine in ENGINES}  # which lazy engine is the laziest
+        self.lateness = {
+            engine: self.rng.random() for engine in ENGINES
+        }  # which lazy engine is the laziest
 
     def delay(self, engine):
         mode = self.mode[engine]
@@ -40,4 +45,8 @@ class Policy:
         return self.rng.expovariate(1 / self.mean)
 
     def __str__(self):
-        return f"seed {self.seed}, " + ", ".join(f"{e} {m}" for e, m in self.mode.items()) + (", priorities" if self.priority else "")
+        return (
+            f"seed {self.seed}, "
+            + ", ".join(f"{e} {m}" for e, m in self.mode.items())
+            + (", priorities" if self.priority else "")
+        )

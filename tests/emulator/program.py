@@ -7,7 +7,16 @@ from .alu import Codegen
 from .builder import Builder
 from .memory import LOCAL_WINDOW, SHARED_WINDOW
 
-IGNORED = {"prefetch", "prefetchu", "discard", "applypriority", "griddepcontrol", "nanosleep", "createpolicy", "pmevent"}
+IGNORED = {
+    "prefetch",
+    "prefetchu",
+    "discard",
+    "applypriority",
+    "griddepcontrol",
+    "nanosleep",
+    "createpolicy",
+    "pmevent",
+}
 
 
 class Program:
@@ -17,7 +26,9 @@ class Program:
         self.kernel, self.sm100 = kernel, kernel.target.startswith("sm_10")
         self.extra = {}
         self.codegen = Codegen(self.symbol)
-        self.codegen.names.update(SHARED_WINDOW=np.uint64(SHARED_WINDOW), LOCAL_WINDOW=np.uint64(LOCAL_WINDOW))
+        self.codegen.names.update(
+            SHARED_WINDOW=np.uint64(SHARED_WINDOW), LOCAL_WINDOW=np.uint64(LOCAL_WINDOW)
+        )
         self.nodes = [None] * (len(kernel.instrs) + 1)
         self.local_at, self.local_bytes = {}, 0
         for name, (size, align) in kernel.local.items():
@@ -33,7 +44,9 @@ class Program:
         return self.extra[name]
 
     def build(self):
-        """Fills `nodes`: register-only runs become generated functions, everything else goes through the table."""
+        """Fills `nodes`: register-only runs become generated functions, everything else goes
+        through the table.
+        """
         instrs = self.kernel.instrs
         targets = {i.target for i in instrs if i.target >= 0}
         builder = Builder(self)
@@ -41,13 +54,18 @@ class Program:
         i = 0
         while i < len(instrs):
             j = i
-            while j < len(instrs) and (j == i or j not in targets) and self.codegen.handles(instrs[j]):
+            while (
+                j < len(instrs) and (j == i or j not in targets) and self.codegen.handles(instrs[j])
+            ):
                 j += 1
             if j > i:
                 for masked in (True, False):
                     self.codegen.masked = masked
                     lines = [line for ins in instrs[i:j] for line in self.codegen.emit(ins)]
-                    source.append(f"def run{i}{'m' if masked else ''}(r, m):\n" + "".join(f"    {s}\n" for s in lines or ["pass"]))
+                    source.append(
+                        f"def run{i}{'m' if masked else ''}(r, m):\n"
+                        + "".join(f"    {s}\n" for s in lines or ["pass"])
+                    )
                 runs.append((i, j))
                 i = j
                 continue

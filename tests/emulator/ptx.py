@@ -1,12 +1,15 @@
-"""PTX text to a flat list of instructions with resolved registers and labels (PTX ISA 4 "Syntax", 5 "State spaces")."""
+"""PTX text to a flat list of instructions with resolved registers and labels (PTX ISA 4 "Syntax", 5
+"State spaces").
+"""
 
 import re
 import struct
 from dataclasses import dataclass, field
 
 WIDTH = {
-    "pred": 1, "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16, "b32": 32,
-    "u32": 32, "s32": 32, "f32": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64, "b128": 128,
+    "pred": 1, "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16,
+    "b32": 32, "u32": 32, "s32": 32, "f32": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64,
+    "b128": 128,
 }  # fmt: skip
 
 
@@ -16,7 +19,7 @@ class PtxError(Exception):
 
 @dataclass(frozen=True)
 class Reg:
-    """A register: its place in the warp's register list and its width in bits (1 for a predicate)."""
+    """A register: its place in the warp's list and its width in bits (1: a predicate)."""
 
     index: int
     width: int
@@ -82,7 +85,9 @@ class Mem:
 
 @dataclass
 class Instr:
-    """One instruction; `parts` is its opcode split at the dots, `source` the (file, line) chain of its `.loc`."""
+    """One instruction; `parts` is its opcode split at the dots, `source` the (file, line) chain of
+    its `.loc`.
+    """
 
     op: str
     parts: tuple
@@ -145,7 +150,14 @@ class Scope:
     """Register, label and call-parameter names of a `{ }` block."""
 
     def __init__(self, parent, kernel):
-        self.parent, self.kernel, self.regs, self.ranges, self.labels, self.params = parent, kernel, {}, {}, {}, {}
+        self.parent, self.kernel, self.regs, self.ranges, self.labels, self.params = (
+            parent,
+            kernel,
+            {},
+            {},
+            {},
+            {},
+        )
 
     def declare(self, name, width):
         self.kernel.reg_names[len(self.kernel.reg_widths)] = name
@@ -187,7 +199,9 @@ def parse_declaration(stmt):
     """`.shared .align 16 .b8 name[128]` -> (name, bytes, alignment)."""
     stmt = re.sub(r"\.ptr(\s+\.(global|shared|const|local))?(\s+\.align\s+\d+)?", "", stmt)
     align = int(m.group(1)) if (m := re.search(r"\.align\s+(\d+)", stmt)) else 0
-    m = re.search(r"\.(b8|b16|b32|b64|u8|u16|u32|u64|s32|s64|f32|f64)\s+([\w$%]+)\s*(?:\[(\d*)\])?", stmt)
+    m = re.search(
+        r"\.(b8|b16|b32|b64|u8|u16|u32|u64|s32|s64|f32|f64)\s+([\w$%]+)\s*(?:\[(\d*)\])?", stmt
+    )
     elem = WIDTH[m.group(1)] // 8
     count = 1 if m.group(3) is None else int(m.group(3) or 0)
     return m.group(2), elem * count, max(align, elem)
@@ -219,7 +233,11 @@ def parse_operand(s, scope):
         if m := re.fullmatch(r"(.*?)\s*\+\s*(-?\w+)", base):
             base, offset = m.group(1), int(m.group(2), 0)
         coords = parse_operand(inner[1], scope) if len(inner) > 1 else Vec(())
-        return Mem(parse_operand(base, scope), offset, coords.items if isinstance(coords, Vec) else (coords,))
+        return Mem(
+            parse_operand(base, scope),
+            offset,
+            coords.items if isinstance(coords, Vec) else (coords,),
+        )
     if s[0] == "!":
         return Not(parse_operand(s[1:], scope))
     if "|" in s:
@@ -288,7 +306,9 @@ def parse_global(stmt):
         number = parse_number(x)
         if number is None:
             raise PtxError(f"initialiser {x} of {name} is not supported")
-        data[i * width : (i + 1) * width] = (number.bits & ((1 << (8 * width)) - 1)).to_bytes(width, "little")
+        data[i * width : (i + 1) * width] = (number.bits & ((1 << (8 * width)) - 1)).to_bytes(
+            width, "little"
+        )
     return name, (bytes(data), align)
 
 
@@ -301,7 +321,15 @@ def parse(text):
     for m in re.finditer(r"\.entry\s+([\w$]+)\s*\(", text):
         close = text.index(")", m.end())
         brace = text.index("{", close)
-        bodies.append((m.group(1), text[m.end() : close], text[close + 1 : brace], brace, matching_brace(text, brace)))
+        bodies.append(
+            (
+                m.group(1),
+                text[m.end() : close],
+                text[close + 1 : brace],
+                brace,
+                matching_brace(text, brace),
+            )
+        )
     outside = text
     for *_, a, b in reversed(bodies):
         outside = outside[:a] + outside[b + 1 :]
@@ -336,8 +364,11 @@ def parse_registers(text, scope):
 
 
 def parse_loc(text, files):
-    """`.loc f l c[, function_name ..., inlined_at f l c]` -> ((file, line), ...), innermost first."""
-    return tuple((files.get(int(f), "?"), int(n)) for f, n in re.findall(r"(?:\.loc|inlined_at)\s+(\d+)\s+(\d+)\s+\d+", text))
+    """`.loc f l c[, ..., inlined_at f l c]` -> ((file, line), ...), innermost first."""
+    return tuple(
+        (files.get(int(f), "?"), int(n))
+        for f, n in re.findall(r"(?:\.loc|inlined_at)\s+(\d+)\s+(\d+)\s+\d+", text)
+    )
 
 
 def parse_instruction(text, line, scope, source):

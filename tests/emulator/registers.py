@@ -6,7 +6,8 @@ from .builder import BLOCK, converged, instruction
 class RegisterPool:
     """Registers of a CTA by warp; an increase waits until enough were given back.
 
-    The kernel starts with the most registers a thread that the launch allows: 64K by the number of threads, in steps of 8.
+    The kernel starts with the most registers a thread that the launch allows: 64K by the number of
+        threads, in steps of 8.
     """
 
     def __init__(self, warps):
@@ -30,7 +31,9 @@ def setmaxnreg(increase):
             if (n <= held) if increase else (n >= held):
                 return None
             if n - held > pool.free:
-                w.why = f"setmaxnreg.inc to {n}: {pool.free} of {n - held} registers a thread are free"
+                w.why = (
+                    f"setmaxnreg.inc to {n}: {pool.free} of {n - held} registers a thread are free"
+                )
                 pool.waiters.append(w)
                 return BLOCK
             pool.free -= n - held

@@ -26,7 +26,10 @@ def cta_report(cta, code):
         if w.frags:
             state = "ready" if w.ready else f"waits for {waits_for(w)}"
             groups.setdefault((state, position(w, code)), []).append(w.index)
-    out = [f"  cta{cta.ctaid} rank {cta.rank} warps {warps}: {state}\n      at {where}" for (state, where), warps in groups.items()]
+    out = [
+        f"  cta{cta.ctaid} rank {cta.rank} warps {warps}: {state}\n      at {where}"
+        for (state, where), warps in groups.items()
+    ]
     done = [w.index for w in cta.warps if not w.frags]
     if done:
         out.append(f"  cta{cta.ctaid} rank {cta.rank} warps {done}: exited")
@@ -37,8 +40,13 @@ def cta_report(cta, code):
 
 
 def report(machine):
-    """Every warp of the first clusters, with its place and what it waits for, and the state of the barriers."""
-    out = [f"[{machine.policy}; step {machine.steps}, {len(machine.events)} asynchronous operations pending]"]
+    """Every warp of the first clusters, with its place and what it waits for, and the state of the
+    barriers.
+    """
+    out = [
+        f"[{machine.policy}; step {machine.steps}, "
+        f"{len(machine.events)} asynchronous operations pending]"
+    ]
     for cluster in machine.active[:2]:
         for cta in cluster.ctas:
             out += cta_report(cta, machine.program.kernel.instrs)

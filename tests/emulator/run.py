@@ -19,8 +19,8 @@ DEVICES = {"sm_90": (232448, 132), "sm_10": (232448, 148), "sm_12": (101376, 170
 class Emulator:
     """A compiled CuTeDSL host function with its kernels, ready to run on the CPU.
 
-    compiled: what `cute.compile` returned, with --enable-tvm-ffi and --keep-ptx; or None, with `ptx_text`, `object_file`
-    and `name` (that of `export_to_c(path, function_name=name)`).
+    compiled: what `cute.compile` returned, with --enable-tvm-ffi and --keep-ptx; or None, with
+        `ptx_text`, `object_file` and `name` (that of `export_to_c(path, function_name=name)`).
     """
 
     def __init__(self, compiled=None, *, ptx_text=None, object_file=None, name="kernel"):
@@ -36,10 +36,12 @@ class Emulator:
         self.programs = {n: Program(k) for n, k in ptx.parse(ptx_text).items()}
 
     def __call__(self, args, policy=None, sm_count=None, **machine_options):
-        """Runs the function on `args` (in the order of its signature, Constexprs left out); returns the Machine.
+        """Runs the function on `args` (in the order of its signature, Constexprs left out); returns
+        the Machine.
 
-        Arrays are torch CPU tensors or numpy arrays and are used in place; other arguments are numbers, None or STREAM.
-        `sm_count` is what the host code reads as the number of SMs. Raises Fault for what the emulator finds.
+        Arrays are torch CPU tensors or numpy arrays and are used in place; other arguments are
+        numbers, None or STREAM. `sm_count` is what the host code reads as the number of SMs. Raises
+        Fault for what the emulator finds.
         """
         memory, buffers, regions = GlobalMemory(), [], {}
         for i, a in enumerate(args):
@@ -58,8 +60,13 @@ class Emulator:
         def on_launch(launch):
             program = self.programs[launch.name]
             if launch.smem > smem_optin:
-                raise RuntimeError(f"{launch.name} asks for {launch.smem} bytes of shared memory, {target} has {smem_optin}")
-            params = [ctypes.string_at(launch.args[i], p[1]) for i, p in enumerate(program.kernel.params)]
+                raise RuntimeError(
+                    f"{launch.name} asks for {launch.smem} bytes of shared memory; "
+                    f"{target} has {smem_optin}"
+                )
+            params = [
+                ctypes.string_at(launch.args[i], p[1]) for i, p in enumerate(program.kernel.params)
+            ]
             machine.launch(program, launch.grid, launch.block, launch.cluster, launch.smem, params)
 
         self.host(buffers, on_launch, smem_optin, sm_count or sms)
@@ -68,7 +75,9 @@ class Emulator:
 
 @dataclass(frozen=True)
 class Const:
-    """A compile-time (Constexpr) argument of `run_kernel`: passed to cute.compile, absent from the call."""
+    """A compile-time (Constexpr) argument of `run_kernel`: passed to cute.compile, absent from the
+    call.
+    """
 
     value: object
 
@@ -87,13 +96,15 @@ def run_kernel(
     emulator=None,
     **machine_options,
 ):
-    """Compiles a @cute.jit function for `gpu_arch`, runs it on the CPU; returns (its array arguments, the Machine).
+    """Compiles a @cute.jit function for `gpu_arch`, runs it on the CPU; returns (its array
+    arguments, the Machine).
 
     function: a @cute.jit host function (or an object with such a __call__) that launches kernels.
-    args: in the order of its signature: torch CPU tensors or numpy arrays (used in place), numbers, None, STREAM for a
-        stream, Const(value) for a Constexpr.
+    args: in the order of its signature: torch CPU tensors or numpy arrays (used in place), numbers,
+        None, STREAM for a stream, Const(value) for a Constexpr.
     seed, policy: a Policy, or a timing mode ("mixed", "eager", "random", "lazy") drawn with `seed`.
-    fakes: the arguments for cute.compile; by default made from `args`, sizes and strides symbolic (`static`: fixed).
+    fakes: the arguments for cute.compile; by default made from `args`, sizes and strides symbolic
+        (`static`: fixed).
     emulator: an Emulator made before, to skip compiling.
     sm_count and other options: see Emulator.__call__ and Machine.
     """

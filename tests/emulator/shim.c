@@ -25,6 +25,10 @@ void emulator_set_device(int smem_optin, int sm_count) { g_smem_optin = smem_opt
 const char *emulator_error(void) { return g_error; }
 void emulator_clear_error(void) { g_error[0] = 0; }
 
+static void note_cuda_error(int code) {  // keeps the first message, which says more
+  if (code && !g_error[0]) snprintf(g_error, sizeof g_error, "cuda error %d", code);
+}
+
 int _cudaLibraryLoadData(void **lib, const void *code) { *lib = (void *)code; return 0; }
 int _cudaLibraryGetKernel(void **kernel, void *lib, const char *name) {
   kernel_t *k = calloc(1, sizeof *k);
@@ -97,9 +101,7 @@ int _cuTensorMapEncodeTiled(uint64_t *map, uint32_t dtype, uint32_t rank, void *
   memcpy(map, q, sizeof q);
   return 0;
 }
-void cuda_dialect_assert_success(int code) {
-  if (code && !g_error[0]) snprintf(g_error, sizeof g_error, "cuda error %d", code);
-}
+void cuda_dialect_assert_success(int code) { note_cuda_error(code); }
 
 int cuda_dialect_init_library_once(void **lib, int (*init)(void **), int (*load)(void **, int), void *raise) {
   if (*lib) return 0;
@@ -107,7 +109,7 @@ int cuda_dialect_init_library_once(void **lib, int (*init)(void **), int (*load)
   return rc ? rc : load(lib, 0);
 }
 void cuda_dialect_unload_library_once(void *lib) {}
-void CuteDSLRT_TVMFFISetRaisedCudaError(int code) { snprintf(g_error, sizeof g_error, "cuda error %d", code); }
+void CuteDSLRT_TVMFFISetRaisedCudaError(int code) { note_cuda_error(code); }
 
 // The TVM-FFI symbols, so that libtvm_ffi is not needed either.
 void *TVMFFIEnvGetStream(int32_t device_type, int32_t device_id) { return 0; }

@@ -29,12 +29,17 @@ class Warp:
         self.rank = 0.0  # scheduling priority, where the policy uses one
         self.why = None  # what it waits for, for reports
         self.failed = 0  # failed try_waits in a row
-        self.dirty = set()  # unfenced generic stores that are ordered before what this warp does next
+        self.dirty = (
+            set()
+        )  # unfenced generic stores that are ordered before what this warp does next
         self.cluster_target = 0
         self.bulk_open, self.bulk_groups = [], []  # cp.async.bulk
         self.copy_open, self.copy_groups, self.copies = [], [], []  # cp.async
         self.wgmma_open, self.wgmma_groups = [], []
-        self.fenced, self.produced = None, {}  # registers at the last wgmma.fence, and those a wgmma wrote since
+        self.fenced, self.produced = (
+            None,
+            {},
+        )  # registers at the last wgmma.fence, and those a wgmma wrote since
         self.st_pending, self.st_waiting = 0, False  # tcgen05.st
         self.local = np.zeros((LANES, local_bytes), np.uint8) if local_bytes else None
         self.call_params = {}
@@ -61,14 +66,19 @@ class Cta:
         self.tmem_busy = np.zeros(TMEM_COLUMNS, np.int16)
         self.tmem_alloc = {}  # first column -> columns
         self.tmem_relinquished = False
-        self.alloc_calls, self.alloc_waiters, self.alloc_done = 0, [], {}  # of tcgen05.alloc.cta_group::2
+        self.alloc_calls, self.alloc_waiters, self.alloc_done = (
+            0,
+            [],
+            {},
+        )  # of tcgen05.alloc.cta_group::2
 
     def check_exit(self):
         """The rules for a CTA whose last warp has exited."""
         if self.tmem_alloc:
             raise Fault(f"cta{self.ctaid} exits with TMEM still allocated: {self.tmem_alloc}")
         if self.smem.accesses:
-            raise Fault(f"cta{self.ctaid} exits while its shared memory is in use: {next(iter(self.smem.accesses))}")
+            access = next(iter(self.smem.accesses))
+            raise Fault(f"cta{self.ctaid} exits while its shared memory is in use: {access}")
 
 
 class Cluster:
@@ -81,12 +91,17 @@ class Cluster:
         """The CTA and offset of one shared::cluster address; ranks live in bits 24 and up."""
         rank, off = addr >> 24, addr & 0xFFFFFF
         if rank >= len(self.ctas):
-            raise Fault(f"shared address {addr:#x} names CTA {rank} of the cluster, which does not exist")
+            raise Fault(
+                f"shared address {addr:#x} names CTA {rank} of the cluster, which does not exist"
+            )
         cta = self.ctas[rank]
         if cta.live_warps == 0:
             raise Fault(f"access to the shared memory of cta{rank}, which has exited")
         if not SMEM_RESERVED <= off < cta.smem.end:
-            raise Fault(f"shared address {addr:#x} is outside the allocation {SMEM_RESERVED:#x}..{cta.smem.end:#x}")
+            raise Fault(
+                f"shared address {addr:#x} is outside the allocation "
+                f"{SMEM_RESERVED:#x}..{cta.smem.end:#x}"
+            )
         return cta, off
 
     def mbarrier(self, warp, addr, remote=False):
@@ -96,5 +111,8 @@ class Cluster:
         if mb is None:
             raise Fault(f"no initialised mbarrier at cta{cta.rank}+{off:#x}")
         if (remote or cta is not warp.cta) and not mb.published:
-            raise Fault(f"use of {mb} by another CTA or an asynchronous unit, but its initialisation was never fenced")
+            raise Fault(
+                f"use of {mb} by another CTA or an asynchronous unit, but its initialisation was "
+                "never fenced"
+            )
         return mb

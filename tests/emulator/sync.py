@@ -6,21 +6,34 @@ TX_RANGE = (1 << 20) - 1
 
 
 class MBarrier:
-    """An mbarrier object (9.7.13.15): the current phase completes when no arrivals and no transaction bytes are pending."""
+    """An mbarrier object (9.7.13.15): the current phase completes when no arrivals and no
+    transaction bytes are pending.
+    """
 
     def __init__(self, cta, offset, count, warp):
         if not 1 <= count <= TX_RANGE:
             raise Fault(f"mbarrier.init with count {count}")
-        self.cta, self.offset, self.expected, self.pending, self.tx, self.phase = cta, offset, count, count, 0, 0
+        self.cta, self.offset, self.expected, self.pending, self.tx, self.phase = (
+            cta,
+            offset,
+            count,
+            count,
+            0,
+            0,
+        )
         self.completed = 0
         self.waiters = []
         self.init_warp, self.published = warp, False
-        self.released, self.visible = set(), set()  # unfenced generic stores released into this / the completed phase
+        self.released, self.visible = (
+            set(),
+            set(),
+        )  # unfenced generic stores released into this / the completed phase
 
     def __str__(self):
         return (
-            f"mbarrier cta{self.cta.rank}+{self.offset:#x} phase {self.phase} (completed {self.completed}) "
-            f"pending arrivals {self.pending}/{self.expected}, pending bytes {self.tx}"
+            f"mbarrier cta{self.cta.rank}+{self.offset:#x} phase {self.phase} "
+            f"(completed {self.completed}) pending arrivals {self.pending}/{self.expected}, "
+            f"pending bytes {self.tx}"
         )
 
     def release(self, dirty):
@@ -51,7 +64,10 @@ class MBarrier:
             self.phase ^= 1
             self.completed += 1
             self.pending = self.expected
-            self.visible, self.released = {d for d in self.visible | self.released if not d.flushed}, set()
+            self.visible, self.released = (
+                {d for d in self.visible | self.released if not d.flushed},
+                set(),
+            )
             for w in self.waiters:
                 machine.wake(w)
             self.waiters.clear()
@@ -65,7 +81,11 @@ class NamedBarrier:
         self.waiters, self.warps, self.joined, self.dirty = [], [], [], set()
 
     def __str__(self):
-        return f"named barrier {self.number}: {self.arrived} of {self.expected or 'all'} threads arrived (warps {sorted(w.index for w in self.warps)})"
+        warps = sorted(w.index for w in self.warps)
+        return (
+            f"named barrier {self.number}: {self.arrived} of {self.expected or 'all'} threads "
+            f"arrived (warps {warps})"
+        )
 
     def settle(self, machine, cta):
         """Completes the barrier if enough threads have arrived."""
@@ -78,7 +98,9 @@ class NamedBarrier:
         self.generation += 1
         machine.progress = machine.tick
         known = {d for d in self.dirty if not d.flushed}
-        for x in self.joined:  # stores before the barrier are ordered before what those that wait do next
+        for x in (
+            self.joined
+        ):  # stores before the barrier are ordered before what those that wait do next
             x.dirty |= known
         self.warps.clear()
         self.joined.clear()
@@ -92,7 +114,14 @@ class ClusterBarrier:
     """`barrier.cluster` (9.7.13.4)."""
 
     def __init__(self):
-        self.phase, self.arrived, self.waiters, self.live_lanes, self.dirty, self.visible = 0, 0, [], 0, set(), set()
+        self.phase, self.arrived, self.waiters, self.live_lanes, self.dirty, self.visible = (
+            0,
+            0,
+            [],
+            0,
+            set(),
+            set(),
+        )
 
     def __str__(self):
         return f"cluster barrier: {self.arrived} of {self.live_lanes} threads arrived"

@@ -1,7 +1,8 @@
 """Decoder of the 128-byte TMA tensor map (CUtensorMap), tiled mode.
 
-The format is not documented; the fields here were found by varying the arguments of the documented driver call
-`cuTensorMapEncodeTiled` (CUDA driver API, "Tensor Map Object Management") and are tested against its encodings.
+The format is not documented; the fields here were found by varying the arguments of the documented
+driver call `cuTensorMapEncodeTiled` (CUDA driver API, "Tensor Map Object Management") and are
+tested against its encodings.
 """
 
 import functools
@@ -11,15 +12,17 @@ import numpy as np
 
 # the 4-bit type code found in the descriptor -> (name, bytes); tf32 is f32 with a flag
 ELEMENT = {
-    0: ("u8", 1), 1: ("u16", 2), 2: ("u32", 4), 3: ("s32", 4), 4: ("u64", 8), 5: ("s64", 8), 6: ("f16", 2),
-    7: ("f32", 4), 8: ("f32_ftz", 4), 9: ("f64", 8), 10: ("bf16", 2),
+    0: ("u8", 1), 1: ("u16", 2), 2: ("u32", 4), 3: ("s32", 4), 4: ("u64", 8), 5: ("s64", 8),
+    6: ("f16", 2), 7: ("f32", 4), 8: ("f32_ftz", 4), 9: ("f64", 8), 10: ("bf16", 2),
 }  # fmt: skip
 SWIZZLE = (0, 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A tiled tensor map. Sizes and coordinates are in elements, innermost first; `strides` in bytes."""
+    """A tiled tensor map. Sizes and coordinates are in elements, innermost first; `strides` in
+    bytes.
+    """
 
     base: int
     rank: int
@@ -40,7 +43,9 @@ class TensorMap:
 
 @functools.lru_cache(1024)
 def decode(raw):
-    """The fields of the 128 bytes `raw`; ValueError for a type code that the emulator does not know."""
+    """The fields of the 128 bytes `raw`; ValueError for a type code that the emulator does not
+    know.
+    """
     q = [int(x) for x in np.frombuffer(raw[:64], np.uint64)]
     flags = q[1] & 0xFFFFFFFF
     rank, code = ((flags >> 4) & 7) + 1, (flags >> 7) & 15
@@ -74,7 +79,9 @@ def decode(raw):
 
 
 def swizzle(offset, span):
-    """XORs address bits as the hardware does: 16-byte chunks within a span, by bits 7.. of the absolute address."""
+    """XORs address bits as the hardware does: 16-byte chunks within a span, by bits 7.. of the
+    absolute address.
+    """
     if span == 0:
         return offset
     bits = {32: 1, 64: 3, 128: 7}[span]
@@ -83,5 +90,5 @@ def swizzle(offset, span):
 
 @functools.lru_cache(512)
 def box_units(offset, nbytes, span):
-    """The 16-byte units of shared memory that a box at `offset` fills, in the order of its bytes."""
+    """The 16-byte units of shared memory that a box at `offset` fills, in byte order."""
     return swizzle(offset + 16 * np.arange(nbytes // 16), span) >> 4

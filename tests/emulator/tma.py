@@ -1,7 +1,7 @@
 """Bulk asynchronous copies: tensor tiles (TMA) and plain bytes (PTX ISA 9.7.9.25.4-9.7.9.27).
 
-A load completes on an mbarrier some time after its issue; a store first reads shared memory, then writes global memory,
-each some time later, and completes its bulk group.
+A load completes on an mbarrier some time after its issue; a store first reads shared memory, then
+writes global memory, each some time later, and completes its bulk group.
 """
 
 import numpy as np
@@ -12,13 +12,16 @@ from .memory import LOCAL_WINDOW, SHARED_WINDOW, SMEM_RESERVED, Fault
 from .values import UINT, bf16_bits, bf16_float
 
 TENSOR = (
-    "1d 2d 3d 4d 5d tile shared shared::cta shared::cluster global mbarrier::complete_tx::bytes multicast::cluster "
-    "cta_group::1 cta_group::2 L2::cache_hint bulk_group add min max inc dec and or xor"
+    "1d 2d 3d 4d 5d tile shared shared::cta shared::cluster global mbarrier::complete_tx::bytes "
+    "multicast::cluster cta_group::1 cta_group::2 L2::cache_hint bulk_group add min max inc dec "
+    "and or xor"
 )
 
 
 class BulkStore:
-    """A bulk copy out of shared memory: whether it has been read and written, and which warps wait for it."""
+    """A bulk copy out of shared memory: whether it has been read and written, and which warps wait
+    for it.
+    """
 
     __slots__ = ("read", "written", "waiters")
 
@@ -67,7 +70,9 @@ def prefetch(b, ins):
 
 
 def read_map(M, addr, coords, what):
-    """The tensor map at a generic address, checked against the instruction's rank and what the hardware accepts."""
+    """The tensor map at a generic address, checked against the instruction's rank and what the
+    hardware accepts.
+    """
     if addr % 64:
         raise Fault(f"{what}: tensor map at {addr:#x} is not 64-byte aligned")
     if SHARED_WINDOW <= addr < LOCAL_WINDOW:
@@ -84,9 +89,11 @@ def read_map(M, addr, coords, what):
 
 
 def addresses(t, at):
-    """Per element of the box, slowest dimension first: its 64-bit address and whether it is inside the tensor.
+    """Per element of the box, slowest dimension first: its 64-bit address and whether it is inside
+    the tensor.
 
-    Addresses wrap modulo 2**64, which maps of ragged tensors rely on (strides near 2**34, coordinates near 2**30).
+    Addresses wrap modulo 2**64, which maps of ragged tensors rely on (strides near 2**34,
+    coordinates near 2**30).
     """
     address = np.full((1,) * t.rank, t.base, np.uint64)
     inside = np.ones((1,) * t.rank, bool)
@@ -100,13 +107,13 @@ def addresses(t, at):
 
 
 def region_view(memory, t, address, what):
-    """(elements of the buffer, index of each address); all of a box's addresses lie in one buffer."""
+    """(elements of the buffer, index of each address); a box lies in one buffer."""
     low, high = int(address.min()), int(address.max())
     base, size, data = memory.find(low, what)
     if high + t.elem > base + size:
         raise Fault(
-            f"{what} at {high:#x}: the tensor map describes more than the buffer of {size} bytes at {base:#x} holds "
-            f"(dims {t.dims}, strides {t.strides}, map base {t.base:#x})"
+            f"{what} at {high:#x}: the tensor map describes more than the buffer of {size} bytes "
+            f"at {base:#x} holds (dims {t.dims}, strides {t.strides}, map base {t.base:#x})"
         )
     view = data[: size // t.elem * t.elem].view(UINT[t.elem])
     return view, ((address - np.uint64(base)) // np.uint64(t.elem)).astype(np.int64)
@@ -131,7 +138,14 @@ def combine(old, new, dtype, op):
         raise Fault(f"bulk reduction .{op} is not supported")
     if dtype == "bf16":
         return bf16_bits(f(bf16_float(old), bf16_float(new)))
-    types = {"f32": np.float32, "f32_ftz": np.float32, "f16": np.float16, "f64": np.float64, "s32": np.int32, "s64": np.int64}
+    types = {
+        "f32": np.float32,
+        "f32_ftz": np.float32,
+        "f16": np.float16,
+        "f64": np.float64,
+        "s32": np.int32,
+        "s64": np.int64,
+    }
     typ = types.get(dtype, old.dtype)
     return f(old.view(typ), new.view(typ)).view(old.dtype)
 
@@ -148,13 +162,19 @@ def scatter(memory, t, at, data, op):
 
 @instruction("cp.async.bulk.tensor", TENSOR)
 def bulk_tensor(b, ins):
-    to_shared = next(p for p in ins.parts[4:] if p.startswith(("shared", "global"))).startswith("shared")
+    to_shared = next(p for p in ins.parts[4:] if p.startswith(("shared", "global"))).startswith(
+        "shared"
+    )
     return tma_load(b, ins) if to_shared else tma_store(b, ins, None)
 
 
 @instruction("cp.reduce.async.bulk.tensor", TENSOR)
 def reduce_tensor(b, ins):
-    return tma_store(b, ins, next(p for p in ins.parts if p in ("add", "min", "max", "inc", "dec", "and", "or", "xor")))
+    return tma_store(
+        b,
+        ins,
+        next(p for p in ins.parts if p in ("add", "min", "max", "inc", "dec", "and", "or", "xor")),
+    )
 
 
 def ranks_of(mask):
@@ -162,7 +182,7 @@ def ranks_of(mask):
 
 
 def tma_load(b, ins):
-    """Global to shared memory of one CTA or, with a multicast mask, of several at the same offset."""
+    """Global to shared memory of one CTA or, with a multicast mask, of several."""
     dst, tm, bar, *rest = ins.operands
     gd, gt, gb = b.shared_address(dst), b.address(tm, "u8"), b.shared_address(bar)
     coords = [b.get(c, "i4") for c in tm.coords]
@@ -184,8 +204,11 @@ def tma_load(b, ins):
         units = tensormap.box_units(off, t.box_bytes, t.swizzle)
         jobs = []
         for x in targets:
-            # with cta_group::2 the barrier may be the peer's: its parity in the pair is that of the operand
-            bar_rank = (x & ~1) | (bar_at >> 24 & 1) if pair else (x if mask is not None else bar_at >> 24)
+            # with cta_group::2 the barrier may be the peer's: its parity in the pair is that of the
+            # operand
+            bar_rank = (
+                (x & ~1) | (bar_at >> 24 & 1) if pair else (x if mask is not None else bar_at >> 24)
+            )
             cta, _ = w.cta.cluster.resolve(x << 24 | off)
             mb = w.cta.cluster.mbarrier(w, bar_rank << 24 | bar_off, remote=True)
             cta.smem.check_async(units, "TMA load", write=True)
@@ -209,7 +232,9 @@ def tma_load(b, ins):
 
 
 def stored(M, w, smem, units, ins, write):
-    """Schedules the two halves of a bulk store: `write(bytes)` runs some time after shared memory was read."""
+    """Schedules the two halves of a bulk store: `write(bytes)` runs some time after shared memory
+    was read.
+    """
     smem.check_async(units, "bulk store", write=False)
     access = smem.begin("bulk store read", units, ins, w)
     op = BulkStore()
@@ -251,24 +276,34 @@ def tma_store(b, ins, op):
             if off + t.box_bytes > cta.smem.end:
                 raise Fault(f"TMA store: source {off:#x}+{t.box_bytes} is outside the allocation")
             units = tensormap.box_units(off, t.box_bytes, t.swizzle)
-            stored(M, w, cta.smem, units, ins, lambda data, t=t, at=at: scatter(M.memory, t, at, data, op))
+            stored(
+                M,
+                w,
+                cta.smem,
+                units,
+                ins,
+                lambda data, t=t, at=at: scatter(M.memory, t, at, data, op),
+            )
 
     return store
 
 
 BULK = (
-    "shared shared::cta shared::cluster global mbarrier::complete_tx::bytes multicast::cluster L2::cache_hint bulk_group noftz "
-    "add min max inc dec and or xor"
+    "shared shared::cta shared::cluster global mbarrier::complete_tx::bytes multicast::cluster "
+    "L2::cache_hint bulk_group noftz add min max inc dec and or xor"
 )
 
 
 def bulk_checks(what, *numbers):
     if any(n % 16 for n in numbers):
-        raise Fault(f"{what}: addresses and size must be multiples of 16: {', '.join(hex(n) for n in numbers)}")
+        listed = ", ".join(hex(n) for n in numbers)
+        raise Fault(f"{what}: addresses and size must be multiples of 16: {listed}")
 
 
 def bulk_copy(b, ins):
-    """`cp.async.bulk` without a tensor map: global to shared, shared to shared of the cluster, shared to global."""
+    """`cp.async.bulk` without a tensor map: global to shared, shared to shared of the cluster,
+    shared to global.
+    """
     spaces = [p.split("::")[0] for p in ins.parts[3:] if p.split("::")[0] in ("shared", "global")]
     if spaces == ["global", "shared"]:
         return bulk_out(b, ins, None)
@@ -330,7 +365,11 @@ def bulk_out(b, ins, op):
 
             def write(data, d=d, n=n):
                 target = M.memory.read(d, n).view(UINT[elem])
-                target[:] = combine(target, data.view(UINT[elem]), dtype, op) if op else data.view(UINT[elem])
+                target[:] = (
+                    combine(target, data.view(UINT[elem]), dtype, op)
+                    if op
+                    else data.view(UINT[elem])
+                )
 
             stored(M, w, cta.smem, np.arange(off >> 4, (off + n) >> 4), ins, write)
 
@@ -343,4 +382,8 @@ for _to in ("shared", "shared::cta", "shared::cluster", "global"):
 
 @instruction("cp.reduce.async.bulk.global", BULK)
 def bulk_reduce(b, ins):
-    return bulk_out(b, ins, next(p for p in ins.parts if p in ("add", "min", "max", "inc", "dec", "and", "or", "xor")))
+    return bulk_out(
+        b,
+        ins,
+        next(p for p in ins.parts if p in ("add", "min", "max", "inc", "dec", "and", "or", "xor")),
+    )

@@ -1,13 +1,22 @@
 """Asynchronous warpgroup MMA (PTX ISA 9.7.15).
 
-Each warp of the warpgroup runs its own quarter: rows 16*(warp%4).. of the 64. An operation reads its operands and
-accumulators and writes its accumulators when it fires, between its issue and the wait for its group.
+Each warp of the warpgroup runs its own quarter: rows 16*(warp%4).. of the 64. An operation reads
+    its operands and accumulators and writes its accumulators when it fires, between its issue and
+    the wait for its group.
 """
-
 
 from .builder import BLOCK, converged, instruction
 from .memory import Fault
-from .operands import ELEM, check_extent, gather_ab, gather_d, operand_offsets, read_operand, scatter_d, to_float
+from .operands import (
+    ELEM,
+    check_extent,
+    gather_ab,
+    gather_d,
+    operand_offsets,
+    read_operand,
+    scatter_d,
+    to_float,
+)
 
 
 class Operation:
@@ -60,27 +69,38 @@ def wait_group(b, ins):
 
 
 def check_fence(M, w, registers, what):
-    """9.7.15.7.1: registers that a wgmma accesses must not have been written since the last wgmma.fence, except by a wgmma.
+    """9.7.15.7.1: registers that a wgmma accesses must not have been written since the last
+    wgmma.fence, except by a wgmma.
 
-    Values are told apart by their arrays: a copy of a fenced value is no write, nor is a constant, since the compiler sinks
-    the initialisation of accumulators past the fence. It may sink other pure instructions too, so this is a warning.
+    Values are told apart by their arrays: a copy of a fenced value is no write, nor is a constant,
+        since the compiler sinks the initialisation of accumulators past the fence. It may sink
+        other pure instructions too, so this is a warning.
     """
     r, fenced, produced = w.r, w.fenced, w.produced
     if fenced is None:
         raise Fault("wgmma without an earlier wgmma.fence")
-    suspects = [i for i in registers if fenced[i] is not r[i] and produced.get(i) is not r[i] and r[i].flags.writeable]
+    suspects = [
+        i
+        for i in registers
+        if fenced[i] is not r[i] and produced.get(i) is not r[i] and r[i].flags.writeable
+    ]
     if suspects:
         known = {id(x) for x in fenced} | {id(x) for x in produced.values()}
         for i in suspects:
             if id(r[i]) not in known:
-                name = w.cta.program.kernel.reg_names[i]
-                M.warnings.add(f"{what} {name} was written after the last wgmma.fence, {w.cta.program.kernel.instrs[w.frags[0].pc].where()}")
+                kernel = w.cta.program.kernel
+                where = kernel.instrs[w.frags[0].pc].where()
+                M.warnings.add(
+                    f"{what} {kernel.reg_names[i]} was written after the last wgmma.fence, {where}"
+                )
                 return
 
 
 @instruction("wgmma.mma_async.sync.aligned", "*")
 def mma_async(b, ins):
-    """D (64 x N, float32) = A B + D * scale-d; A from shared memory or registers, B from shared memory."""
+    """D (64 x N, float32) = A B + D * scale-d; A from shared memory or registers, B from shared
+    memory.
+    """
     p = ins.parts
     shape = next(x for x in p if x.startswith("m64n"))
     n, k = (int(x) for x in shape[4:].split("k"))
@@ -123,7 +143,11 @@ def mma_async(b, ins):
 
         def fire():
             av = to_float(a_bits if in_regs else smem.asynchronous[ELEM[ta]][rows], ta)
-            bv = M.cached_operand(smem, (b_desc, n, k, tb, mn_b, neg_b), lambda: read_operand(smem, b_desc, n, k, tb, mn_b, neg_b, False))
+            bv = M.cached_operand(
+                smem,
+                (b_desc, n, k, tb, mn_b, neg_b),
+                lambda: read_operand(smem, b_desc, n, k, tb, mn_b, neg_b, False),
+            )
             out = (-av if neg_a else av) @ bv.T
             if keep:
                 out = out + gather_d([r[i] for i in d], n)
@@ -139,5 +163,3 @@ def mma_async(b, ins):
         M.count("wgmma")
 
     return run
-
-
