@@ -18,6 +18,7 @@ from sonic.device.ptx import (
     pack_pair,
     store_matrix_x4,
     tma_load,
+    tma_prefetch,
     tma_reduce_add,
     tma_store,
     unpack_pair,
@@ -34,11 +35,16 @@ class EpilogueMixin:
     def _slot(self, smem, group, chunk):
         """Shared memory of D (and C) and of Aux for chunk number ``chunk`` of this warpgroup."""
         plan = self.smem
-        slot = chunk % plan.epilogue_stages
         base = plan.epilogue + group * plan.group_bytes
-        d = smem + (base + slot * plan.d_bytes)
-        aux = smem + (base + plan.epilogue_stages * plan.d_bytes + slot * plan.aux_bytes)
+        d = smem + (base + chunk % plan.epilogue_stages * plan.d_bytes)
+        base = base + plan.epilogue_stages * plan.d_bytes
+        aux = smem + (base + chunk % plan.aux_stages * plan.aux_bytes)
         return d, aux
+
+    def _stores_in_flight(self) -> int:
+        """Stores that may still read shared memory when a chunk starts to overwrite its slots."""
+        plan = self.smem
+        return (plan.aux_stages if self.epilogue.aux_blocks else plan.epilogue_stages) - 1
 
     def _chunks(self) -> int:
         return self.config.tile_n // self.epilogue.acc_chunk
@@ -49,10 +55,12 @@ class EpilogueMixin:
 
     @cute.jit
     def prefetch_c(self, c_map, context, smem, warp: Int32, group: Int32, chunk: Int32):
-        """Starts the loads of the tile's first C chunks, before the main loop."""
+        """Starts the loads of the tile's first C chunks before the main loop, the rest up to L2."""
         if cutlass.const_expr(self.epilogue.c_blocks > 0):
             if warp % 4 == 0:
                 if elect_one_lane():
+                    for i in cutlass.range_constexpr(self.smem.epilogue_stages, self._chunks()):
+                        tma_prefetch(c_map, self._c_coordinates(context, group, i))
                     # The previous tile's stores must have read these slots.
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
                     for i in cutlass.range_constexpr(
@@ -62,13 +70,17 @@ class EpilogueMixin:
 
     @cute.jit
     def _load_c(self, c_map, context, smem, group: Int32, chunk: Int32, index: cutlass.Constexpr):
-        cursor, row, col, _ = context
-        ratio = self.epilogue.c_blocks // self.epilogue.acc_blocks
         full = self._c_barrier(smem, group, chunk)
         cute.arch.mbarrier_arrive_and_expect_tx(full, self.smem.d_bytes)
         d_slot, _ = self._slot(smem, group, chunk)
+        tma_load(d_slot, c_map, self._c_coordinates(context, group, index), full)
+
+    def _c_coordinates(self, context, group, index):
+        """Column and row of chunk ``index`` of this warpgroup's C tile."""
+        cursor, row, col, _ = context
+        ratio = self.epilogue.c_blocks // self.epilogue.acc_blocks
         column = col * ratio + index * self.epilogue.d_chunk
-        tma_load(d_slot, c_map, [column, cursor[3] + self._first_row(row, group)], full)
+        return [column, cursor[3] + self._first_row(row, group)]
 
     def _c_barrier(self, smem, group, chunk):
         stages = self.smem.epilogue_stages
@@ -92,7 +104,7 @@ class EpilogueMixin:
             d_slot, aux_slot = self._slot(smem, group, now)
             if warp % 4 == 0:
                 if elect_one_lane():
-                    cute.arch.cp_async_bulk_wait_group(stages - 1, read=True)
+                    cute.arch.cp_async_bulk_wait_group(self._stores_in_flight(), read=True)
             # Orders that store's reads of the slot before this chunk's writes.
             self._sync_group(group)
             if cutlass.const_expr(epilogue.c_blocks > 0):

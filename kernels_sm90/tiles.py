@@ -34,7 +34,9 @@ class SharedMemoryPlan:
         self.d_bytes = rows * epilogue.d_chunk * d_element_bytes
         self.aux_bytes = rows * epilogue.aux_chunk * _ELEMENT_BYTES
         self.epilogue_stages = config.epilogue_stages
-        self.group_bytes = self.epilogue_stages * (self.d_bytes + self.aux_bytes)
+        # A slot of D that also holds C is filled ahead of time; a slot of Aux is only written.
+        self.aux_stages = min(config.epilogue_stages, 2)
+        self.group_bytes = self.epilogue_stages * self.d_bytes + self.aux_stages * self.aux_bytes
         self.c_slots = 2 * self.epilogue_stages if epilogue.c_blocks else 0
         epilogue_bytes = 2 * self.group_bytes
         free = SHARED_MEMORY_BYTES - _BARRIER_BYTES - epilogue_bytes

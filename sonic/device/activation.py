@@ -1,15 +1,19 @@
 """Activations and their derivatives on float32 registers: one forward and one gradient each.
 
+Everything that needs a sigmoid takes ``precise``: a bfloat16 result hides the error of
+``tanh.approx`` (one transcendental instruction), a float16 result does not (two of them).
+
 The forward takes ``(gate, up)`` or ``(x,)`` and returns the post-activation. The gradient takes the
 incoming gradient and the same inputs, and returns ``(post-activation, gradients of the inputs)``:
 the backward epilogue needs both, and they share the transcendental. ``sonic.reference.activations``
 is the specification.
 """
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
-from sonic.device.ptx import exp2_approx, reciprocal_approx
+from sonic.device.ptx import exp2_approx, reciprocal_approx, tanh_approx
 from sonic.enums import ActivationType
 
 _LOG2_E = 1.4426950408889634
@@ -25,8 +29,12 @@ _ERF_COEFFICIENTS = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254
 
 
 @cute.jit
-def sigmoid(x: Float32) -> Float32:
-    return reciprocal_approx(1.0 + exp2_approx(x * -_LOG2_E))
+def sigmoid(x: Float32, precise: cutlass.Constexpr) -> Float32:
+    if cutlass.const_expr(precise):
+        result = reciprocal_approx(1.0 + exp2_approx(x * -_LOG2_E))
+    else:
+        result = 0.5 + 0.5 * tanh_approx(0.5 * x)
+    return result
 
 
 @cute.jit
@@ -41,76 +49,76 @@ def _normal_cdf(x: Float32, density: Float32) -> Float32:
 
 
 @cute.jit
-def _silu(x: Float32) -> Float32:
-    return x * sigmoid(x)
+def _silu(x: Float32, precise: cutlass.Constexpr) -> Float32:
+    return x * sigmoid(x, precise)
 
 
 @cute.jit
-def _silu_grad(x: Float32):
-    s = sigmoid(x)
+def _silu_grad(x: Float32, precise: cutlass.Constexpr):
+    s = sigmoid(x, precise)
     value = x * s
     return value, s + value * (1.0 - s)
 
 
 @cute.jit
-def _gelu(x: Float32) -> Float32:
+def _gelu(x: Float32, precise: cutlass.Constexpr) -> Float32:
     return x * _normal_cdf(x, exp2_approx(x * x * (-0.5 * _LOG2_E)))
 
 
 @cute.jit
-def _gelu_grad(x: Float32):
+def _gelu_grad(x: Float32, precise: cutlass.Constexpr):
     density = exp2_approx(x * x * (-0.5 * _LOG2_E))
     cdf = _normal_cdf(x, density)
     return x * cdf, cdf + x * density * _INV_SQRT_2PI
 
 
 @cute.jit
-def _gelu_tanh(x: Float32) -> Float32:
+def _gelu_tanh(x: Float32, precise: cutlass.Constexpr) -> Float32:
     # (1 + tanh(z)) / 2 = sigmoid(2 z)
-    return x * sigmoid(2.0 * _GELU_TANH_SCALE * (x + _GELU_TANH_CUBIC * x * x * x))
+    return x * sigmoid(2.0 * _GELU_TANH_SCALE * (x + _GELU_TANH_CUBIC * x * x * x), precise)
 
 
 @cute.jit
-def _gelu_tanh_grad(x: Float32):
-    s = sigmoid(2.0 * _GELU_TANH_SCALE * (x + _GELU_TANH_CUBIC * x * x * x))
+def _gelu_tanh_grad(x: Float32, precise: cutlass.Constexpr):
+    s = sigmoid(2.0 * _GELU_TANH_SCALE * (x + _GELU_TANH_CUBIC * x * x * x), precise)
     slope = 2.0 * _GELU_TANH_SCALE * (1.0 + 3.0 * _GELU_TANH_CUBIC * x * x)
     return x * s, s + x * s * (1.0 - s) * slope
 
 
 @cute.jit
-def _relu(x: Float32) -> Float32:
+def _relu(x: Float32, precise: cutlass.Constexpr) -> Float32:
     return cute.arch.fmax(x, Float32(0.0))
 
 
 @cute.jit
-def _relu_grad(x: Float32):
+def _relu_grad(x: Float32, precise: cutlass.Constexpr):
     return cute.arch.fmax(x, Float32(0.0)), Float32(1.0) if x > 0.0 else Float32(0.0)
 
 
 @cute.jit
-def _relu_sq(x: Float32) -> Float32:
+def _relu_sq(x: Float32, precise: cutlass.Constexpr) -> Float32:
     r = cute.arch.fmax(x, Float32(0.0))
     return r * r
 
 
 @cute.jit
-def _relu_sq_grad(x: Float32):
+def _relu_sq_grad(x: Float32, precise: cutlass.Constexpr):
     r = cute.arch.fmax(x, Float32(0.0))
     return r * r, 2.0 * r
 
 
 @cute.jit
-def _swiglu_oai(gate: Float32, up: Float32) -> Float32:
+def _swiglu_oai(gate: Float32, up: Float32, precise: cutlass.Constexpr) -> Float32:
     g = cute.arch.fmin(gate, Float32(_OAI_LIMIT))
     u = cute.arch.fmax(cute.arch.fmin(up, Float32(_OAI_LIMIT)), Float32(-_OAI_LIMIT))
-    return (u + 1.0) * g * sigmoid(_OAI_ALPHA * g)
+    return (u + 1.0) * g * sigmoid(_OAI_ALPHA * g, precise)
 
 
 @cute.jit
-def _swiglu_oai_grad(da: Float32, gate: Float32, up: Float32):
+def _swiglu_oai_grad(da: Float32, gate: Float32, up: Float32, precise: cutlass.Constexpr):
     g = cute.arch.fmin(gate, Float32(_OAI_LIMIT))
     u = cute.arch.fmax(cute.arch.fmin(up, Float32(_OAI_LIMIT)), Float32(-_OAI_LIMIT))
-    s = sigmoid(_OAI_ALPHA * g)
+    s = sigmoid(_OAI_ALPHA * g, precise)
     value = g * s
     dgate = da * (u + 1.0) * (s + _OAI_ALPHA * value * (1.0 - s))
     dup = da * value
@@ -143,20 +151,20 @@ _VALUE_AND_SLOPE = {
 }
 
 
-def activate(activation: ActivationType, *inputs):
+def activate(activation: ActivationType, precise: bool, *inputs):
     """Post-activation of ``(gate, up)`` or ``(x,)``."""
     if activation is ActivationType.SWIGLU_OAI:
-        return _swiglu_oai(*inputs)
-    value = _VALUE[activation](inputs[0])
+        return _swiglu_oai(*inputs, precise)
+    value = _VALUE[activation](inputs[0], precise)
     return value * inputs[1] if activation.is_gated else value
 
 
-def activate_grad(activation: ActivationType, grad, *inputs):
+def activate_grad(activation: ActivationType, precise: bool, grad, *inputs):
     """``(post-activation, (gradient of each input))`` for the incoming gradient ``grad``."""
     if activation is ActivationType.SWIGLU_OAI:
-        value, dgate, dup = _swiglu_oai_grad(grad, *inputs)
+        value, dgate, dup = _swiglu_oai_grad(grad, *inputs, precise)
         return value, (dgate, dup)
-    value, slope = _VALUE_AND_SLOPE[activation](inputs[0])
+    value, slope = _VALUE_AND_SLOPE[activation](inputs[0], precise)
     if not activation.is_gated:
         return value, (grad * slope,)
     return value * inputs[1], (grad * inputs[1] * slope, grad * value)

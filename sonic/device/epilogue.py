@@ -42,6 +42,11 @@ class Epilogue:
     def accumulates(self) -> bool:
         return self.problem.epilogue is EpilogueKind.ACCUMULATE
 
+    @property
+    def precise(self) -> bool:
+        """Whether the output keeps more bits than the fastest transcendentals give."""
+        return self.problem.dtype != "bfloat16"
+
     def chunk_columns(self, blocks: int) -> int:
         """Columns per chunk of a tensor with ``blocks`` blocks per unit."""
         return self.units_per_chunk * blocks * BLOCK
@@ -76,7 +81,8 @@ class Epilogue:
             return acc, [], None
         if kind is EpilogueKind.ACTIVATION:
             post = tuple(
-                activate(self.problem.activation, *inputs) for inputs in zip(*acc, strict=True)
+                activate(self.problem.activation, self.precise, *inputs)
+                for inputs in zip(*acc, strict=True)
             )
             return acc, [post], None
         return self._activation_grad(acc[0], c, score)
@@ -85,7 +91,9 @@ class Epilogue:
         grads, posts = [], []
         row_sum = Float32(0.0)
         for grad, inputs in zip(acc, zip(*preact, strict=True), strict=True):
-            post, input_grads = activate_grad(self.problem.activation, grad * score, *inputs)
+            post, input_grads = activate_grad(
+                self.problem.activation, self.precise, grad * score, *inputs
+            )
             grads.append(input_grads)
             posts.append(post * score)
             row_sum = row_sum + grad * post

@@ -46,6 +46,14 @@ def exp2_approx(x: Float32) -> Float32:
 
 
 @cute.jit
+def tanh_approx(x: Float32) -> Float32:
+    """tanh(x), relative error up to 2**-11: less than half the rounding of bfloat16."""
+    return cute.arch.inline_ptx(
+        "tanh.approx.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x]
+    )
+
+
+@cute.jit
 def reciprocal_approx(x: Float32) -> Float32:
     """1/x to 1 ulp; 1/inf = 0."""
     return cute.arch.inline_ptx(
@@ -91,6 +99,11 @@ def tma_load(smem_pointer, tensor_map, coordinates, barrier, multicast_mask=None
     prims.cp_async_bulk_tensor_shared_cluster_global(
         smem_pointer, tensor_map.get_ptr(), coordinates, barrier, [], multicast_mask=multicast_mask
     )
+
+
+def tma_prefetch(tensor_map, coordinates) -> None:
+    """Starts bringing a tile to L2."""
+    prims.cp_async_bulk_tensor_prefetch(tensor_map.get_ptr(), coordinates, [])
 
 
 def tma_store(tensor_map, smem_pointer, coordinates) -> None:
