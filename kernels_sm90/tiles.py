@@ -75,7 +75,7 @@ def supports(problem: Problem) -> Unsupported | None:
 def supports_config(problem: Problem, config: TileConfig) -> Unsupported | None:
     """Why ``problem`` cannot run with these tiles, or ``None``."""
     epilogue = make_epilogue(problem)
-    remedy = "use default_config, or one of candidates"
+    remedy = "use default_config"
     pingpong = config.schedule is Schedule.PINGPONG
     rows_unit = 64 if pingpong else 128
     columns_unit = epilogue.acc_chunk
@@ -120,23 +120,65 @@ def supports_config(problem: Problem, config: TileConfig) -> Unsupported | None:
     return None
 
 
-# The choices below were the best, or within 3% of it, of 10 to 40 tiles timed on an H200 on
-# 2026-11-20 at (T, H, I, E, top_k) = (32768,4096,1024,128,8), (24576,1536,256,128,8) and
-# (16384,2048,512,512,10).
-def default_config(problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
-    """Tiles for ``rows_per_expert`` rows and a weight of ``n`` by ``k``. Pure and deterministic."""
+def _coverage(extent: int, tile: int) -> float:
+    """Share of the tiles' area that holds output."""
+    return extent / (-(-extent // tile) * tile)
+
+
+def candidates(problem: Problem, k: int) -> list[tuple[TileConfig, float]]:
+    """Tiles worth trying, each with its rate on a matrix that it covers without waste.
+
+    Rates are relative within a problem: medians over the shapes A, B, C, E and F of the benchmark
+    on an H200 on 2026-11-20, divided by the coverage. ``kernels_sm90/README.md`` has the ladder.
+    """
     cooperative, pingpong = Schedule.COOPERATIVE, Schedule.PINGPONG
-    many_rows = rows_per_expert >= 1024
     if problem.ragged is Ragged.REDUCTION:
         if problem.gather is Operand.B:
-            return TileConfig(256, 128, 1, 2, cooperative, 1, raster_along_m=not many_rows)
-        return TileConfig(128, 256, 2, 1, cooperative, 2, raster_along_m=not many_rows)
+            return [
+                (TileConfig(256, 128, 1, 2, cooperative, 1), 1.0),
+                (TileConfig(256, 128, 1, 1, cooperative, 1), 0.99),
+                (TileConfig(256, 192, 1, 1, cooperative, 1), 0.98),
+            ]
+        return [
+            (TileConfig(128, 256, 2, 1, cooperative, 2), 1.0),
+            (TileConfig(256, 192, 1, 1, cooperative, 1), 0.99),
+            (TileConfig(128, 192, 1, 1, cooperative, 2), 0.95),
+            (TileConfig(256, 128, 1, 1, cooperative, 2), 0.93),
+        ]
     if problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
-        if n <= 128:
-            return TileConfig(128, 128, 1, 1, pingpong, 2)
-        return TileConfig(128, 256, 1, 1, cooperative, 2)
+        return [
+            (TileConfig(128, 256, 1, 1, cooperative, 4), 1.0),
+            (TileConfig(128, 192, 1, 1, cooperative, 4), 0.87),
+            (TileConfig(128, 128, 1, 1, pingpong, 2), 0.85),
+        ]
     if problem.epilogue is EpilogueKind.ACTIVATION:
-        return TileConfig(128, 256, 1, 1, cooperative, 2)
-    if problem.transposed_weight:
-        return TileConfig(128, 256, 1, 1, cooperative, 2, raster_along_m=False)
-    return TileConfig(128, 192, 2 if many_rows else 1, 1, pingpong, 2)
+        return [
+            (TileConfig(128, 256, 1, 1, cooperative, 2), 1.0),
+            (TileConfig(128, 192, 1, 1, cooperative, 2), 0.9),
+            (TileConfig(128, 128, 1, 1, cooperative, 2), 0.75),
+        ]
+    # Neighbouring tiles share the weight, except where a short reduction makes the rows dearer.
+    along_m = not problem.transposed_weight or k > 1024
+    stages = 2 if problem.transposed_weight else 1
+    return [
+        (TileConfig(128, 192, 1, 1, pingpong, stages, raster_along_m=along_m), 1.0),
+        (TileConfig(128, 256, 1, 1, cooperative, 2, raster_along_m=False), 0.9),
+        (TileConfig(128, 128, 1, 1, pingpong, 2, raster_along_m=along_m), 0.9),
+    ]
+
+
+def default_config(problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
+    """The candidate with the highest expected rate for this size. Pure and deterministic.
+
+    ``n``: columns of the output. ``k``: the weight's other axis, which is the reduction for ragged
+    rows and the rows of the output for a ragged reduction.
+    """
+
+    def expected(entry: tuple[TileConfig, float]) -> float:
+        config, rate = entry
+        rate *= _coverage(n, config.tile_n * config.cluster_n)
+        if problem.ragged is Ragged.REDUCTION:
+            rate *= _coverage(k, config.tile_m * config.cluster_m)
+        return rate
+
+    return max(candidates(problem, k), key=expected)[0]

@@ -182,7 +182,7 @@ def _weight_grad(
     problem = weight_grad_problem(_dtype_name(a), gather, gated, accumulate)
     grouped_gemm(
         problem,
-        config_for(problem, a.device, rows, experts, n, rows // max(experts, 1)),
+        config_for(problem, a.device, rows, experts, n, m),
         a=a,
         b=b,
         d=_with_expert_stride(d),

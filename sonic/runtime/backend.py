@@ -23,7 +23,7 @@ class Backend(Protocol):
         """Why ``problem`` cannot run, or ``None``."""
 
     def default_config(self, problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
-        """Tiles for this size; pure, deterministic, no GPU."""
+        """Tiles for an output of ``n`` columns, ``k`` the weight's other axis; pure, no GPU."""
 
     def compile(self, problem: Problem, config: TileConfig) -> Any:
         """Compiled launcher; needs no GPU and never launches."""

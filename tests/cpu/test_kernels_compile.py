@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,17 +23,14 @@ from sonic.runtime.problem import (
 from tests.cpu.compile_worker import kernels
 
 _ROOT = Path(__file__).parents[2]
-_PARTS = 8
+_PARTS = 16
 _REPORT = {"CUTE_DSL_COMPILER_OPT": "remarks{ptx}"}  # registers and spills, on stderr
 _SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 
 
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("part", range(_PARTS))
-def test_kernels_compile_without_spills(part):
-    expected = kernels(Arch.SM90)[part::_PARTS]
-    run = subprocess.run(
+def _compile_part(part: int) -> subprocess.CompletedProcess:
+    return subprocess.run(
         [sys.executable, "-m", "tests.cpu.compile_worker", str(part), str(_PARTS)],
         cwd=_ROOT,
         env={**os.environ, "PYTHONPATH": str(_ROOT), "CUDA_VISIBLE_DEVICES": "", **_REPORT},
@@ -41,6 +39,20 @@ def test_kernels_compile_without_spills(part):
         text=True,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """A compilation per part, one at a time for each core."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield [pool.submit(_compile_part, part) for part in range(_PARTS)]
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("part", range(_PARTS))
+def test_kernels_compile_without_spills(part, compilations):
+    expected = kernels(Arch.SM90)[part::_PARTS]
+    run = compilations[part].result()
     assert run.returncode == 0, run.stdout[-4000:]
     reports = run.stdout.split("KERNEL ")[1:]
     assert len(reports) == len(expected)
