@@ -11,7 +11,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from kernels_sm90.tiles import WARPGROUP
-from sonic.device.epilogue import BLOCK
+from sonic.device.blocks import BLOCK
 from sonic.device.ptx import (
     elect_one_lane,
     load_matrix_x4,

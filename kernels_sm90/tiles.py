@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sonic.device.epilogue import Epilogue, make_epilogue
+from sonic.device.blocks import EpilogueBlocks
 from sonic.runtime.problem import (
     EpilogueKind,
     Operand,
@@ -24,7 +24,7 @@ _MAX_STAGES = 8
 class SharedMemoryPlan:
     """Byte offsets of everything in shared memory. The A/B ring takes what the epilogue leaves."""
 
-    def __init__(self, problem: Problem, config: TileConfig, epilogue: Epilogue):
+    def __init__(self, problem: Problem, config: TileConfig, epilogue: EpilogueBlocks):
         rows = (
             config.tile_m if config.schedule is Schedule.PINGPONG else config.tile_m // 2
         )  # per warpgroup
@@ -74,7 +74,7 @@ def supports(problem: Problem) -> Unsupported | None:
 
 def supports_config(problem: Problem, config: TileConfig) -> Unsupported | None:
     """Why ``problem`` cannot run with these tiles, or ``None``."""
-    epilogue = make_epilogue(problem)
+    epilogue = EpilogueBlocks.of(problem)
     remedy = "use default_config"
     pingpong = config.schedule is Schedule.PINGPONG
     rows_unit = 64 if pingpong else 128
