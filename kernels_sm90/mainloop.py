@@ -49,19 +49,21 @@ class MainloopMixin:
         warp: Int32,
     ):
         plan = self.smem
-        counts = self.tile_counts(sizes)
         num_experts = Int32(offset_by_expert.shape[0] - 1)
         tile, tile_step = self.cluster_position()
         loader = self._make_loader(gathered, gather, sizes)
         stage, phase = Int32(0), Int32(1)
-        cursor = self.seek(tile, self.start_cursor(), offset_by_expert, counts)
-        while cursor[0] < num_experts:
+        ahead = self._look_ahead(tile, self.start_cursor(), offset_by_expert, sizes, loader)
+        while ahead[0][0] < num_experts:
+            cursor, row, col, state = ahead
             expert, _, _, begin, end = cursor
-            row, col = self.locate(tile, cursor, counts)
-            state = None
+            tile = tile + tile_step
+            k_tiles = self.k_tiles(cursor, sizes)
+            if k_tiles == 0:
+                ahead = self._look_ahead(tile, cursor, offset_by_expert, sizes, loader)
             if cutlass.const_expr(loader is not None):
-                state = loader.begin_tile(begin, end, row if self.gather_a else col)
-            for k_tile in cutlass.range(self.k_tiles(cursor, sizes), unroll=1):
+                state = loader.begin_tile(state)
+            for k_tile in cutlass.range(k_tiles, unroll=1):
                 k = k_tile * BLOCK_K
                 full = self.barrier(smem, plan.full, stage)
                 if cutlass.const_expr(loader is not None):
@@ -80,8 +82,20 @@ class MainloopMixin:
                 if stage == self.stages:
                     stage = Int32(0)
                     phase = phase ^ 1
-            tile = tile + tile_step
-            cursor = self.seek(tile, cursor, offset_by_expert, counts)
+                if k_tile == 0:
+                    # Decoding the next tile reads memory: here it hides behind a full ring.
+                    ahead = self._look_ahead(tile, cursor, offset_by_expert, sizes, loader)
+
+    @cute.jit
+    def _look_ahead(self, tile: Int32, cursor, offset_by_expert: cute.Tensor, sizes, loader):
+        """``(cursor, first row, first column, loader state)`` of a tile that is not started yet."""
+        counts = self.tile_counts(sizes)
+        cursor = self.seek(tile, cursor, offset_by_expert, counts)
+        row, col = self.locate(tile, cursor, counts)
+        state = ()
+        if cutlass.const_expr(loader is not None):
+            state = loader.look_ahead(cursor[3], cursor[4], row if self.gather_a else col)
+        return cursor, row, col, state
 
     def _gathered_offset(self, stage):
         plan = self.smem
@@ -202,6 +216,9 @@ class MainloopMixin:
             self._multiply(mma, a_fragments, b_fragments, accumulator, k_tiles, position, smem)
             if cutlass.const_expr(self.pingpong):
                 self._pass_turn(group)
+            # Decoding the next tile reads memory: here it hides behind the last wgmma group.
+            tile = tile + step
+            following = self.seek(tile, cursor, offset_by_expert, counts)
             self._finish_multiply(k_tiles, position, smem)
             turns = 2 if cutlass.const_expr(self.pingpong) else 1
             position = position + k_tiles * turns
@@ -209,8 +226,7 @@ class MainloopMixin:
                 accumulator, c_map, d_map, aux_map, bias, score, row_sum, context, bias_strides,
                 smem, warp, group, chunk,
             )  # fmt: skip
-            tile = tile + step
-            cursor = self.seek(tile, cursor, offset_by_expert, counts)
+            cursor = following
         self.drain_stores(warp)
 
     @cute.jit

@@ -2,7 +2,7 @@
 
 Both loaders move 16-byte pieces: eight neighbouring threads fetch 128 contiguous bytes of one
 source row. A loader carries its per-tile registers in a ``state`` tuple, so that it can live in a
-loop.
+loop: ``look_ahead`` reads the first indices of a tile long before ``begin_tile`` needs them.
 """
 
 from dataclasses import dataclass
@@ -40,16 +40,20 @@ class GatherMajorColumns:
     columns: Int32
 
     @cute.jit
-    def begin_tile(self, begin: Int32, end: Int32, first: Int32):
-        """Element offsets of this thread's source rows."""
+    def look_ahead(self, begin: Int32, end: Int32, first: Int32):
+        """Tokens of this thread's source rows in a coming tile; the loads stay in flight."""
         step = self.threads // _PIECES_PER_ROW
-        piece = self.thread % _PIECES_PER_ROW
-        offsets = []
+        tokens = []
         for i in cutlass.range_constexpr(self.rows // step):
             row = begin + first + self.thread // _PIECES_PER_ROW + i * step
-            token = self.index[cutlass.min(row, end - 1)]
-            offsets.append(Int64(token) * self.columns + piece * _PIECE)
-        return tuple(offsets)
+            tokens.append(self.index[cutlass.max(cutlass.min(row, end - 1), 0)])
+        return tuple(tokens)
+
+    @cute.jit
+    def begin_tile(self, tokens):
+        """Element offsets of this thread's source rows."""
+        piece = self.thread % _PIECES_PER_ROW
+        return tuple(Int64(token) * self.columns + piece * _PIECE for token in tokens)
 
     @cute.jit
     def prepare(self, state, k: Int32):
@@ -100,10 +104,13 @@ class GatherMajorRows:
         return tuple(tokens)
 
     @cute.jit
-    def begin_tile(self, begin: Int32, end: Int32, first: Int32):
-        """``(begin, end, first column, tokens of the stage to load, tokens of the one after)``."""
+    def look_ahead(self, begin: Int32, end: Int32, first: Int32):
+        """``(begin, end, first column, tokens to load, tokens of the first stage)``."""
         none = tuple(Int32(-1) for _ in range(self.depth // (self.threads // _PIECES_PER_ROW)))
         return begin, end, first, none, self._fetch(begin, end, Int32(0))
+
+    def begin_tile(self, state):
+        return state
 
     @cute.jit
     def prepare(self, state, k: Int32):
