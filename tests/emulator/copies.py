@@ -14,37 +14,53 @@ from .ptx import PtxError
 
 
 class Copies:
-    """The copies of one cp.async instruction, in flight until `finish`."""
+    """The copies of one cp.async instruction: `words` of `smem`, in flight until `finish`.
 
-    __slots__ = ("lanes", "done", "dirty", "waiters", "arrivals")
+    `covered`: an mbarrier arrival or a wait has taken charge of saying when others may rely on
+    them.
+    """
 
-    def __init__(self, lanes):
-        self.lanes, self.done, self.dirty, self.waiters, self.arrivals = lanes, False, set(), [], []
+    __slots__ = ("lanes", "smem", "words", "done", "covered", "dirty", "waiters", "arrivals")
+
+    def __init__(self, lanes, smem, words):
+        self.lanes, self.smem, self.words = lanes, smem, words
+        self.done, self.covered = False, False
+        self.dirty, self.waiters, self.arrivals = set(), [], []
 
     def finish(self, M, dirty):
         self.done, self.dirty = True, dirty
         for w in self.waiters:
             M.wake(w)
         for arrival in self.arrivals:
-            arrival.settle(M, self)
+            arrival.settle(M)
+
+    def rely(self, component, time):
+        """From `time` of the clock's `component` on, what was copied may be used."""
+        if self.smem.check:
+            self.smem.history.end_copy(self.words, component, time)
 
 
 class Arrival:
-    """A cp.async.mbarrier.arrive that waits for its lanes' earlier copies, then arrives once a
-    lane.
-    """
+    """A cp.async.mbarrier.arrive: it waits for the earlier `copies`, then arrives once a lane."""
 
-    __slots__ = ("mb", "count", "pending", "dirty")
+    __slots__ = ("mb", "count", "copies", "pending")
 
-    def __init__(self, mb, count, pending):
-        self.mb, self.count, self.pending, self.dirty = mb, count, pending, set()
+    def __init__(self, mb, count, copies):
+        self.mb, self.count, self.copies = mb, count, copies
+        self.pending = 1 + sum(not c.done for c in copies)
+        for c in copies:
+            c.covered = True
+            if not c.done:
+                c.arrivals.append(self)
 
-    def settle(self, M, copies):
-        self.dirty |= copies.dirty
+    def settle(self, M):
         self.pending -= 1
-        if self.pending == 0:
-            self.mb.release(self.dirty)
-            self.mb.arrive(M, self.count)
+        if self.pending:
+            return
+        for c in self.copies:
+            c.rely(self.mb.id, self.mb.completed + 1)
+        self.mb.release({d for c in self.copies for d in c.dirty})
+        self.mb.arrive(M, self.count)
 
 
 PREFETCH = "L2::cache_hint L2::64B L2::128B L2::256B"
@@ -79,28 +95,16 @@ def cp_async(b, ins):
         parts = split_by_cta(w, a)
         if len(parts) != 1 or parts[0][0] is not w.cta:
             raise Fault("cp.async into another CTA's shared memory")
-        off = parts[0][2].astype(np.int64)
         smem = w.cta.smem
-        units = np.unique(off >> 4)
-        if (
-            smem.check
-            and smem.inflight
-            and (smem.writing[units].any() or smem.reading[units].any())
-        ):
-            raise smem.conflict("cp.async write", units, ("TMA write", "read"))
+        smem.check_generic(w, ins, parts[0][2], size, write=True, what="cp.async write")
+        locate_live(M.memory, g, n)  # an invalid source is reported here, not when the data lands
+        off = parts[0][2].astype(np.int64)
         words = ((off >> 2)[:, None] + np.arange(size // 4)).reshape(-1)
-        if smem.check and smem.copies and smem.copying[words].any():
-            raise smem.conflict("cp.async write", words >> 2, ("cp.async",))
-        locate_live(
-            M.memory, g, n
-        )  # reports an invalid source at the instruction, not when it lands
-        copies = Copies(frozenset(lanes.tolist()))
-        w.copies = [c for c in w.copies if not c.done]
+        copies = Copies(frozenset(lanes.tolist()), smem, words)
+        w.copies = [c for c in w.copies if not c.covered]
         w.copies.append(copies)
         if len(w.copy_open) > 64:  # a kernel that waits by mbarrier never commits a group
-            w.copy_open = [
-                c for c in w.copy_open if not c.done or any(not d.flushed for d in c.dirty)
-            ]
+            w.copy_open = [c for c in w.copy_open if not (c.done and c.covered)]
         w.copy_open.append(copies)
         access = smem.begin("cp.async", words, ins, w)
 
@@ -151,6 +155,9 @@ def wait_for(w, groups):
         for g in groups:
             for c in g:
                 w.dirty |= {d for d in c.dirty if not d.flushed}
+                if not c.covered:
+                    c.covered = True
+                    c.rely(w.id, w.clock[w.id])
         return None
     w.why = f"{len(pending)} cp.async in flight"
     pending[0].waiters.append(w)
@@ -162,7 +169,7 @@ def wait_group(b, ins):
     n = ins.operands[0].bits
 
     def run(M, w, frag, m):
-        older = w.copy_groups[: len(w.copy_groups) - n] if n else w.copy_groups
+        older = w.copy_groups[: max(len(w.copy_groups) - n, 0)]
         out = wait_for(w, older)
         if out is None:
             w.copy_groups = w.copy_groups[len(older) :]
@@ -193,7 +200,6 @@ def mbarrier_arrive(b, ins):
     def run(M, w, frag, m):
         a = addr(w.r)
         lanes = list(lanes_of(m))
-        w.copies = [c for c in w.copies if not c.done]
         for where in np.unique(a[lanes]).tolist():
             own = frozenset(i for i in lanes if int(a[i]) == where)
             mb = w.cta.cluster.mbarrier(w, int(where))
@@ -201,15 +207,8 @@ def mbarrier_arrive(b, ins):
                 raise Fault("cp.async.mbarrier.arrive on another CTA's mbarrier")
             if not noinc:
                 mb.pending += len(own)
-            waiting = [c for c in w.copies if c.lanes & own]
-            landed = [
-                c for g in [*w.copy_groups, w.copy_open] for c in g if c.done and c.lanes & own
-            ]
-            arrival = Arrival(mb, len(own), len(waiting) + 1)
-            arrival.dirty = {d for c in landed for d in c.dirty if not d.flushed}
-            for c in waiting:
-                c.arrivals.append(arrival)
-            arrival.settle(M, Copies(own))
+            earlier = [c for c in w.copies if not c.covered and c.lanes & own]
+            Arrival(mb, len(own), earlier).settle(M)
         M.progress = M.tick
 
     return run

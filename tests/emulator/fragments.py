@@ -43,7 +43,7 @@ def ldmatrix(b, ins):
         if not converged(w, frag):
             return BLOCK
         smem, off = matrix_rows(w, addr, n, "ldmatrix")
-        smem.check_generic(off, 16, write=False)
+        smem.check_generic(w, ins, off, 16, write=False)
         rows = smem.generic[16][off >> np.uint32(4)].view(np.uint16).reshape(n, 8, 8)
         if trans:
             rows = rows.transpose(0, 2, 1)
@@ -68,7 +68,7 @@ def stmatrix(b, ins):
         if not converged(w, frag):
             return BLOCK
         smem, off = matrix_rows(w, addr, n, "stmatrix")
-        smem.check_generic(off, 16, write=True)
+        smem.check_generic(w, ins, off, 16, write=True)
         data = np.stack([g(w.r) for g in get]).view(np.uint16).reshape(n, 8, 8)
         if trans:
             data = data.transpose(0, 2, 1)

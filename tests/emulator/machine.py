@@ -149,8 +149,9 @@ class Machine:
     def start_cluster(self, at, counts):
         """Puts the CTAs of the cluster at position `at` of the grid of clusters on the machine."""
         cdim, threads = self.cluster_dim, self.block[0] * self.block[1] * self.block[2]
-        cluster = Cluster(at)
-        for rank in range(cdim[0] * cdim[1] * cdim[2]):
+        ctas = cdim[0] * cdim[1] * cdim[2]
+        cluster = Cluster(at, ctas * -(-threads // LANES))
+        for rank in range(ctas):
             local = (rank % cdim[0], rank // cdim[0] % cdim[1], rank // (cdim[0] * cdim[1]))
             ctaid = tuple(a * c + i for a, c, i in zip(at, cdim, local, strict=True))
             cta = Cta(cluster, rank, ctaid, self.program, self.smem_end, self.race_check)

@@ -74,13 +74,14 @@ def arrive_drop(b, ins):
 
 def arrival(b, ins, act):
     state, addr, rest = operands(b, ins)
-    expect = "expect_tx" in ins.parts
+    expect, relaxed = "expect_tx" in ins.parts, "relaxed" in ins.parts
 
     def run(M, w, frag, m):
         a, n = addr(w.r), rest[0](w.r) if rest else None
         for i in lanes_of(m):
             mb = w.cta.cluster.mbarrier(w, int(a[i]))
-            w.release_into(mb)
+            if not relaxed:
+                w.release_into(mb)
             set_state(w, state, mb, i, m)
             if expect:
                 mb.tx += int(n[i])
@@ -157,9 +158,12 @@ def test(w, addr, phase, parity):
     if not ok:
         mb.waiters.append(w)
         w.why = (mb, phase)
-    elif mb.visible:
+        return False
+    w.acquire(mb.seen)
+    w.clock[mb.id] = max(int(w.clock[mb.id]), mb.completed)
+    if mb.visible:
         w.dirty |= {d for d in mb.visible if not d.flushed}
-    return ok
+    return True
 
 
 for _name in ("try_wait", "test_wait"):

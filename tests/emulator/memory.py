@@ -11,6 +11,7 @@ import bisect
 
 import numpy as np
 
+from .ordering import PENDING, History
 from .values import POISON32, UINT
 
 SHARED_WINDOW = 1 << 56  # where shared memory appears in the generic address space
@@ -138,13 +139,20 @@ class Access:
         return f"{self.kind} issued by {self.who}, {self.ins.where()}"
 
 
+def line_of(w, line):
+    """The instruction at a PTX line of the warp's kernel, for a message."""
+    found = next((i for i in w.cta.program.kernel.instrs if i.line == line), None)
+    return found.where() if found else f"PTX line {line}"
+
+
 class SharedMemory:
     """One CTA's shared memory. `end` is the first offset past its allocation; `check` turns race
     reports on.
     """
 
-    def __init__(self, name, end, check=True):
+    def __init__(self, name, end, warps, check=True):
         self.name, self.end, self.check = name, end, check
+        self.history = History(-(-end // 4) if check else 4, warps)
         data = np.full(SMEM_BYTES // 4, POISON32, np.uint32).view(np.uint8)
         self.generic = self._views(data)
         self.asynchronous = self._views(data.copy())
@@ -170,22 +178,44 @@ class SharedMemory:
         """Marks units as read ("... read"), written or copied to by an operation until `end`."""
         access = Access(kind, units, ins, who)
         self.accesses[access] = None
+        h = self.history
         if kind == "cp.async":
             np.add.at(self.copying, units, np.uint8(1))
             self.copies += 1
+            mark = h.begin_copy
         else:
-            (self.writing if kind == "TMA write" else self.reading)[units] += 1
+            writes = kind == "TMA write"
+            (self.writing if writes else self.reading)[units] += 1
             self.inflight += 1
+            mark = h.begin_write if writes else h.begin_read
+        if self.check:
+            mark(who, units, ins.line)
         return access
 
     def end_access(self, access):
+        """The operation is complete; who may rely on that is another matter (see `ordering`)."""
         del self.accesses[access]
         if access.kind == "cp.async":
             np.subtract.at(self.copying, access.units, np.uint8(1))
             self.copies -= 1
         else:
-            (self.writing if access.kind == "TMA write" else self.reading)[access.units] -= 1
+            counts = self.writing if access.kind == "TMA write" else self.reading
+            counts[access.units] -= 1
             self.inflight -= 1
+
+    def written_by(self, access, mbarrier):
+        """A copy has completed and its bytes are about to be counted on an mbarrier."""
+        if self.check:
+            self.history.end_write(access.units, mbarrier.id, mbarrier.completed + 1)
+
+    def reads_over(self, w, finished, pending):
+        """A warp has waited for its asynchronous reads `finished`, not yet for `pending`."""
+        if not self.check:
+            return
+        for a in finished:
+            self.history.end_read(w, a.units)
+        for a in pending:  # of the same units, perhaps
+            self.history.begin_read(w, a.units, a.ins.line)
 
     def conflict(self, what, units, kinds):
         """The Fault for an access `what` to 16-byte units that an operation of one of `kinds` is
@@ -199,25 +229,61 @@ class SharedMemory:
                 return Fault(f"race: {what} of {self.name}+{at:#x} while in flight: {a}")
         return Fault(f"race: {what} of {self.name}")
 
-    def check_generic(self, off, nbytes, write):
-        """A generic load or store of `nbytes` at each offset in `off`."""
+    def check_generic(self, w, ins, off, nbytes, write, ordered=False, what=None):
+        """A generic load or store of `nbytes` at each offset: reports races, leaves stamps.
+
+        An atomic operation passes `ordered`: it races with what is pending only.
+        """
         if not self.check:
             return
-        what = "generic store" if write else "generic load"
+        what = what or ("generic store" if write else "generic load")
         if self.inflight:
             u = off >> np.uint32(4)
             if self.writing[u].any():
                 raise self.conflict(what, u, ("TMA write",))
             if write and self.reading[u].any():
                 raise self.conflict(what, u, ("read",))
-        if self.copies:
-            words = off >> np.uint32(2)
-            for i in range(max(nbytes // 4, 1)):
-                if self.copying[words + np.uint32(i)].any():
-                    raise self.conflict(what, off >> np.uint32(4), ("cp.async",))
+        words = (off >> np.uint32(2)).astype(np.int64)
+        if nbytes > 4:
+            words = (words[:, None] + np.arange(nbytes // 4)).reshape(-1)
+        if self.copies and self.copying[words].any():
+            raise self.conflict(what, words >> 2, ("cp.async",))
+        h = self.history
+        if nbytes < 4 or ordered:
+            at = h.pending(words) if write else None
+            if at is not None:
+                raise self.unordered(w, what, at, h.written[at] == PENDING)
+            return
+        at = h.unordered_write(w.clock, words)
+        if at is not None:
+            raise self.unordered(w, what, at, True)
+        if write:
+            at = h.unordered_read(w.clock, words)
+            if at is not None:
+                raise self.unordered(w, what, at, False)
+            h.stamp_write(w, words, ins.line)
+        else:
+            h.stamp_read(w, words, ins.line)
 
-    def check_async(self, units, what, write):
-        """An async-proxy read or write of 16-byte units, as it is issued."""
+    def unordered(self, w, what, word, after_write):
+        """The Fault for an access that nothing orders after an earlier write or read of a word."""
+        h = self.history
+        where = f"race: {what} of {self.name}+{word * 4:#x}, which nothing orders after"
+        if not after_write:
+            warps = ", ".join(str(x) for x in h.readers(word, w.clock))
+            return Fault(
+                f"{where} the read by warp {warps} of the cluster, {line_of(w, h.read_line[word])}"
+            )
+        by = int(h.writer[word])
+        who = (
+            ""
+            if h.written[word] == PENDING or by >= h.read.shape[1]
+            else f" by warp {by} of the cluster"
+        )
+        return Fault(f"{where} the write{who}, {line_of(w, h.write_line[word])}")
+
+    def check_async(self, w, units, what, write):
+        """An async-proxy read or write of 16-byte units, as warp `w` issues it."""
         if not self.check:
             return
         if self.inflight:
@@ -227,6 +293,15 @@ class SharedMemory:
                 raise self.conflict(what, units, ("read",))
         if self.copies and self.copying_unit[units].any():
             raise self.conflict(what, units, ("cp.async",))
+        h = self.history
+        at = h.unordered_unit_write(w.clock, units)
+        if at is not None:
+            word = 4 * at + int(np.argmax(h.unit_written[at] > w.clock[h.unit_writer[at]]))
+            raise self.unordered(w, what, word, True)
+        at = h.unordered_unit_read(w.clock, units) if write else None
+        if at is not None:
+            late = (h.unit_read[at] > w.clock[: h.read.shape[1]]).any(1)
+            raise self.unordered(w, what, 4 * at + int(np.argmax(late)), False)
         stale = self.unfenced_unit[units]
         if stale.any():
             at = int(np.asarray(units)[stale != 0].min())

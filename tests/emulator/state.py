@@ -3,6 +3,7 @@
 import numpy as np
 
 from .memory import SMEM_RESERVED, Fault, SharedMemory
+from .ordering import COMPONENTS, new_clock
 from .sync import ClusterBarrier
 from .values import LANES
 
@@ -23,6 +24,9 @@ class Warp:
 
     def __init__(self, cta, index, registers, lanes, local_bytes):
         self.cta, self.index, self.r = cta, index, registers
+        self.id = cta.cluster.new_component()
+        self.clock = new_clock()  # what is ordered before what this warp does next
+        self.clock[self.id] = 1
         self.frags = [Fragment(0, None if lanes.all() else lanes)]
         self.live = lanes  # lanes that have not exited
         self.ready = True
@@ -33,6 +37,7 @@ class Warp:
             set()
         )  # unfenced generic stores that are ordered before what this warp does next
         self.cluster_target = 0
+        self.init_fence = 0  # the time of its last fence.mbarrier_init
         self.bulk_open, self.bulk_groups = [], []  # cp.async.bulk
         self.copy_open, self.copy_groups, self.copies = [], [], []  # cp.async
         self.wgmma_open, self.wgmma_groups = [], []
@@ -47,8 +52,18 @@ class Warp:
     def __str__(self):
         return f"cta{self.cta.ctaid} rank {self.cta.rank} warp {self.index}"
 
+    def release(self, clock):
+        """Orders what the warp did before what those do that acquire the clock."""
+        np.maximum(clock, self.clock, out=clock)
+        self.clock[self.id] += 1
+
+    def acquire(self, clock):
+        """Orders what was released into the clock before what the warp does next."""
+        np.maximum(self.clock, clock, out=self.clock)
+
     def release_into(self, barrier):
-        """Orders the warp's unfenced stores before what the waiters of the mbarrier do next."""
+        """An arrival at an mbarrier, with its release."""
+        self.release(barrier.clock)
         if self.dirty:
             self.dirty = barrier.release(self.dirty)
 
@@ -58,7 +73,7 @@ class Cta:
 
     def __init__(self, cluster, rank, ctaid, program, smem_end, check):
         self.cluster, self.rank, self.ctaid, self.program = cluster, rank, ctaid, program
-        self.smem = SharedMemory(f"cta{rank} shared", smem_end, check)
+        self.smem = SharedMemory(f"cta{rank} shared", smem_end, cluster.warps, check)
         self.mbars, self.bars, self.warps = {}, {}, []
         self.live_warps = 0
         self.registers = None  # the setmaxnreg pool
@@ -84,8 +99,17 @@ class Cta:
 class Cluster:
     """The CTAs of a cluster and their common barrier."""
 
-    def __init__(self, index):
-        self.index, self.ctas, self.barrier, self.live_warps = index, [], ClusterBarrier(), 0
+    def __init__(self, index, warps):
+        self.index, self.warps, self.ctas, self.live_warps = index, warps, [], 0
+        self.components = 0  # of its clocks, in use
+        self.barrier = ClusterBarrier()
+
+    def new_component(self):
+        """The number of a new component of the cluster's clocks."""
+        if self.components == COMPONENTS:
+            raise Fault(f"more than {COMPONENTS} warps and mbarrier initialisations in a cluster")
+        self.components += 1
+        return self.components - 1
 
     def resolve(self, addr):
         """The CTA and offset of one shared::cluster address; ranks live in bits 24 and up."""
@@ -115,4 +139,6 @@ class Cluster:
                 f"use of {mb} by another CTA or an asynchronous unit, but its initialisation was "
                 "never fenced"
             )
+        if mb.init_time > warp.clock[mb.init_warp.id]:
+            raise Fault(f"use of {mb}, which nothing orders after its initialisation")
         return mb

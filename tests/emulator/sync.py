@@ -1,6 +1,9 @@
 """Synchronisation objects: mbarriers, named barriers, cluster barriers (PTX ISA 9.7.13)."""
 
+import numpy as np
+
 from .memory import Fault
+from .ordering import new_clock
 
 TX_RANGE = (1 << 20) - 1
 
@@ -23,7 +26,9 @@ class MBarrier:
         )
         self.completed = 0
         self.waiters = []
-        self.init_warp, self.published = warp, False
+        self.init_warp, self.init_time, self.published = warp, int(warp.clock[warp.id]), False
+        self.id = cta.cluster.new_component()
+        self.clock, self.seen = new_clock(), new_clock()  # released into it; by completed phases
         self.released, self.visible = (
             set(),
             set(),
@@ -64,6 +69,7 @@ class MBarrier:
             self.phase ^= 1
             self.completed += 1
             self.pending = self.expected
+            np.maximum(self.seen, self.clock, out=self.seen)
             self.visible, self.released = (
                 {d for d in self.visible | self.released if not d.flushed},
                 set(),
@@ -79,6 +85,7 @@ class NamedBarrier:
     def __init__(self, number):
         self.number, self.arrived, self.generation, self.expected = number, 0, 0, 0
         self.waiters, self.warps, self.joined, self.dirty = [], [], [], set()
+        self.clock = new_clock()
 
     def __str__(self):
         warps = sorted(w.index for w in self.warps)
@@ -98,10 +105,9 @@ class NamedBarrier:
         self.generation += 1
         machine.progress = machine.tick
         known = {d for d in self.dirty if not d.flushed}
-        for x in (
-            self.joined
-        ):  # stores before the barrier are ordered before what those that wait do next
+        for x in self.joined:  # those that only arrived learn nothing
             x.dirty |= known
+            x.acquire(self.clock)
         self.warps.clear()
         self.joined.clear()
         self.dirty = set()
@@ -114,14 +120,9 @@ class ClusterBarrier:
     """`barrier.cluster` (9.7.13.4)."""
 
     def __init__(self):
-        self.phase, self.arrived, self.waiters, self.live_lanes, self.dirty, self.visible = (
-            0,
-            0,
-            [],
-            0,
-            set(),
-            set(),
-        )
+        self.phase, self.arrived, self.live_lanes = 0, 0, 0
+        self.waiters, self.dirty, self.visible = [], set(), set()
+        self.clock, self.seen = new_clock(), new_clock()
 
     def __str__(self):
         return f"cluster barrier: {self.arrived} of {self.live_lanes} threads arrived"
@@ -131,6 +132,7 @@ class ClusterBarrier:
             self.arrived = 0
             self.phase += 1
             self.visible, self.dirty = {d for d in self.dirty if not d.flushed}, set()
+            self.seen[:] = self.clock
             machine.progress = machine.tick
             for x in self.waiters:
                 machine.wake(x)

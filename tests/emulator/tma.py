@@ -19,14 +19,16 @@ TENSOR = (
 
 
 class BulkStore:
-    """A bulk copy out of shared memory: whether it has been read and written, and which warps wait
-    for it.
+    """A bulk copy out of shared memory: how far it is, and who waits for it.
+
+    `over`: its issuer has waited at least for the read.
     """
 
-    __slots__ = ("read", "written", "waiters")
+    __slots__ = ("access", "read", "written", "over", "waiters")
 
-    def __init__(self):
-        self.read, self.written, self.waiters = False, False, []
+    def __init__(self, access):
+        self.access, self.waiters = access, []
+        self.read, self.written, self.over = False, False, False
 
     def reached(self, M, state):
         setattr(self, state, True)
@@ -46,20 +48,27 @@ def commit_group(b, ins):
 
 @instruction("cp.async.bulk.wait_group", "read")
 def wait_group(b, ins):
+    """All groups but the n most recent must be complete, whatever order they finish in."""
     n, state = ins.operands[0].bits, "read" if "read" in ins.parts else "written"
 
     def run(M, w, frag, m):
-        while w.bulk_groups and all(op.written for op in w.bulk_groups[0]):
-            w.bulk_groups.pop(0)
-        # all groups but the n most recent must be complete, whatever order they finish in
-        older = w.bulk_groups[: len(w.bulk_groups) - n] if n else w.bulk_groups
-        pending = [op for g in older for op in g if not getattr(op, state)]
-        if not pending:
-            return None
-        w.why = f"{len(pending)} bulk stores not {state} yet"
-        for op in pending:
-            op.waiters.append(w)
-        return BLOCK
+        cut = max(len(w.bulk_groups) - n, 0)
+        older = [op for g in w.bulk_groups[:cut] for op in g]
+        pending = [op for op in older if not getattr(op, state)]
+        if pending:
+            w.why = f"{len(pending)} bulk stores not {state} yet"
+            for op in pending:
+                op.waiters.append(w)
+            return BLOCK
+        recent = [op for g in [*w.bulk_groups[cut:], w.bulk_open] for op in g]
+        finished, reading = ([op.access for op in x if not op.over] for x in (older, recent))
+        w.cta.smem.reads_over(w, finished, reading)
+        for op in older:
+            op.over = True
+        # groups that were waited for as read only may still have to be waited for as written
+        left = [g for g in w.bulk_groups[:cut] if any(not op.written for op in g)]
+        w.bulk_groups = left + w.bulk_groups[cut:]
+        return None
 
     return run
 
@@ -211,7 +220,7 @@ def tma_load(b, ins):
             )
             cta, _ = w.cta.cluster.resolve(x << 24 | off)
             mb = w.cta.cluster.mbarrier(w, bar_rank << 24 | bar_off, remote=True)
-            cta.smem.check_async(units, "TMA load", write=True)
+            cta.smem.check_async(w, units, "TMA load", write=True)
             jobs.append((cta.smem, cta.smem.begin("TMA write", units, ins, w), mb))
 
         def run():
@@ -219,6 +228,7 @@ def tma_load(b, ins):
             for smem, access, mb in jobs:
                 smem.write_async(units, data)
                 smem.end_access(access)
+                smem.written_by(access, mb)
                 mb.add_tx(M, -t.box_bytes)
 
         M.later("tma_load", run, cause=(w, ins))
@@ -235,9 +245,9 @@ def stored(M, w, smem, units, ins, write):
     """Schedules the two halves of a bulk store: `write(bytes)` runs some time after shared memory
     was read.
     """
-    smem.check_async(units, "bulk store", write=False)
+    smem.check_async(w, units, "bulk store", write=False)
     access = smem.begin("bulk store read", units, ins, w)
-    op = BulkStore()
+    op = BulkStore(access)
     w.bulk_open.append(op)
 
     def read():
@@ -324,13 +334,13 @@ def bulk_copy(b, ins):
                 w.cta.cluster.resolve(x << 24 | (d & 0xFFFFFF) + max(n, 1) - 1)
                 at = bar_at if mask is None else x << 24 | bar_at & 0xFFFFFF
                 mb = w.cta.cluster.mbarrier(w, at, remote=True)
-                cta.smem.check_async(units, "bulk copy", write=True)
+                cta.smem.check_async(w, units, "bulk copy", write=True)
                 jobs.append((cta.smem, cta.smem.begin("TMA write", units, ins, w), mb))
             source = None
             if from_shared:
                 cta, off = w.cta.cluster.resolve(s)
                 own = np.arange(off >> 4, (off + n) >> 4)
-                cta.smem.check_async(own, "bulk copy", write=False)
+                cta.smem.check_async(w, own, "bulk copy", write=False)
                 source = (cta.smem, own, cta.smem.begin("bulk copy read", own, ins, w))
 
             def run(jobs=jobs, source=source, s=s, n=n, units=units):
@@ -343,6 +353,7 @@ def bulk_copy(b, ins):
                 for smem, access, mb in jobs:
                     smem.write_async(units, data)
                     smem.end_access(access)
+                    smem.written_by(access, mb)
                     mb.add_tx(M, -n)
 
             M.later("tma_load", run, cause=(w, ins))

@@ -20,10 +20,10 @@ from .operands import (
 
 
 class Operation:
-    __slots__ = ("done", "waiters", "registers")
+    __slots__ = ("done", "waiters", "reads")
 
-    def __init__(self, registers):
-        self.done, self.waiters, self.registers = False, [], registers
+    def __init__(self, reads):
+        self.done, self.waiters, self.reads = False, [], reads
 
 
 @instruction("wgmma.fence.sync.aligned")
@@ -56,14 +56,17 @@ def wait_group(b, ins):
     def run(M, w, frag, m):
         if not converged(w, frag):
             return BLOCK
-        while w.wgmma_groups and all(op.done for op in w.wgmma_groups[0]):
-            w.wgmma_groups.pop(0)
-        if len(w.wgmma_groups) <= n:
-            return None
-        w.why = f"{len(w.wgmma_groups)} wgmma groups in flight"
-        for op in w.wgmma_groups[-n - 1]:
-            op.waiters.append(w)
-        return BLOCK
+        cut = max(len(w.wgmma_groups) - n, 0)
+        older = [op for g in w.wgmma_groups[:cut] for op in g]
+        pending = [op for op in older if not op.done]
+        if pending:
+            w.why = f"{len(pending)} wgmma operations"
+            pending[-1].waiters.append(w)  # they finish in order
+            return BLOCK
+        recent = [a for g in [*w.wgmma_groups[cut:], w.wgmma_open] for op in g for a in op.reads]
+        w.cta.smem.reads_over(w, [a for op in older for a in op.reads], recent)
+        w.wgmma_groups = w.wgmma_groups[cut:]
+        return None
 
     return run
 
@@ -136,9 +139,9 @@ def mma_async(b, ins):
             units.append(own)
         for u in units:
             check_extent(smem, u, "wgmma")
-            smem.check_async(u, "wgmma operand read", write=False)
+            smem.check_async(w, u, "wgmma operand read", write=False)
         accesses = [smem.begin("wgmma read", u, ins, w) for u in units]
-        op = Operation(d)
+        op = Operation(accesses)
         w.wgmma_open.append(op)
 
         def fire():
