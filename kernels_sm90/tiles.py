@@ -125,7 +125,7 @@ def _coverage(extent: int, tile: int) -> float:
     return extent / (-(-extent // tile) * tile)
 
 
-def candidates(problem: Problem, k: int) -> list[tuple[TileConfig, float]]:
+def candidates(problem: Problem, rows_per_expert: int, k: int) -> list[tuple[TileConfig, float]]:
     """Tiles worth trying, each with its rate on a matrix that it covers without waste.
 
     Rates are relative within a problem: medians over the shapes A, B, C, E and F of the benchmark
@@ -157,6 +157,11 @@ def candidates(problem: Problem, k: int) -> list[tuple[TileConfig, float]]:
             (TileConfig(128, 192, 1, 1, cooperative, 2), 0.9),
             (TileConfig(128, 128, 1, 1, cooperative, 2), 0.75),
         ]
+    if problem.transposed_weight and rows_per_expert >= 1024 and k > 1024:
+        return [
+            (TileConfig(128, 256, 1, 1, cooperative, 2, raster_along_m=False), 1.0),
+            (TileConfig(128, 192, 2, 1, pingpong, 2, raster_along_m=False), 0.99),
+        ]
     # Neighbouring tiles share the weight, except where a short reduction makes the rows dearer.
     along_m = not problem.transposed_weight or k > 1024
     stages = 2 if problem.transposed_weight else 1
@@ -181,4 +186,4 @@ def default_config(problem: Problem, rows_per_expert: int, n: int, k: int) -> Ti
             rate *= _coverage(k, config.tile_m * config.cluster_m)
         return rate
 
-    return max(candidates(problem, k), key=expected)[0]
+    return max(candidates(problem, rows_per_expert, k), key=expected)[0]

@@ -13,8 +13,13 @@ from sonic.runtime.problem import (
     weight_grad_problem,
 )
 
-# Extents that 128, 192 and 256 cover best, below and above the turn of the raster.
-_SIZES = [(320, n, k) for n in (128, 192, 1024, 2880) for k in (128, 192, 4096, 2880)]
+# Extents that 128, 192 and 256 cover best, on either side of every threshold of the choice.
+_SIZES = [
+    (rows, n, k)
+    for rows in (320, 2048)
+    for n in (128, 192, 1024, 2880)
+    for k in (128, 192, 4096, 2880)
+]
 
 
 def kernels(arch: Arch) -> list[tuple[Problem, TileConfig]]:
