@@ -312,18 +312,42 @@ def sort_slots_by_expert(
         _scan_experts_kernel[(1,)](
             total, offset_by_expert, num_experts, BLOCK=block, num_warps=8 if block > 1024 else 4
         )
-        block = 512
-        _scatter_kernel[(triton.cdiv(num_slots, block),)](
-            expert_ids,
-            token_ids,
-            count,
-            *outputs,
-            num_slots,
-            num_experts,
-            stride,
-            TOP_K=top_k,
-            TILE=tile,
-            BLOCK=block,
-            num_warps=4,
-        )
+        place_slots(expert_ids, count, outputs, tile=tile, top_k=top_k, token_ids=token_ids)
     return outputs
+
+
+def place_slots(
+    expert_ids: torch.Tensor,
+    prefix: torch.Tensor,
+    plan: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    *,
+    tile: int,
+    top_k: int,
+    token_ids: torch.Tensor | None = None,
+) -> None:
+    """Last step of the tiled sort: from ranks within tiles to rows and their inverse.
+
+    Args:
+        expert_ids: (S,) contiguous, S at least 1.
+        prefix: (E, stride) int32, slots of an expert in earlier tiles; ``stride`` at least S /
+            tile.
+        plan: ``offset_by_expert (E+1,)``, read; ``token_by_row``, ``slot_by_row`` (S,), written;
+            ``row_by_slot`` (S,), holding the rank of a slot among its tile's slots of its expert,
+            -1 for a dropped one, and overwritten with rows.
+        tile: slots per tile.
+    """
+    num_slots = expert_ids.numel()
+    block = 512
+    _scatter_kernel[(triton.cdiv(num_slots, block),)](
+        expert_ids,
+        token_ids,
+        prefix,
+        *plan,
+        num_slots,
+        plan[0].shape[0] - 1,
+        prefix.shape[1],
+        TOP_K=top_k,
+        TILE=tile,
+        BLOCK=block,
+        num_warps=4,
+    )

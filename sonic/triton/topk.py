@@ -39,8 +39,8 @@ def _value_of(key):
 
 @triton.jit
 def _select(key, index, TOP_K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr):
-    """The TOP_K largest (key, lowest index first) of each row, descending; columns past TOP_K hold
-    LOWEST."""
+    """The TOP_K largest (key, lowest index first) of each row, descending, columns past TOP_K
+    holding LOWEST; and the keys left over, winners replaced by LOWEST."""
     lane = tl.arange(0, K_PAD)
     best_key = tl.full([ROWS, K_PAD], LOWEST, tl.int32)
     best_index = tl.zeros([ROWS, K_PAD], tl.int32)
@@ -50,7 +50,7 @@ def _select(key, index, TOP_K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.const
         best_key = tl.where(lane[None, :] == rank, top[:, None], best_key)
         best_index = tl.where(lane[None, :] == rank, winner[:, None], best_index)
         key = tl.where(index == winner[:, None], LOWEST, key)
-    return best_key, best_index
+    return best_key, best_index, key
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def _topk_kernel(
     )
     key = tl.where(mask, _sortable(value.to(tl.float32)), LOWEST)
     index = tl.broadcast_to(expert[None, :], [ROWS, BLOCK_E])
-    best_key, best_index = _select(key, index, TOP_K, K_PAD, ROWS)
+    best_key, best_index, _ = _select(key, index, TOP_K, K_PAD, ROWS)
     total = tl.zeros([ROWS], tl.float32)
     if FULL:
         top, total = _exp_sum(key, ROWS)
@@ -138,7 +138,7 @@ def _topk_chunk_kernel(
     expert = chunk * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
     value = tl.load(logits + row * stride + expert, mask=expert < num_experts, other=0.0)
     key = tl.where(expert < num_experts, _sortable(value.to(tl.float32)), LOWEST)
-    best_key, best_index = _select(key, expert, TOP_K, K_PAD, 1)
+    best_key, best_index, _ = _select(key, expert, TOP_K, K_PAD, 1)
     lane = tl.arange(0, K_PAD)[None, :]
     offset = (row * num_chunks + chunk) * TOP_K + lane
     tl.store(chunk_keys + offset, best_key, mask=lane < TOP_K)
@@ -172,7 +172,7 @@ def _topk_merge_kernel(
     inside = lane < num_chunks * TOP_K
     key = tl.load(chunk_keys + base * TOP_K + lane, mask=inside, other=LOWEST)
     index = tl.load(chunk_ids + base * TOP_K + lane, mask=inside, other=HIGHEST)
-    best_key, best_index = _select(key, index, TOP_K, K_PAD, 1)
+    best_key, best_index, _ = _select(key, index, TOP_K, K_PAD, 1)
     total = tl.zeros([1], tl.float32)
     if FULL:
         chunk = tl.arange(0, BLOCK_CHUNKS)[None, :]

@@ -1,0 +1,460 @@
+"""The router as one operator: winners, weights, plan, balance sums and losses of router logits.
+
+Sizes: T tokens, E columns of the logits, S sequences of T / S tokens, ``top_k`` winners.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonic.plan import MAX_EXPERTS, RoutingPlan, build_plan
+from sonic.routing.topk import MAX_TOP_K
+from sonic.runtime.errors import (
+    ArgumentError,
+    DeviceError,
+    DTypeError,
+    MissingPackageError,
+    ShapeError,
+)
+from sonic.runtime.route import Route, RouteTensors, ScoreFunction
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# A table rather than the enum's own call: Dynamo of torch 2.11 does not iterate enums.
+_SCORES = {member.value: member.value for member in ScoreFunction}
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    ids: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_best: int = 2,
+    num_null: int = 0,
+    num_experts: int | None = None,
+    num_sequences: int = 1,
+    balance: bool = True,
+) -> RouteTensors:
+    """Choose and weight ``top_k`` columns per token, and sum up what balancing needs.
+
+    With ``v = logits + mask`` in fp32 and ``s`` the score of each column, winners are the largest
+    ``v``; or the largest ``s + bias`` where there is a bias, or where groups are ranked by a sum.
+    Their weights are ``scale * s``, before scaling divided by their sum if ``renormalize``. The
+    bias has no part in the weights.
+
+    Args:
+        logits: (T, E) bf16, fp16 or fp32, any strides, E up to 65,536; fp64 runs in torch.
+        top_k: 1 to min(64, E).
+        score: ``"softmax"``, ``"sigmoid"`` or ``"sqrt_softplus"``.
+        renormalize: see above. With a softmax it makes the softmax of the winners' logits.
+        scale: positive.
+        bias: (E,) floating point, no gradient (DeepSeek-V3's correction bias).
+        mask: (T, E) or (E,) floating point, no gradient; -inf bars a column. A token that has
+            nothing left to choose gets id -1 and weight zero in place of a winner.
+        ids: (T, top_k) int32 or int64, winners decided elsewhere; weights come from the logits.
+            Ids out of range are dropped, ids within a token may repeat.
+        num_groups, topk_groups: columns fall into ``num_groups`` equal runs, and only the
+            ``topk_groups`` best ones are open to a token.
+        group_best: a group's rank is the sum of its so many largest choices.
+        num_null: the last ``num_null`` columns are null experts: their winners have weight zero,
+            and the renormalisation passes over them.
+        num_experts: E of the plan, whose slots of other columns are dropped; None for no plan.
+        num_sequences: divides T; the first axis of ``prob_sum`` and ``count``.
+        balance: False leaves sums and losses out.
+
+    Returns:
+        :class:`~sonic.runtime.route.RouteTensors`. ``scores``, ``prob_sum``, ``switch``,
+        ``sequence`` and ``z`` carry gradients to ``logits``.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, ArgumentError: an argument is none of the above.
+        MissingPackageError: CUDA logits without triton.
+
+    Numerics:
+        fp32 throughout; a choice by logits is exact, one by score compares fp32 scores. Equal
+        choices go to the lower column; NaN ranks above every number. Deterministic; the logits'
+        gradient is rounded once.
+
+    Memory:
+        Backward keeps the logits, ``scores``, ``ids``, ``lse``, ``count`` and ``live``.
+    """
+    options = Route(
+        top_k=top_k,
+        score=_SCORES.get(score, score),
+        renormalize=renormalize,
+        scale=scale,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        group_best=group_best,
+        num_working=logits.shape[-1] - num_null,
+        num_experts=num_experts or 0,
+        num_sequences=num_sequences,
+        balance=balance,
+    )
+    _check(logits, bias, mask, ids, options, num_null)
+    if mask is not None and mask.dim() == 1:
+        mask = mask[None]
+    results = torch.ops.sonic.route(logits, bias, mask, ids, *_flat(options))
+    return RouteTensors(*results)
+
+
+def plan_of(tensors: RouteTensors) -> RoutingPlan | None:
+    """The plan among the results, None if none was asked for."""
+    if tensors.offset_by_expert.shape[0] == 0:
+        return None
+    return RoutingPlan(
+        tensors.offset_by_expert,
+        tensors.token_by_row,
+        tensors.slot_by_row,
+        tensors.row_by_slot,
+        offset_by_token=None,
+        slot_by_position=None,
+        top_k=tensors.ids.shape[1],
+        num_tokens=tensors.ids.shape[0],
+    )
+
+
+# ------------------------------------------------------------------------------------ checks
+
+
+def _check(
+    logits: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    ids: Tensor | None,
+    route: Route,
+    num_null: int,
+) -> None:
+    if logits.dim() != 2:
+        raise ShapeError(
+            f"route: logits has shape {tuple(logits.shape)}, expected (T, E). "
+            "Flatten the leading axes."
+        )
+    num_tokens, num_columns = logits.shape
+    if not 1 <= num_columns <= MAX_EXPERTS:
+        raise ShapeError(f"route: {num_columns} columns; 1 to {MAX_EXPERTS} are allowed.")
+    for name, tensor in (("logits", logits), ("bias", bias), ("mask", mask)):
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise DTypeError(f"route: {name} has dtype {tensor.dtype}, expected {allowed}.")
+        if tensor is not None and tensor.device != logits.device:
+            raise DeviceError(
+                f"route: {name} is on {tensor.device} and logits on {logits.device}. Move it."
+            )
+    if bias is not None and tuple(bias.shape) != (num_columns,):
+        raise ShapeError(f"route: bias has shape {tuple(bias.shape)}, expected ({num_columns},).")
+    if mask is not None and (
+        mask.dim() not in (1, 2)
+        or mask.shape[-1] != num_columns
+        or (mask.dim() == 2 and mask.shape[0] not in (1, num_tokens))
+    ):
+        raise ShapeError(
+            f"route: mask has shape {tuple(mask.shape)}, expected ({num_columns},) or "
+            f"({num_tokens}, {num_columns}) for logits of shape {tuple(logits.shape)}."
+        )
+    _check_ids(logits, ids, route)
+    _check_options(num_tokens, num_columns, route, num_null)
+
+
+def _check_ids(logits: Tensor, ids: Tensor | None, route: Route) -> None:
+    if ids is None:
+        return
+    if tuple(ids.shape) != (logits.shape[0], route.top_k):
+        raise ShapeError(
+            f"route: ids has shape {tuple(ids.shape)}, expected "
+            f"({logits.shape[0]}, top_k={route.top_k})."
+        )
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise DTypeError(f"route: ids has dtype {ids.dtype}, expected int32 or int64.")
+    if ids.device != logits.device:
+        raise DeviceError(f"route: ids is on {ids.device} and logits on {logits.device}. Move it.")
+
+
+def _check_options(num_tokens: int, num_columns: int, route: Route, num_null: int) -> None:
+    def refuse(got: str, allowed: str) -> ArgumentError:
+        return ArgumentError(f"route: {got} with {num_columns} columns; allowed: {allowed}.")
+
+    if route.score not in _SCORES:
+        raise refuse(f"score={route.score!r}", ", ".join(map(repr, _SCORES)))
+    limit = min(MAX_TOP_K, num_columns)
+    if not 1 <= route.top_k <= limit:
+        raise refuse(f"top_k={route.top_k}", f"1 to {limit}")
+    if not route.scale > 0:
+        raise refuse(f"scale={route.scale}", "a positive factor")
+    if not 0 <= num_null < num_columns:
+        raise refuse(f"num_null={num_null}", f"0 to {num_columns - 1}")
+    if not 0 <= route.num_experts <= num_columns:
+        raise refuse(f"num_experts={route.num_experts}", f"1 to {num_columns}, or None")
+    groups = route.num_groups
+    if groups < 1 or num_columns % groups or groups > 1024:
+        raise refuse(f"num_groups={groups}", "divisors of the number of columns up to 1024")
+    if not 1 <= route.topk_groups <= min(groups, MAX_TOP_K):
+        raise refuse(f"topk_groups={route.topk_groups}", f"1 to num_groups={groups}, at most 64")
+    size = num_columns // groups
+    if groups > 1 and route.topk_groups * size < route.top_k:
+        raise refuse(
+            f"topk_groups={route.topk_groups} groups of {size}", f"at least top_k={route.top_k}"
+        )
+    if not 1 <= route.group_best <= 8 or (groups > 1 and route.group_best > size):
+        raise refuse(f"group_best={route.group_best}", f"1 to min(8, {size})")
+    if route.num_sequences < 1 or num_tokens % route.num_sequences:
+        raise refuse(
+            f"num_sequences={route.num_sequences} for {num_tokens} tokens", "divisors of the tokens"
+        )
+
+
+# --------------------------------------------------------------------------------- operators
+
+_Options = tuple[int, str, bool, float, int, int, int, int, int, int, bool]
+
+
+def _flat(route: Route) -> _Options:
+    return (
+        route.top_k,
+        route.score,
+        route.renormalize,
+        route.scale,
+        route.num_groups,
+        route.topk_groups,
+        route.group_best,
+        route.num_working,
+        route.num_experts,
+        route.num_sequences,
+        route.balance,
+    )
+
+
+def _plan_tensors(ids: Tensor, route: Route, impl: str) -> tuple[Tensor, ...]:
+    if route.num_experts == 0:
+        return tuple(ids.new_empty(0) for _ in range(4))
+    plan = build_plan(ids, route.num_experts, impl=impl)
+    return plan.offset_by_expert, plan.token_by_row, plan.slot_by_row, plan.row_by_slot
+
+
+def _without_balance(scores: Tensor, ids: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    none = [scores.new_empty(0) for _ in range(4)]
+    prob_sum, count, live = scores.new_empty(0, 0), ids.new_empty(0, 0), ids.new_empty(0)
+    return scores, prob_sum, *none[:3], ids, lse, count, live, none[3]
+
+
+def _forward_torch(
+    logits: Tensor, bias: Tensor | None, mask: Tensor | None, ids: Tensor | None, *flat: Any
+) -> tuple[Tensor, ...]:
+    from sonic.reference.routers import balance_losses, route_reference
+
+    route = Route(*flat)
+    routed = route_reference(logits, bias, mask, ids, route)
+    ids = routed.ids.clone() if routed.ids is ids else routed.ids
+    plan = _plan_tensors(ids, route, "torch")
+    if not route.balance:
+        return *_without_balance(routed.scores, ids, routed.lse), *plan
+    losses = balance_losses(*routed[3:], route)
+    return (
+        routed.scores,
+        routed.prob_sum,
+        losses.switch,
+        losses.sequence,
+        losses.z,
+        ids,
+        routed.lse,
+        routed.count,
+        routed.live,
+        losses.entropy,
+        *plan,
+    )
+
+
+def _forward_cuda(
+    logits: Tensor, bias: Tensor | None, mask: Tensor | None, ids: Tensor | None, *flat: Any
+) -> tuple[Tensor, ...]:
+    route = Route(*flat)
+    if logits.dtype == torch.float64 or logits.shape[0] == 0:
+        return _forward_torch(logits, bias, mask, ids, *flat)
+    try:
+        from sonic.triton import router
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"route: logits on {logits.device} need triton, which is not installed. "
+            "Install it, or route on the CPU."
+        ) from error
+    if router.is_fused(logits.shape[0], logits.shape[1], ids is not None, route):
+        return tuple(router.route_fused(logits, bias, mask, route))
+    return _forward_unfused(logits, bias, mask, ids, route)
+
+
+def _forward_unfused(
+    logits: Tensor, bias: Tensor | None, mask: Tensor | None, ids: Tensor | None, route: Route
+) -> tuple[Tensor, ...]:
+    from sonic.reference.routers import balance_losses, count_winners
+    from sonic.triton import balance, router
+
+    scores, ids, lse, *rest = router.route_rows(logits, bias, mask, ids, route)
+    plan = _plan_tensors(ids, route, "triton")
+    if not route.balance:
+        return *_without_balance(scores, ids, lse), *plan
+    norm, entropy = rest
+    prob_sum = balance.column_sums(logits, mask, lse, norm, route)
+    count = count_winners(ids, logits.shape[1], route.num_sequences)
+    is_live = lse != -torch.inf
+    live = is_live.view(route.num_sequences, -1).sum(dim=1, dtype=torch.int32)
+    squares = torch.where(is_live, lse, 0.0).square().sum()
+    losses = balance_losses(prob_sum, count, live, squares, entropy.sum(), route)
+    return (
+        scores,
+        prob_sum,
+        losses.switch,
+        losses.sequence,
+        losses.z,
+        ids,
+        lse,
+        count,
+        live,
+        losses.entropy,
+        *plan,
+    )
+
+
+def _forward_fake(
+    logits: Tensor, bias: Tensor | None, mask: Tensor | None, ids: Tensor | None, *flat: Any
+) -> tuple[Tensor, ...]:
+    route = Route(*flat)
+    num_tokens, num_columns = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    scores = logits.new_empty((num_tokens, route.top_k), dtype=dtype)
+    winners = logits.new_empty((num_tokens, route.top_k), dtype=torch.int32)
+    lse = logits.new_empty(num_tokens, dtype=dtype)
+    slots = num_tokens * route.top_k
+    sizes = (route.num_experts + 1, slots, slots, slots) if route.num_experts else (0,) * 4
+    plan = tuple(winners.new_empty(size) for size in sizes)
+    if not route.balance:
+        return *_without_balance(scores, winners, lse), *plan
+    sums = (route.num_sequences, num_columns)
+    return (
+        scores,
+        scores.new_empty(sums),
+        *(scores.new_empty(()) for _ in range(3)),
+        winners,
+        lse,
+        winners.new_empty(sums),
+        winners.new_empty(route.num_sequences),
+        scores.new_empty(()),
+        *plan,
+    )
+
+
+def _backward_torch(
+    dscores: Tensor | None,
+    dprob_sum: Tensor | None,
+    dlosses: tuple[Tensor | None, ...],
+    logits: Tensor,
+    mask: Tensor | None,
+    scores: Tensor,
+    ids: Tensor,
+    count: Tensor,
+    live: Tensor,
+    route: Route,
+) -> Tensor:
+    from sonic.reference.routers import loss_weights, route_grad_reference
+
+    dswitch, dsequence, dz = dlosses
+    weight = dprob_sum
+    if dswitch is not None or dsequence is not None:
+        by_switch, by_sequence = loss_weights(count, live, route, scores.dtype)
+        for loss_grad, coefficient in ((dswitch, by_switch), (dsequence, by_sequence)):
+            if loss_grad is not None:
+                part = loss_grad * coefficient
+                weight = part if weight is None else weight + part
+    if dz is not None:
+        dz = dz / live.sum().to(scores.dtype).clamp(min=1)
+    gradient = route_grad_reference(dscores, weight, dz, logits, mask, scores, ids, route)
+    return gradient.contiguous()
+
+
+def _backward(
+    dscores: Tensor | None,
+    dprob_sum: Tensor | None,
+    dswitch: Tensor | None,
+    dsequence: Tensor | None,
+    dz: Tensor | None,
+    logits: Tensor,
+    mask: Tensor | None,
+    scores: Tensor,
+    ids: Tensor,
+    lse: Tensor,
+    count: Tensor,
+    live: Tensor,
+    *flat: Any,
+) -> Tensor:
+    route = Route(*flat)
+    dlosses = (dswitch, dsequence, dz)
+    in_torch = logits.dtype == torch.float64 or logits.shape[0] == 0 or not logits.is_cuda
+    if in_torch:
+        return _backward_torch(
+            dscores, dprob_sum, dlosses, logits, mask, scores, ids, count, live, route
+        )
+    from sonic.triton.balance import loss_weights
+    from sonic.triton.router_grad import route_grad
+
+    weight, dz_sum = None, None
+    if route.balance:
+        weight, dz_sum = loss_weights(dprob_sum, *dlosses, count, live, route)
+    return route_grad(dscores, weight, dz_sum, logits, mask, scores, ids, lse, route)
+
+
+def _backward_fake(*inputs: Any) -> Tensor:
+    logits: Tensor = inputs[5]
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, mask, _, *flat = inputs
+    results = RouteTensors(*output)
+    ctx.set_materialize_grads(False)
+    # Without balance sums, the four floats behind the scores are empty.
+    ctx.mark_non_differentiable(*results[5 if results.switch.dim() == 0 else 1 :])
+    ctx.save_for_backward(
+        logits, mask, results.scores, results.ids, results.lse, results.count, results.live
+    )
+    ctx.flat = flat
+
+
+def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    rest = (None,) * (3 + len(ctx.flat))
+    wanted = [*grads[:5]] if ctx.flat[-1] else [grads[0], None, None, None, None]
+    if all(grad is None for grad in wanted):
+        return None, *rest
+    return torch.ops.sonic.route_backward(*wanted, *ctx.saved_tensors, *ctx.flat), *rest
+
+
+_OPTIONS = (
+    "int top_k, str score, bool renormalize, float scale, int num_groups, int topk_groups,"
+    " int group_best, int num_working, int num_experts, SymInt num_sequences, bool balance"
+)
+_LIBRARY = torch.library.Library("sonic", "FRAGMENT")
+_LIBRARY.define(
+    f"route(Tensor logits, Tensor? bias, Tensor? mask, Tensor? ids, {_OPTIONS}) -> "
+    f"({', '.join(['Tensor'] * len(RouteTensors._fields))})",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "route_backward(Tensor? dscores, Tensor? dprob_sum, Tensor? dswitch, Tensor? dsequence,"
+    " Tensor? dz, Tensor logits, Tensor? mask, Tensor scores, Tensor ids, Tensor lse,"
+    f" Tensor count, Tensor live, {_OPTIONS}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("route", _forward_torch, "CPU")
+_LIBRARY.impl("route", _forward_cuda, "CUDA")
+_LIBRARY.impl("route_backward", _backward, "CPU")
+_LIBRARY.impl("route_backward", _backward, "CUDA")
+torch.library.register_fake("sonic::route", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("sonic::route_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "sonic::route", _autograd, setup_context=_setup_context, lib=_LIBRARY
+)
