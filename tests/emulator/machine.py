@@ -19,13 +19,21 @@ STALL = 300_000  # scheduler steps without any progress that count as a livelock
 class Machine:
     """Runs launches one after another against one GlobalMemory.
 
-    resident: clusters that run at a time. race_check: report accesses that race with asynchronous
-        operations.
+    resident: clusters that run at a time. race_check: report unordered accesses to shared memory.
+    exit_check: report CTAs that exit while a bulk store still reads their shared memory.
     """
 
-    def __init__(self, memory, policy=None, resident=4, race_check=True, max_steps=50_000_000):
+    def __init__(
+        self,
+        memory,
+        policy=None,
+        resident=4,
+        race_check=True,
+        exit_check=True,
+        max_steps=50_000_000,
+    ):
         self.memory, self.policy, self.resident = memory, policy or Policy(), resident
-        self.race_check, self.max_steps = race_check, max_steps
+        self.race_check, self.exit_check, self.max_steps = race_check, exit_check, max_steps
         self.rng = self.policy.rng
         self.stats, self.warnings, self.output = {}, set(), []
         self.executed = set()  # first instructions of the nodes that ran: coverage
@@ -430,7 +438,7 @@ class Machine:
             cta.live_warps -= 1
             cluster.live_warps -= 1
             if cta.live_warps == 0:
-                cta.check_exit()
+                cta.check_exit(self)
         cluster.barrier.settle(self)
         for bar in cta.bars.values():
             bar.settle(self, cta)

@@ -57,6 +57,14 @@ def operand_offsets(desc, rows, k, elem, mn_major, sm100):
     return off // elem, np.unique(off >> 4)
 
 
+@functools.lru_cache(8192)
+def quarter_offsets(desc, k, elem, mn_major, quarter):
+    """The same for the 16 of 64 rows of A that one warp of a warpgroup multiplies."""
+    index, _ = operand_offsets(desc, 64, k, elem, mn_major, False)
+    rows = index[16 * quarter : 16 * quarter + 16]
+    return rows, np.unique(rows * elem >> 4)
+
+
 def check_extent(smem, units, what):
     """A descriptor that reaches outside the CTA's allocation is a fault."""
     start, end = int(units[0]) * 16, int(units[-1]) * 16 + 16

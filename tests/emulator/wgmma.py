@@ -1,9 +1,14 @@
 """Asynchronous warpgroup MMA (PTX ISA 9.7.15).
 
-Each warp of the warpgroup runs its own quarter: rows 16*(warp%4).. of the 64. An operation reads
-    its operands and accumulators and writes its accumulators when it fires, between its issue and
-    the wait for its group.
+An operation is collective: it starts when the four warps of a warpgroup have issued it. It reads
+its operands and accumulators and writes its accumulators when it fires, between its start and the
+waits for its groups. Warp w multiplies rows 16*(w%4).. of the 64.
+
+That a finished operation was issued by all four warps orders what they did before it. The ISA does
+not say so, but kernels known to be good rely on it.
 """
+
+import numpy as np
 
 from .builder import BLOCK, converged, instruction
 from .memory import Fault
@@ -13,17 +18,32 @@ from .operands import (
     gather_ab,
     gather_d,
     operand_offsets,
+    quarter_offsets,
     read_operand,
     scatter_d,
     to_float,
 )
+from .ordering import new_clock
 
 
 class Operation:
-    __slots__ = ("done", "waiters", "reads")
+    """One wgmma of a warpgroup: `parts` by warp, `what` must be the same for all of them."""
 
-    def __init__(self, reads):
-        self.done, self.waiters, self.reads = False, [], reads
+    def __init__(self, what):
+        self.what, self.parts, self.done, self.waiters, self.clock = (
+            what,
+            {},
+            False,
+            [],
+            new_clock(),
+        )
+
+
+class Part:
+    """What one warp contributes: where its accumulators are, its rows of A, its reads in flight."""
+
+    def __init__(self, warp, registers, rows, reads):
+        self.warp, self.registers, self.rows, self.reads = warp, registers, rows, reads
 
 
 @instruction("wgmma.fence.sync.aligned")
@@ -63,8 +83,13 @@ def wait_group(b, ins):
             w.why = f"{len(pending)} wgmma operations"
             pending[-1].waiters.append(w)  # they finish in order
             return BLOCK
-        recent = [a for g in [*w.wgmma_groups[cut:], w.wgmma_open] for op in g for a in op.reads]
-        w.cta.smem.reads_over(w, [a for op in older for a in op.reads], recent)
+        recent = [
+            a for g in [*w.wgmma_groups[cut:], w.wgmma_open] for op in g for a in op.parts[w].reads
+        ]
+        for op in older:
+            w.acquire(op.clock)
+        over = [a for op in older for a in op.parts[w].reads]
+        w.cta.smem.reads_over(w, over, recent)
         w.wgmma_groups = w.wgmma_groups[cut:]
         return None
 
@@ -125,44 +150,66 @@ def mma_async(b, ins):
     def run(M, w, frag, m):
         if not converged(w, frag):
             return BLOCK
-        r, smem, quarter = w.r, w.cta.smem, w.index % 4
+        r, smem = w.r, w.cta.smem
         keep, b_desc = bool(gs(r)[0]), int(gb(r)[0])
+        a_desc = None if in_regs else int(ga(r)[0])
         check_fence(M, w, d if keep else (), "accumulator")
-        if in_regs:
-            check_fence(M, w, [x.index for x in a.items], "A operand")
         units = [operand_offsets(b_desc, n, k, ELEM[tb], bool(mn_b), False)[1]]
         if in_regs:
-            a_bits = gather_ab([g(r) for g in ga], ELEM[ta], 16)
+            check_fence(M, w, [x.index for x in a.items], "A operand")
+            rows = gather_ab([g(r) for g in ga], ELEM[ta], 16)
         else:
-            index, own = operand_offsets(int(ga(r)[0]), 64, k, ELEM[ta], bool(mn_a), False)
-            rows = index[16 * quarter : 16 * quarter + 16]
+            rows, own = quarter_offsets(a_desc, k, ELEM[ta], bool(mn_a), w.index % 4)
             units.append(own)
         for u in units:
             check_extent(smem, u, "wgmma")
             smem.check_async(w, u, "wgmma operand read", write=False)
-        accesses = [smem.begin("wgmma read", u, ins, w) for u in units]
-        op = Operation(accesses)
+        reads = [smem.begin("wgmma read", u, ins, w) for u in units]
+        op = join(w, (ins.line, a_desc, b_desc, keep))
+        op.parts[w] = Part(w, d, rows, reads)
         w.wgmma_open.append(op)
+        w.release(op.clock)
+        if len(op.parts) == 4:
+            M.later("mma", lambda: fire(M, smem, op, b_desc, keep), queue=w.cta, cause=(w, ins))
+            M.count("wgmma")
 
-        def fire():
-            av = to_float(a_bits if in_regs else smem.asynchronous[ELEM[ta]][rows], ta)
-            bv = M.cached_operand(
-                smem,
-                (b_desc, n, k, tb, mn_b, neg_b),
-                lambda: read_operand(smem, b_desc, n, k, tb, mn_b, neg_b, False),
-            )
-            out = (-av if neg_a else av) @ bv.T
+    def fire(M, smem, op, b_desc, keep):
+        parts = sorted(op.parts.values(), key=lambda p: p.warp.index)
+        rows = np.concatenate([p.rows for p in parts])
+        av = to_float(rows if in_regs else smem.asynchronous[ELEM[ta]][rows], ta)
+        bv = M.cached_operand(
+            smem,
+            (b_desc, n, k, tb, mn_b, neg_b),
+            lambda: read_operand(smem, b_desc, n, k, tb, mn_b, neg_b, False),
+        )
+        out = (-av if neg_a else av) @ bv.T
+        for i, p in enumerate(parts):
+            w, tile = p.warp, out[16 * i : 16 * i + 16]
             if keep:
-                out = out + gather_d([r[i] for i in d], n)
-            for i, v in zip(d, scatter_d(out, n), strict=True):
-                r[i] = w.produced[i] = v
-            for access in accesses:
+                tile = tile + gather_d([w.r[x] for x in p.registers], n)
+            for x, v in zip(p.registers, scatter_d(tile, n), strict=True):
+                w.r[x] = w.produced[x] = v
+            for access in p.reads:
                 smem.end_access(access)
-            op.done = True
-            for x in op.waiters:
-                M.wake(x)
-
-        M.later("mma", fire, queue=("wgmma", id(w)), cause=(w, ins))
-        M.count("wgmma")
+        op.done = True
+        for x in op.waiters:
+            M.wake(x)
 
     return run
+
+
+def join(w, what):
+    """The operation that this warp's next wgmma belongs to."""
+    group = w.index // 4
+    if len(w.cta.warps) < 4 * group + 4:
+        raise Fault("wgmma in a warpgroup of fewer than four warps")
+    key = group, w.wgmma_issued
+    w.wgmma_issued += 1
+    op = w.cta.wgmma.get(key)
+    if op is None:
+        op = w.cta.wgmma[key] = Operation(what)
+    if op.what != what:
+        raise Fault(f"wgmma: the warps of a warpgroup disagree: {op.what} and {what}")
+    if len(op.parts) == 3:
+        del w.cta.wgmma[key]
+    return op
