@@ -1,4 +1,4 @@
-"""Compiles grouped GEMMs on first use and launches them. Holds the process's compiled kernels."""
+"""Launches grouped GEMMs, loading or compiling each on first use. Holds the process's kernels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sonic.runtime.backend import Backend, backend_for
+from sonic.runtime.cache import KernelKey, kernel_cache
 from sonic.runtime.errors import CompileError, UnsupportedError
 from sonic.runtime.problem import Problem, Ragged, TileConfig
 
@@ -21,7 +22,7 @@ _compile_lock = threading.Lock()
 
 
 def kernel_for(backend: Backend, problem: Problem, config: TileConfig) -> Any:
-    """The compiled kernel, compiling it if this process has not yet.
+    """The compiled kernel: this process's, or from the cache on disk, or else compiled now.
 
     :raises UnsupportedError: the backend refuses ``problem``.
     :raises CompileError: the compiler failed; its error is the cause.
@@ -32,16 +33,21 @@ def kernel_for(backend: Backend, problem: Problem, config: TileConfig) -> Any:
         with _compile_lock:
             kernel = _kernels.get(key)
             if kernel is None:
-                kernel = _kernels[key] = _compile(backend, problem, config)
+                kernel = _kernels[key] = _load_or_compile(backend, problem, config)
     return kernel
 
 
-def _compile(backend: Backend, problem: Problem, config: TileConfig) -> Any:
+def _load_or_compile(backend: Backend, problem: Problem, config: TileConfig) -> Any:
     refusal = backend.supports(problem)
     if refusal is not None:
         raise UnsupportedError(
             f"{backend.arch.value} kernels do not support {refusal.reason}; {refusal.remedy}"
         )
+    key = KernelKey(backend.arch, problem, config)
+    return kernel_cache().load_or_compile(key, lambda: _compile(backend, problem, config))
+
+
+def _compile(backend: Backend, problem: Problem, config: TileConfig) -> Any:
     start = time.perf_counter()
     try:
         kernel = backend.compile(problem, config)

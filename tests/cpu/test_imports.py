@@ -13,6 +13,7 @@ ROOT = Path(sonic.__file__).parents[1]
 
 # Upper rooms first; a module may import rooms below its own, and its own room.
 ROOMS = [
+    ("sonic.__main__", "sonic.cli"),
     ("sonic.integrations",),
     ("sonic.nn",),
     ("sonic.parallel",),

@@ -1,0 +1,311 @@
+"""The command ``sonic``: compile kernels ahead of time, and say what works on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib import metadata
+
+from sonic.enums import ActivationType
+from sonic.runtime.errors import SonicError
+from sonic.runtime.problem import (
+    Arch,
+    Operand,
+    Problem,
+    TileConfig,
+    down_backward_act_problem,
+    down_problem,
+    up_backward_act_problem,
+    up_problem,
+    weight_grad_problem,
+)
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """T tokens, H hidden, I intermediate, E experts, ``top_k`` experts per token."""
+
+    tokens: int
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+
+    @classmethod
+    def parse(cls, text: str) -> LayerSize:
+        """Reads ``T,H,I,E,K``."""
+        try:
+            size = cls(*(int(part) for part in text.split(",")))
+        except (TypeError, ValueError):
+            size = None
+        if size is None or min(size.tokens, size.hidden, size.intermediate, size.experts) < 1:
+            raise argparse.ArgumentTypeError(f"expected five positive numbers, got {text!r}")
+        if not 1 <= size.top_k <= size.experts:
+            raise argparse.ArgumentTypeError(f"K={size.top_k} is not from 1 to E={size.experts}")
+        return size
+
+
+def layer_kernels(
+    default_config: Callable[[Problem, int, int, int], TileConfig],
+    size: LayerSize,
+    activation: ActivationType,
+    dtype: str,
+    add_bias: bool,
+) -> list[tuple[Problem, TileConfig]]:
+    """Kernels that a layer of this size launches: inference, training, accumulated gradients."""
+    gated = activation.is_gated
+    width = size.intermediate * (2 if gated else 1)
+    launches: list[tuple[Problem, int, int]] = [
+        (up_problem(activation, dtype, add_bias, True), width, size.hidden),
+        (up_problem(activation, dtype, add_bias, False), width, size.hidden),
+        (down_problem(dtype, add_bias), size.hidden, size.intermediate),
+        (down_backward_act_problem(activation, dtype), size.intermediate, size.hidden),
+        (up_backward_act_problem(dtype, gated), size.hidden, width),
+    ]
+    for accumulate in (False, True):
+        down = weight_grad_problem(dtype, Operand.A, False, accumulate)
+        up = weight_grad_problem(dtype, Operand.B, gated, accumulate)
+        launches += [(down, size.intermediate, size.hidden), (up, size.hidden, width)]
+    rows_per_expert = size.tokens * size.top_k // size.experts
+    return [(problem, default_config(problem, rows_per_expert, n, k)) for problem, n, k in launches]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        status: int = parsed.run(parsed)
+    except SonicError as error:
+        print(f"sonic {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sonic", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    compiling = commands.add_parser(
+        "compile", help="fill the cache of compiled kernels; needs no GPU"
+    )
+    compiling.set_defaults(run=_compile)
+    compiling.add_argument("--arch", choices=[a.value for a in Arch], default=Arch.SM90.value)
+    compiling.add_argument(
+        "--thiek",
+        type=LayerSize.parse,
+        metavar="T,H,I,E,K",
+        action="append",
+        required=True,
+        help="tokens, hidden size, intermediate size, experts, experts per token; may be repeated",
+    )
+    compiling.add_argument(
+        "--activation", choices=[a.value for a in ActivationType], default="swiglu"
+    )
+    compiling.add_argument(
+        "--dtype", choices=["bfloat16", "float16"], type=str.lower, default="bfloat16"
+    )
+    compiling.add_argument("--add_bias", action="store_true", help="the layer has biases")
+    compiling.add_argument(
+        "-j",
+        "--jobs",
+        type=_positive,
+        default=_cpus(),
+        help="kernels compiled at once (default: one per CPU, here %(default)s)",
+    )
+    doctor = commands.add_parser("doctor", help="what is installed, what runs here, and why not")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux; a container or a job may own few of the CPUs
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _compile(parsed: argparse.Namespace) -> int:
+    from sonic.runtime.backend import load_backend
+    from sonic.runtime.cache import kernel_cache
+    from sonic.runtime.errors import ArgumentError
+    from sonic.runtime.settings import CacheMode
+
+    arch = Arch(parsed.arch)
+    backend = load_backend(arch)
+    cache = kernel_cache()
+    if cache.settings.cache is not CacheMode.READ_WRITE:
+        raise ArgumentError(
+            f"SONIC_CACHE is {cache.settings.cache.value}, so that no kernel would be kept; "
+            "unset it, or set it to rw"
+        )
+    obstacle = cache.obstacle(arch, create=True)
+    if obstacle is not None:
+        raise ArgumentError(f"the cache cannot be filled: {obstacle}")
+    kernels = {
+        kernel: None
+        for size in parsed.thiek
+        for kernel in layer_kernels(
+            backend.default_config,
+            size,
+            ActivationType(parsed.activation),
+            parsed.dtype,
+            parsed.add_bias,
+        )
+    }
+    jobs = min(parsed.jobs, len(kernels))
+    print(f"{len(kernels)} kernels for {arch.value} into {cache.folder(arch)}, {jobs} at a time")
+    return _compile_all(arch, list(kernels), jobs)
+
+
+def _compile_all(arch: Arch, kernels: list[tuple[Problem, TileConfig]], jobs: int) -> int:
+    """Compiles in processes of their own, because CuTeDSL compiles one kernel at a time in each."""
+    start, failures = time.perf_counter(), 0
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_hide_gpus) as pool:
+        futures = {pool.submit(_compile_one, arch, *kernel): kernel for kernel in kernels}
+        for done, future in enumerate(as_completed(futures), 1):
+            problem, config = futures[future]
+            try:
+                outcome = future.result()
+            # Also a process that died: the other kernels are still wanted.
+            except (SonicError, OSError, RuntimeError) as error:
+                outcome = f"failed: {error}"
+                failures += 1
+            print(f"[{done}/{len(kernels)}] {problem.name} {config.name}: {outcome}", flush=True)
+    compiled = len(kernels) - failures
+    print(f"{compiled} of {len(kernels)} in the cache after {time.perf_counter() - start:.1f} s")
+    return 1 if failures else 0
+
+
+def _hide_gpus() -> None:
+    """Compiling needs no GPU, and a context in every process would take its memory."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _compile_one(arch: Arch, problem: Problem, config: TileConfig) -> str:
+    """In a process of its own: what happened to one kernel."""
+    from sonic.runtime.backend import load_backend
+    from sonic.runtime.cache import KernelKey, kernel_cache
+    from sonic.runtime.errors import CompileError
+    from sonic.runtime.launch import kernel_for
+
+    cache, key = kernel_cache(), KernelKey(arch, problem, config)
+    if cache.load(key) is not None:
+        return "was there"
+    start = time.perf_counter()
+    kernel_for(load_backend(arch), problem, config)
+    if cache.load(key) is None:
+        raise CompileError("compiled, but could not be kept; see the warning above")
+    return f"compiled in {time.perf_counter() - start:.1f} s"
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    """Prints a report; the status is 1 if something in it needs repair."""
+    problems: list[str] = []
+    for title, section in (
+        ("packages", _packages),
+        ("devices", _devices),
+        ("compiled kernels", _cache),
+    ):
+        print(title)
+        for line in section(problems):
+            print(f"  {line}")
+    print("to repair" if problems else "nothing to repair")
+    for line in problems:
+        print(f"  {line}")
+    return 1 if problems else 0
+
+
+def _packages(problems: list[str]) -> list[str]:
+    import sonic
+    from sonic.runtime import objects
+
+    lines = [f"sonic {sonic.__version__}"]
+    lines.append(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    required = ("torch", "triton", "nvidia-cutlass-dsl", "apache-tvm-ffi")
+    for name in required:
+        version = _version(name)
+        if version is None:
+            problems.append(f"{name} is not installed: pip install {name}")
+        lines.append(f"{name} {version or 'is not installed'}")
+    toolkits = ", ".join(objects.toolkits()) or "none found"
+    lines.append(f"CuTeDSL toolkits: {toolkits}; used here: {objects.toolkit() or 'none'}")
+    driver = objects.driver_version()
+    supported = f"supports CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "none"
+    lines.append(f"NVIDIA driver: {supported}")
+    linker = objects.linker()
+    fallback = "none: loading a kernel from disk imports CuTeDSL; install a C compiler"
+    lines.append(f"linker: {linker[0] if linker else fallback}")
+    return lines
+
+
+def _devices(problems: list[str]) -> list[str]:
+    try:
+        import torch
+    except ImportError:
+        return ["unknown without torch"]
+    import sonic
+
+    lines = [f"torch is built for CUDA {torch.version.cuda or 'none'}"]
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"GPU {index}: {torch.cuda.get_device_name(device)}, capability {major}.{minor}"
+        lines.append(f"{name}: {sonic.is_available(device).reason}")
+    if len(lines) == 1:
+        lines.append(f"no kernel runs here: {sonic.is_available().reason}")
+    lines.append('impl="reference" runs on every device')
+    return lines
+
+
+def _cache(problems: list[str]) -> list[str]:
+    from sonic.runtime.cache import describe_toolchain, kernel_cache
+    from sonic.runtime.settings import VARIABLES, CacheMode, unknown_variables
+
+    for name in unknown_variables():
+        problems.append(f"{name} is set, and no setting: there are {', '.join(VARIABLES)}")
+    try:
+        cache = kernel_cache()
+    except SonicError as error:
+        problems.append(str(error))
+        return ["settings cannot be read"]
+    arch = Arch.SM90
+    mode = cache.settings.cache
+    lines = [f"mode {mode.value}, directory {cache.settings.cache_dir}"]
+    if mode is CacheMode.OFF:
+        return lines
+    obstacle = cache.obstacle(arch)
+    if obstacle is not None:
+        problems.append(obstacle)
+        return [*lines, "not used"]
+    for name, value in describe_toolchain(arch).items():
+        lines.append(f"key: {name} {value or 'none'}")
+    report = cache.report(arch)
+    lines.append(f"of this installation: {_amount(report.current, report.current_bytes)}")
+    lines.append(f"of others: {_amount(report.other, report.other_bytes)}")
+    for path in report.damaged:
+        problems.append(f"damaged, and not used: {path}")
+    return lines
+
+
+def _amount(entries: int, size: int) -> str:
+    return f"{entries} kernels, {size / 1e6:.1f} MB"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

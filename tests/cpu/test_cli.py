@@ -1,0 +1,270 @@
+"""The command ``sonic``: ``compile`` fills the cache for a layer, and ``doctor`` reports."""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+
+from sonic import cli
+from sonic.enums import ActivationType, GateUpLayout
+from sonic.runtime import objects
+from sonic.runtime.cache import kernel_cache
+from sonic.runtime.errors import CompileError
+from sonic.runtime.problem import Arch, TileConfig, layer_problems
+from tests.layer_launches import kernels_of_stages
+
+ROOT = Path(__file__).parents[2]
+SIZE = cli.LayerSize(64, 128, 64, 4, 2)
+needs_dsl = pytest.mark.skipif(
+    shutil.which("cc") is None or objects.runtime_library() is None,
+    reason="needs nvidia-cutlass-dsl and a C compiler",
+)
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    """An empty cache for this process and its children."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("SONIC_CACHE_DIR", str(tmp_path / "kernels"))
+    monkeypatch.delenv("SONIC_CACHE", raising=False)
+    kernel_cache.cache_clear()
+    yield tmp_path / "kernels"
+    kernel_cache.cache_clear()
+
+
+def of_size(problem, rows_per_expert, n, k):
+    """Stands for a choice of tiles, and shows what it was asked."""
+    return TileConfig(rows_per_expert, n, k)
+
+
+# ------------------------------------------------------------------------------ what is compiled
+
+
+@pytest.mark.parametrize("activation", [ActivationType.SWIGLU, ActivationType.RELU])
+@pytest.mark.parametrize("add_bias", [False, True])
+def test_compiled_problems_are_those_of_a_layer(activation, add_bias):
+    kernels = cli.layer_kernels(of_size, SIZE, activation, "float16", add_bias)
+    expected = [
+        problem
+        for accumulate in (False, True)
+        for problem in layer_problems(activation, "float16", add_bias, accumulate)
+    ]
+    assert {problem for problem, _ in kernels} == set(expected)
+
+
+@pytest.mark.parametrize("activation", [ActivationType.SWIGLU, ActivationType.RELU])
+@pytest.mark.parametrize("layout", list(GateUpLayout))
+def test_compiled_kernels_are_those_that_the_stages_launch(activation, layout):
+    pytest.importorskip("triton")
+    asked = kernels_of_stages(of_size, SIZE, activation, layout, torch.bfloat16)
+    kernels = cli.layer_kernels(of_size, SIZE, activation, "bfloat16", False)
+    assert set(asked) == set(kernels) and len(kernels) == 9
+
+
+@pytest.mark.parametrize(
+    "text", ["1,2,3,4", "1,2,3,4,5,6", "a,2,3,4,1", "0,2,3,4,1", "1,2,3,4,5", ""]
+)
+def test_wrong_sizes_are_refused(text, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["compile", "--thiek", text])
+    assert caught.value.code == 2
+    assert "--thiek" in capsys.readouterr().err
+
+
+def test_a_size_is_required(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["compile"])
+    assert "--thiek" in capsys.readouterr().err
+
+
+def test_jobs_are_positive(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["compile", "--thiek", "1,8,8,2,1", "-j", "0"])
+    assert "positive" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ refusals
+
+
+def test_an_architecture_without_kernels_is_refused(directory, capsys):
+    assert cli.main(["compile", "--arch", "sm100", "--thiek", "1,8,8,2,1"]) == 2
+    assert "not in this release" in capsys.readouterr().err
+
+
+@needs_dsl
+@pytest.mark.parametrize("mode", ["ro", "off"])
+def test_a_cache_that_keeps_nothing_is_not_filled(directory, mode, monkeypatch, capsys):
+    monkeypatch.setenv("SONIC_CACHE", mode)
+    assert cli.main(["compile", "--thiek", "1,8,8,2,1"]) == 2
+    assert f"SONIC_CACHE is {mode}" in capsys.readouterr().err
+    assert not directory.exists()
+
+
+@needs_dsl
+def test_a_cache_that_others_can_write_is_not_filled(directory, capsys):
+    directory.mkdir()
+    directory.chmod(0o777)
+    assert cli.main(["compile", "--thiek", "1,8,8,2,1"]) == 2
+    assert "chmod go-w" in capsys.readouterr().err
+
+
+@needs_dsl
+def test_a_wrong_setting_is_reported(directory, monkeypatch, capsys):
+    monkeypatch.setenv("SONIC_CACHE", "yes")
+    assert cli.main(["compile", "--thiek", "1,8,8,2,1"]) == 2
+    assert "SONIC_CACHE is 'yes'" in capsys.readouterr().err
+
+
+class InOrder:
+    """A pool that runs everything at once, in this process."""
+
+    def __init__(self, jobs, **options):
+        self.jobs = jobs
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def test_every_kernel_gets_a_line_and_failures_a_status(monkeypatch, capsys):
+    kernels = cli.layer_kernels(of_size, SIZE, ActivationType.SWIGLU, "bfloat16", False)
+
+    def compile_one(arch, problem, config):
+        if problem is kernels[1][0]:
+            raise CompileError("out of registers")
+        return "compiled in 1.0 s"
+
+    monkeypatch.setattr(cli, "ProcessPoolExecutor", InOrder)
+    monkeypatch.setattr(cli, "_compile_one", compile_one)
+    assert cli._compile_all(Arch.SM90, kernels, 2) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(kernels) + 1
+    assert sum("failed: out of registers" in line for line in lines) == 1
+    assert f"{len(kernels) - 1} of {len(kernels)} in the cache" in lines[-1]
+    assert cli._compile_all(Arch.SM90, kernels[2:], 2) == 0
+
+
+# ------------------------------------------------------------------------------ end to end
+
+_COLD_START = """
+import sys, time
+import torch
+import sonic.cli, sonic.functional
+from sonic.enums import ActivationType, GateUpLayout
+from sonic.runtime import launch
+from sonic.runtime.backend import load_backend
+from sonic.runtime.problem import Arch
+from tests.layer_launches import kernels_of_stages
+
+start = time.perf_counter()
+backend = load_backend(Arch.SM90)
+def compile(problem, config):
+    raise AssertionError(f"compiled {problem.name} {config.name}, although the cache was filled")
+backend.compile = compile
+size = sonic.cli.LayerSize(64, 128, 64, 4, 2)
+asked = kernels_of_stages(
+    backend.default_config, size, ActivationType.RELU, GateUpLayout.INTERLEAVED, torch.float16
+)
+for problem, config in asked:
+    launch.kernel_for(backend, problem, config)
+print(len(asked), time.perf_counter() - start, "cutlass" in sys.modules)
+"""
+
+
+@needs_dsl
+def test_compile_fills_the_cache_with_all_that_a_layer_needs(directory):
+    """A second process then imports no CuTeDSL, and is ready in a fraction of a second."""
+    environment = {**os.environ, "SONIC_CACHE_DIR": str(directory)}
+
+    def run(*command):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    thiek = ",".join(
+        map(str, (SIZE.tokens, SIZE.hidden, SIZE.intermediate, SIZE.experts, SIZE.top_k))
+    )
+    fill = [
+        "-m",
+        "sonic",
+        "compile",
+        "--thiek",
+        thiek,
+        "--activation",
+        "relu",
+        "--dtype",
+        "Float16",
+    ]
+    printed = run(*fill, "-j", "2")
+    assert "9 of 9 in the cache" in printed and printed.count("compiled in") == 9
+    printed = run(*fill, "-j", "1")
+    assert "9 of 9 in the cache" in printed and printed.count("was there") == 9
+    count, seconds, imported = run("-c", _COLD_START).split()
+    assert (int(count), imported) == (9, "False")
+    assert float(seconds) < 2
+    report = run("-m", "sonic", "doctor")
+    assert "of this installation: 9 kernels" in report
+
+
+# ------------------------------------------------------------------------------ doctor
+
+
+def test_doctor_says_what_is_here(directory, capsys):
+    status = cli.main(["doctor"])
+    printed = capsys.readouterr().out
+    for piece in ("Python 3", f"torch {torch.__version__}", "reference", str(directory), "mode rw"):
+        assert piece in printed
+    if objects.runtime_library() is not None:
+        assert status == 0 and "nothing to repair" in printed
+        assert "of this installation: 0 kernels" in printed
+    assert not directory.exists(), "a report changes nothing"
+
+
+def test_doctor_finds_what_needs_repair(directory, monkeypatch, capsys):
+    monkeypatch.setenv("SONIC_CACHEDIR", "/x")
+    directory.mkdir()
+    directory.chmod(0o777)
+    assert cli.main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "SONIC_CACHEDIR is set" in printed.split("to repair")[1]
+    if objects.runtime_library() is not None:
+        assert "chmod go-w" in printed.split("to repair")[1]
+
+
+def test_doctor_reports_a_missing_package(directory, monkeypatch, capsys):
+    present = cli._version
+    monkeypatch.setattr(cli, "_version", lambda name: None if name == "triton" else present(name))
+    assert cli.main(["doctor"]) == 1
+    assert "pip install triton" in capsys.readouterr().out
+
+
+def test_doctor_reports_a_wrong_setting(directory, monkeypatch, capsys):
+    monkeypatch.setenv("SONIC_CACHE", "yes")
+    assert cli.main(["doctor"]) == 1
+    assert "SONIC_CACHE is 'yes'" in capsys.readouterr().out.split("to repair")[1]
+
+
+@needs_dsl
+def test_doctor_finds_damaged_entries(directory, capsys):
+    folder = kernel_cache().folder(Arch.SM90, create=True)
+    (folder / "broken.so").write_bytes(b"x" * 100)
+    (folder / "broken.so").chmod(0o600)
+    assert cli.main(["doctor"]) == 1
+    assert str(folder / "broken.so") in capsys.readouterr().out.split("to repair")[1]
