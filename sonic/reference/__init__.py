@@ -23,6 +23,7 @@ from sonic.reference.low_precision import experts_flat_low_precision, experts_lo
 from sonic.reference.numerics import accumulator_dtype
 from sonic.reference.plan import PlanTensors, plan_oracle, plan_oracle_flat
 from sonic.reference.routing import load_balancing_loss, scores_of, topk_scores, topk_scores_grad
+from sonic.reference.token_rounding import token_rounding_oracle
 
 __all__ = [
     "PlanTensors",
@@ -45,6 +46,7 @@ __all__ = [
     "rows_to_packed",
     "scores_of",
     "split_gate_up",
+    "token_rounding_oracle",
     "topk_scores",
     "topk_scores_grad",
 ]

@@ -1,0 +1,531 @@
+"""Token rounding: top-k routing whose experts receive whole tiles of tokens.
+
+A grouped GEMM works in tiles of M rows, so that an expert with one row more than a tile pays for
+two. Token rounding starts from top-k and moves every expert's count to a multiple of M next to it:
+up, by the best tokens that had not chosen the expert, or down, without the worst that had.
+
+Symbols: T tokens, E experts, M the tile, f an expert's top-k count.
+Source: SonicMoE (arXiv 2512.14080), section 5, algorithms 4 and 6.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonic.enums import ScoreOrder
+from sonic.plan import MAX_EXPERTS, MAX_SLOTS, RoutingPlan
+from sonic.routing.topk import MAX_TOP_K
+from sonic.runtime.errors import (
+    ArgumentError,
+    DeviceError,
+    DTypeError,
+    MissingPackageError,
+    ShapeError,
+)
+
+RULES = ("nr", "sr", "nr-s", "balance-f", "up", "down")
+KERNEL_TILE = 128  # rows of a tile in every kernel here that multiplies rows by an expert's weight
+_RANDOM_RULES = ("sr", "nr-s")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def token_rounding(
+    scores: Tensor,
+    top_k: int,
+    tile: int | str,
+    rule: str = "nr",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs (token, expert) whose number is, for each expert, a multiple of ``tile``.
+
+    Each token chooses its ``top_k`` best experts, f tokens choose an expert. With ``lower`` and
+    ``upper`` the multiples of the tile next to f (T counts as one; both are f if f is one), the
+    rule takes one of them:
+
+    * ``"nr"``: the nearer one; half way, the even multiple, as ``round`` does;
+    * ``"sr"``: ``upper`` with probability ``(f - lower) / (upper - lower)``, so that f is the
+      expected count;
+    * ``"nr-s"``: ``upper`` with probability ``(m(f) - m(lower)) / (m(upper) - m(lower))``, where
+      ``m(n)`` is the sum of the scores of the expert's n preferred tokens; ``lower`` if these
+      scores are all zero;
+    * ``"balance-f"``: the one that leaves the smaller sum of ``count - f`` over this expert and
+      those before it, ``lower`` if equal. The absolute sum over all experts is at most ``tile / 2``
+      and each expert moves by less than ``tile`` (not, as the paper has it, by ``tile / 2``);
+    * ``"up"``, ``"down"``: always that one.
+
+    The expert keeps as many of its preferred tokens: first those that chose it, then the others,
+    each by descending score, equal scores by ascending token. With ``tile`` 1 that is top-k. A
+    token may end with no expert or with all of them. For training only; evaluate with top-k.
+
+    Args:
+        scores: (T, E) bf16, fp16 or fp32 on any device, any strides, E up to 65,536; fp64 runs in
+            torch. Probabilities or other non-negative numbers: a negative score ranks as zero, NaN
+            above everything.
+        top_k: 1 to min(64, E).
+        tile: M, at least 1, or ``"auto"`` for 128, the tile of this package's kernels.
+        rule: one of the above.
+        generator: of the numbers that ``"sr"`` and ``"nr-s"`` draw, one fp32 for each expert, on
+            the device of ``scores``; the device's default generator if None. The other rules draw
+            nothing.
+
+    Returns:
+        ``token_ids`` (S,) and ``expert_ids`` (S,) int32 and ``weights`` (S,) fp32 (fp64 for fp64
+        scores), the input of :func:`sonic.experts_flat`. How many pairs are kept is known on the
+        device only, so S is :func:`max_pairs`. The kept pairs come first, by ascending token, then
+        expert; behind them tokens are T, experts E (dropped by :func:`sonic.build_plan_flat`) and
+        weights 0. ``weights`` are ``scores`` at the pairs; their gradient goes there.
+
+    Raises:
+        ShapeError: ``scores`` is not a matrix, E is out of range, or S exceeds 2^31 - 1.
+        DTypeError: ``scores`` is of another dtype.
+        ArgumentError: ``top_k``, ``tile`` or ``rule`` is none of the above.
+        DeviceError: ``generator`` is of another kind of device than ``scores``.
+        MissingPackageError: CUDA scores without triton installed.
+
+    Numerics:
+        Scores are compared exactly; sums of scores are fp64. The same scores and random numbers
+        give the same bits on every run, and nothing waits for the device. A given generator has to
+        be registered with a CUDA graph that captures the call.
+
+    Memory:
+        Backward keeps ``token_ids`` and ``expert_ids``, 8 S bytes.
+
+    Example:
+        >>> scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6]])
+        >>> token_ids, expert_ids, weights = token_rounding(scores, 1, 2, rule="up")
+        >>> token_ids.tolist(), expert_ids.tolist()
+        ([0, 1, 2, 2, 3, 3], [0, 0, 0, 1, 0, 1])
+    """
+    weights, token_ids, expert_ids, *_ = _token_rounding(scores, top_k, tile, rule, generator)
+    return token_ids, expert_ids, weights
+
+
+def token_rounding_plan(
+    scores: Tensor,
+    top_k: int,
+    tile: int | str,
+    rule: str = "nr",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, RoutingPlan]:
+    """:func:`token_rounding` with the routing plan of its pairs, from the same kernels.
+
+    Args:
+        scores, top_k, tile, rule, generator: as in :func:`token_rounding`.
+
+    Returns:
+        ``weights`` (S,), and the plan that :func:`sonic.build_plan_flat` makes of the two lists.
+
+    Raises:
+        As :func:`token_rounding`.
+    """
+    rounded = _token_rounding(scores, top_k, tile, rule, generator)
+    weights, _, _, by_expert, token, slot_by_row, row, by_token, slot_by_position = rounded
+    plan = RoutingPlan(
+        offset_by_expert=by_expert,
+        token_by_row=token,
+        slot_by_row=slot_by_row,
+        row_by_slot=row,
+        offset_by_token=by_token,
+        slot_by_position=slot_by_position,
+        top_k=0,
+        num_tokens=scores.shape[0],
+    )
+    return weights, plan
+
+
+def max_pairs(num_tokens: int, num_experts: int, top_k: int, tile: int, rule: str) -> int:
+    """S, the most pairs that :func:`token_rounding` can keep.
+
+    ``T top_k`` plus what rounding can add: nothing for ``"down"``, ``tile // 2`` for each expert
+    with ``"nr"`` and in all with ``"balance-f"``, ``tile - 1`` for each expert otherwise; never
+    more than T E.
+    """
+    added = {"down": 0, "nr": num_experts * (tile // 2), "balance-f": tile // 2}
+    most = num_tokens * top_k + added.get(rule, num_experts * (tile - 1))
+    bound: int = torch.sym_min(most, num_tokens * num_experts)
+    return bound
+
+
+def rounding_scores(
+    logits: Tensor, top_k: int, *, order: ScoreOrder | str = ScoreOrder.SOFTMAX_OVER_TOPK
+) -> Tensor:
+    """Scores of all experts, of which those of the top-k are what :func:`topk_routing` returns.
+
+    With ``v`` the logits of a token, expert ``e`` has ``exp(v[e])`` over the sum of ``exp(v)``:
+    over all experts for ``topk_over_softmax``, over the ``top_k`` largest for the other orders. A
+    layer trained with token rounding and evaluated with top-k then sees one scale of weights.
+
+    Args:
+        logits: (T, E) bf16, fp16 or fp32 on any device, E up to 65,536; fp64 runs in torch.
+        top_k: 1 to min(64, E).
+        order: a :class:`~sonic.enums.ScoreOrder` or its value.
+
+    Returns:
+        (T, E) fp32 (fp64 for fp64 logits), differentiable in the logits.
+
+    Raises:
+        As :func:`sonic.topk_routing`.
+
+    Memory:
+        Backward keeps the result, 4 T E bytes.
+    """
+    op = "rounding_scores"
+    _check_table(op, "logits", logits, top_k)
+    try:
+        order = ScoreOrder(order)
+    except ValueError as error:
+        allowed = ", ".join(repr(member.value) for member in ScoreOrder)
+        raise ArgumentError(f"{op}: order={order!r} is not one of {allowed}.") from error
+    if order is ScoreOrder.TOPK_OVER_SOFTMAX:
+        return torch.softmax(logits, dim=1, dtype=_weight_dtype(logits.dtype))
+    scores: Tensor = torch.ops.sonic.winner_softmax(logits, top_k)
+    return scores
+
+
+def _token_rounding(
+    scores: Tensor, top_k: int, tile: int | str, rule: str, generator: torch.Generator | None
+) -> tuple[Tensor, ...]:
+    tile = resolve_tile("token_rounding", tile)
+    _check(scores, top_k, tile, rule, generator)
+    uniform = None
+    if rule in _RANDOM_RULES:
+        # Not given at all if None: with a symbolic E, torch.compile knows no rand with a generator.
+        source: dict[str, Any] = {} if generator is None else {"generator": generator}
+        uniform = torch.rand(scores.shape[1], dtype=torch.float32, device=scores.device, **source)
+    outputs: tuple[Tensor, ...] = torch.ops.sonic.token_rounding(scores, uniform, top_k, tile, rule)
+    return outputs
+
+
+def _check(
+    scores: Tensor, top_k: int, tile: int, rule: str, generator: torch.Generator | None
+) -> None:
+    op = "token_rounding"
+    _check_table(op, "scores", scores, top_k)
+    num_tokens, num_experts = scores.shape
+    if rule not in RULES:
+        allowed = ", ".join(repr(known) for known in RULES)
+        raise ArgumentError(f"{op}: rule={rule!r} is not one of {allowed}.")
+    if max_pairs(num_tokens, num_experts, top_k, tile, rule) > MAX_SLOTS:
+        raise ShapeError(
+            f"{op}: {num_tokens} tokens, top_k={top_k} and {num_experts} experts with tile={tile} "
+            f"may keep more than {MAX_SLOTS} pairs, and rows are int32. Split the tokens."
+        )
+    if generator is not None and generator.device.type != scores.device.type:
+        raise DeviceError(
+            f"{op}: generator is on {generator.device} and scores on {scores.device}; both must be "
+            "on one device."
+        )
+
+
+def resolve_tile(op: str, tile: int | str) -> int:
+    """``tile`` as a number of rows, ``"auto"`` being that of the kernels; raises ArgumentError."""
+    if tile == "auto":
+        return KERNEL_TILE
+    if isinstance(tile, bool) or not isinstance(tile, int) or not 1 <= tile <= MAX_SLOTS:
+        raise ArgumentError(f"{op}: tile={tile!r}; an int from 1 to {MAX_SLOTS} is allowed.")
+    return tile
+
+
+def _check_table(op: str, name: str, table: Tensor, top_k: int) -> None:
+    if table.dim() != 2:
+        raise ShapeError(
+            f"{op}: {name} has shape {tuple(table.shape)}, expected (T, E). "
+            "Flatten the leading axes."
+        )
+    num_experts = table.shape[1]
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ShapeError(f"{op}: {num_experts} experts; 1 to {MAX_EXPERTS} are allowed.")
+    if table.dtype not in _DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise DTypeError(f"{op}: {name} has dtype {table.dtype}, expected {allowed}.")
+    if not 1 <= top_k <= min(MAX_TOP_K, num_experts):
+        raise ArgumentError(
+            f"{op}: top_k={top_k} with {num_experts} experts; "
+            f"1 to {min(MAX_TOP_K, num_experts)} are allowed."
+        )
+
+
+# ------------------------------------------------------------------------------ in torch
+
+
+def _winners(table: Tensor, top_k: int) -> Tensor:
+    """(T, top_k) columns of the largest entries, equal ones by ascending column."""
+    return torch.sort(table, dim=1, descending=True, stable=True).indices[:, :top_k]
+
+
+def _winner_softmax_torch(logits: Tensor, top_k: int) -> Tensor:
+    value = logits.to(_weight_dtype(logits.dtype))
+    best = value.gather(1, _winners(value, top_k))
+    return torch.exp(value - best.logsumexp(dim=1, keepdim=True))
+
+
+def _winner_softmax_grad_torch(
+    dscores: Tensor, scores: Tensor, top_k: int, dtype: torch.dtype
+) -> Tensor:
+    product = dscores * scores
+    projection = torch.zeros_like(scores)
+    winners = _winners(scores, top_k)
+    projection.scatter_(1, winners, scores.gather(1, winners))
+    return (product - projection * product.sum(dim=1, keepdim=True)).to(dtype)
+
+
+def _preference(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each expert: its tokens in order of preference (E, T), their scores in fp64, and f."""
+    value = scores.clamp(min=0)
+    chosen = torch.zeros_like(value, dtype=torch.int8)
+    chosen = chosen.scatter_(1, _winners(value, top_k), 1).t()
+    value = value.t()
+    by_score = torch.sort(value, dim=1, descending=True, stable=True).indices
+    regroup = torch.sort(chosen.gather(1, by_score), dim=1, descending=True, stable=True).indices
+    tokens = by_score.gather(1, regroup)
+    return tokens, value.gather(1, tokens).double(), chosen.sum(dim=1, dtype=torch.int64)
+
+
+def _balanced(frequency: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    counts = []
+    error = torch.zeros((), dtype=torch.int64, device=frequency.device)
+    for f, down, up in zip(frequency, lower, upper, strict=True):
+        count = torch.where((up - f + error).abs() < (down - f + error).abs(), up, down)
+        error = error + count - f
+        counts.append(count)
+    return torch.stack(counts)
+
+
+def _rounded(
+    frequency: Tensor, ranked: Tensor, uniform: Tensor | None, tile: int, rule: str
+) -> Tensor:
+    """(E,) counts after rounding; ``ranked`` (E, T) are the scores in order of preference."""
+    num_tokens = ranked.shape[1]
+    lower = torch.where(frequency == num_tokens, frequency, frequency // tile * tile)
+    upper = torch.where(lower == frequency, frequency, (lower + tile).clamp(max=num_tokens))
+    if rule == "down":
+        return lower
+    if rule == "up":
+        return upper
+    if rule == "balance-f":
+        return _balanced(frequency, lower, upper)
+    if rule == "nr":
+        excess = 2 * (frequency - lower) - (upper - lower)
+        goes_up = (excess > 0) | ((excess == 0) & (frequency // tile % 2 == 1))
+        return torch.where(goes_up, upper, lower)
+    if uniform is None:
+        raise ArgumentError(f"token_rounding: rule={rule!r} needs one uniform number per expert.")
+    draw = uniform.double()
+    if rule == "sr":
+        return torch.where(draw * (upper - lower) < frequency - lower, upper, lower)
+    rank = torch.arange(num_tokens, device=ranked.device)
+    undecided = (rank >= lower[:, None]) & (rank < upper[:, None])
+    last = undecided & (rank < frequency[:, None])
+    part = torch.where(last, ranked, 0.0).sum(dim=1)
+    whole = torch.where(undecided, ranked, 0.0).sum(dim=1)
+    return torch.where(draw * whole < part, upper, lower)
+
+
+def _forward_torch(
+    scores: Tensor, uniform: Tensor | None, top_k: int, tile: int, rule: str
+) -> tuple[Tensor, ...]:
+    num_tokens, num_experts = scores.shape
+    num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
+    tokens, ranked, frequency = _preference(scores, top_k)
+    counts = _rounded(frequency, ranked, uniform, tile, rule)
+    rank = torch.arange(num_tokens, device=scores.device)
+    keep = torch.zeros_like(tokens, dtype=torch.bool).scatter_(1, tokens, rank < counts[:, None])
+    keep = keep.t().reshape(-1)
+    # Pairs that are not kept all land in one entry behind the list.
+    slot = torch.where(keep, keep.cumsum(0) - 1, num_slots)
+    pair = torch.arange(keep.numel(), device=scores.device)
+
+    def listed(values: Tensor, fill: int, dtype: torch.dtype) -> Tensor:
+        out = torch.full((num_slots + 1,), fill, dtype=dtype, device=scores.device)
+        return out.scatter_(0, slot, values.to(dtype))[:num_slots].clone()
+
+    token_ids = listed(pair // num_experts, num_tokens, torch.int32)
+    expert_ids = listed(pair % num_experts, num_experts, torch.int32)
+    weights = listed(scores.reshape(-1), 0, _weight_dtype(scores.dtype))
+    plan = torch.ops.sonic.build_plan_flat(token_ids, expert_ids, num_tokens, num_experts, "torch")
+    return weights, token_ids, expert_ids, *plan
+
+
+def _weight_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _backward_torch(
+    dweights: Tensor,
+    token_ids: Tensor,
+    expert_ids: Tensor,
+    num_tokens: int,
+    num_experts: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    size = num_tokens * num_experts
+    pair = token_ids.to(torch.int64) * num_experts + expert_ids
+    pair = torch.where(token_ids < num_tokens, pair, size)
+    dscores = torch.zeros(size + 1, dtype=dtype, device=dweights.device)
+    dscores.scatter_(0, pair, dweights.to(dtype))
+    return dscores[:size].view(num_tokens, num_experts).clone()
+
+
+# ---------------------------------------------------------------------------- operators
+
+
+def _kernels(op: str, device: torch.device) -> Any:
+    try:
+        from sonic.triton import token_rounding as kernels
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"{op}: tensors on {device} need triton, which is not installed. "
+            "Install it, or route on the CPU."
+        ) from error
+    return kernels
+
+
+def _winner_softmax_cuda(logits: Tensor, top_k: int) -> Tensor:
+    kernels = _kernels("rounding_scores", logits.device)
+    if logits.dtype == torch.float64 or logits.shape[1] > kernels.MAX_BLOCK_E:
+        return _winner_softmax_torch(logits, top_k)
+    scores: Tensor = kernels.winner_softmax(logits, top_k)
+    return scores
+
+
+def _winner_softmax_grad_cuda(
+    dscores: Tensor, scores: Tensor, top_k: int, dtype: torch.dtype
+) -> Tensor:
+    kernels = _kernels("rounding_scores", scores.device)
+    if scores.dtype == torch.float64 or scores.shape[1] > kernels.MAX_BLOCK_E:
+        return _winner_softmax_grad_torch(dscores, scores, top_k, dtype)
+    dlogits: Tensor = kernels.winner_softmax_grad(dscores, scores, top_k, dtype)
+    return dlogits
+
+
+def _winner_softmax_fake(logits: Tensor, top_k: int) -> Tensor:
+    return logits.new_empty(logits.shape, dtype=_weight_dtype(logits.dtype))
+
+
+def _winner_softmax_grad_fake(
+    dscores: Tensor, scores: Tensor, top_k: int, dtype: torch.dtype
+) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=dtype)
+
+
+def _winner_softmax_setup(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+    ctx.dtype, ctx.top_k = inputs[0].dtype, inputs[1]
+
+
+def _winner_softmax_backward(ctx: Any, dscores: Tensor) -> tuple[Tensor, None]:
+    (scores,) = ctx.saved_tensors
+    return torch.ops.sonic.winner_softmax_backward(dscores, scores, ctx.top_k, ctx.dtype), None
+
+
+def _forward_cuda(
+    scores: Tensor, uniform: Tensor | None, top_k: int, tile: int, rule: str
+) -> tuple[Tensor, ...]:
+    num_tokens, num_experts = scores.shape
+    if scores.dtype == torch.float64 or num_tokens == 0:
+        return _forward_torch(scores, uniform, top_k, tile, rule)
+    kernels = _kernels("token_rounding", scores.device)
+    num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
+    rounded: tuple[Tensor, ...] = kernels.round_tokens(
+        scores, uniform, top_k, tile, rule, num_slots
+    )
+    return rounded
+
+
+def _backward_cuda(
+    dweights: Tensor,
+    token_ids: Tensor,
+    expert_ids: Tensor,
+    num_tokens: int,
+    num_experts: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    arguments = (dweights, token_ids, expert_ids, num_tokens, num_experts, dtype)
+    if dtype == torch.float64:
+        return _backward_torch(*arguments)
+    dscores: Tensor = _kernels("token_rounding", dweights.device).round_tokens_grad(*arguments)
+    return dscores
+
+
+def _forward_fake(
+    scores: Tensor, uniform: Tensor | None, top_k: int, tile: int, rule: str
+) -> tuple[Tensor, ...]:
+    num_tokens, num_experts = scores.shape
+    num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
+    sizes = [num_slots] * 2 + [num_experts + 1] + [num_slots] * 3 + [num_tokens + 1, num_slots]
+    token_ids, expert_ids, *plan = (scores.new_empty(size, dtype=torch.int32) for size in sizes)
+    weights = scores.new_empty(num_slots, dtype=_weight_dtype(scores.dtype))
+    return weights, token_ids, expert_ids, *plan
+
+
+def _backward_fake(
+    dweights: Tensor,
+    token_ids: Tensor,
+    expert_ids: Tensor,
+    num_tokens: int,
+    num_experts: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return dweights.new_empty((num_tokens, num_experts), dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    scores = inputs[0]
+    ctx.save_for_backward(output[1], output[2])
+    ctx.shape, ctx.dtype = scores.shape, scores.dtype
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    dweights = grads[0]
+    if dweights is None:
+        return None, None, None, None, None
+    token_ids, expert_ids = ctx.saved_tensors
+    dscores = torch.ops.sonic.token_rounding_backward(
+        dweights, token_ids, expert_ids, *ctx.shape, ctx.dtype
+    )
+    return dscores, None, None, None, None
+
+
+_LIBRARY = torch.library.Library("sonic", "FRAGMENT")
+_LIBRARY.define(
+    "token_rounding(Tensor scores, Tensor? uniform, int top_k, int tile, str rule)"
+    f" -> ({', '.join(['Tensor'] * 9)})",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "token_rounding_backward(Tensor dweights, Tensor token_ids, Tensor expert_ids,"
+    " SymInt num_tokens, SymInt num_experts, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("token_rounding", _forward_torch, "CPU")
+_LIBRARY.impl("token_rounding", _forward_cuda, "CUDA")
+_LIBRARY.impl("token_rounding_backward", _backward_torch, "CPU")
+_LIBRARY.impl("token_rounding_backward", _backward_cuda, "CUDA")
+torch.library.register_fake("sonic::token_rounding", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("sonic::token_rounding_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "sonic::token_rounding", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
+
+_LIBRARY.define(
+    "winner_softmax(Tensor logits, int top_k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_LIBRARY.define(
+    "winner_softmax_backward(Tensor dscores, Tensor scores, int top_k, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("winner_softmax", _winner_softmax_torch, "CPU")
+_LIBRARY.impl("winner_softmax", _winner_softmax_cuda, "CUDA")
+_LIBRARY.impl("winner_softmax_backward", _winner_softmax_grad_torch, "CPU")
+_LIBRARY.impl("winner_softmax_backward", _winner_softmax_grad_cuda, "CUDA")
+torch.library.register_fake("sonic::winner_softmax", _winner_softmax_fake, lib=_LIBRARY)
+torch.library.register_fake(
+    "sonic::winner_softmax_backward", _winner_softmax_grad_fake, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "sonic::winner_softmax",
+    _winner_softmax_backward,
+    setup_context=_winner_softmax_setup,
+    lib=_LIBRARY,
+)
