@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sonic.plan import RoutingPlan as RoutingPlan
     from sonic.plan import build_plan as build_plan
     from sonic.plan import build_plan_flat as build_plan_flat
+    from sonic.routing.token_rounding import token_rounding as token_rounding
     from sonic.routing.topk import topk_routing as topk_routing
     from sonic.runtime.backend import Availability as Availability
     from sonic.runtime.backend import is_available as is_available
@@ -53,6 +54,7 @@ _NAMES_BY_MODULE = {
     "sonic.memory": ("MemoryEstimate", "memory_estimate", "saved_bytes"),
     "sonic.nn.moe": ("Experts", "MoE"),
     "sonic.plan": ("RoutingPlan", "build_plan", "build_plan_flat"),
+    "sonic.routing.token_rounding": ("token_rounding",),
     "sonic.routing.topk": ("topk_routing",),
     "sonic.runtime.backend": ("Availability", "is_available"),
     "sonic.runtime.errors": (

@@ -31,6 +31,7 @@ import sonic.autograd  # noqa: F401  (defines the operators and their gradients)
 from sonic import checks
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
 from sonic.plan import RoutingPlan, build_plan, build_plan_flat
+from sonic.routing.token_rounding import rounding_scores, token_rounding_plan
 from sonic.routing.topk import topk_routing
 from sonic.runtime.errors import ArgumentError, ShapeError
 
@@ -167,8 +168,11 @@ def moe(
     layout: str | GateUpLayout = "interleaved",
     impl: str = "auto",
     main_grads: MainGrads | None = None,
+    rounding: str | None = None,
+    tile: int | str = "auto",
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The whole layer: router, top-k, experts.
+    """The whole layer: router, top-k or token rounding, experts.
 
     Args:
         hidden_states: (T, H), floating point.
@@ -177,6 +181,12 @@ def moe(
         w1, w2, b1, b2, activation, layout, impl, main_grads: as in :func:`experts`.
         top_k: experts per token, 1 to min(64, E).
         score_order: a value of :class:`sonic.ScoreOrder`.
+        rounding: a rule of :func:`sonic.token_rounding`, for training, or None for top-k. Pairs
+            that rounding adds are weighted as ``score_order`` weights the winners, see
+            :func:`sonic.routing.rounding_scores`.
+        tile: rows that each expert's count becomes a multiple of; ``"auto"`` for the kernels' own.
+            Read with ``rounding`` only.
+        generator: as in :func:`sonic.token_rounding`.
 
     Returns:
         ``out (T, H)``, ``router_logits (T, E)`` and ``expert_frequency (E,)`` int32, the number of
@@ -186,7 +196,8 @@ def moe(
         As :func:`experts`.
 
     Memory:
-        As :func:`experts`, plus the logits and what the router's own operators keep.
+        As :func:`experts`, plus the logits and what the router's own operators keep. With
+        ``rounding`` R is :func:`sonic.routing.max_pairs`.
     """
     op = "moe"
     checks.check_hidden_states(op, hidden_states)
@@ -195,8 +206,12 @@ def moe(
     operands = _operands(op, hidden_states, w1, b1, w2, b2, activation, layout, impl, main_grads)
     checks.check_router(op, hidden_states, router_weight, w1.shape[0], top_k)
     logits = _router_logits(hidden_states, router_weight)
-    scores, ids = topk_routing(logits, top_k, order=order)
-    plan = build_plan(ids, w1.shape[0], impl=_PLAN_IMPL[impl])
+    if rounding is None:
+        scores, ids = topk_routing(logits, top_k, order=order)
+        plan = build_plan(ids, w1.shape[0], impl=_PLAN_IMPL[impl])
+    else:
+        scores = rounding_scores(logits, top_k, order=order)
+        scores, plan = token_rounding_plan(scores, top_k, tile, rounding, generator)
     return _run(operands, scores, plan), logits, plan.expert_frequency()
 
 

@@ -12,7 +12,8 @@ from sonic import checks
 from sonic.enums import ActivationType, GateUpLayout, KernelBackendMoE, ScoreOrder
 from sonic.functional import experts, grouped_mm, moe
 from sonic.reference.routing import load_balancing_loss
-from sonic.runtime.errors import DeviceError, ShapeError, UnsupportedError
+from sonic.routing.token_rounding import RULES as ROUNDING_RULES
+from sonic.runtime.errors import ArgumentError, DeviceError, ShapeError, UnsupportedError
 
 
 class ExpertLinear(nn.Module):
@@ -160,6 +161,11 @@ class MoE(_ExpertsBase):
             checkpoints. Not read if the activation is not gated.
         score_order: a value of :class:`sonic.ScoreOrder`; the Qwen3 family is
             ``"topk_over_softmax_norm"``.
+        routing: ``"top_k"``, or ``"token_rounding"``: in training every expert's number of tokens
+            becomes a multiple of the kernels' tile. In eval mode, and with ``is_inference_mode``,
+            routing is top-k.
+        rounding: the rule of :func:`sonic.token_rounding`; read with token rounding only.
+        tile: the number of rows to round to, ``"auto"`` for the kernels' own; read likewise.
         device, dtype: of the parameters.
 
     Parameters: those of :class:`Experts`, and ``router.weight`` (E, H).
@@ -177,6 +183,9 @@ class MoE(_ExpertsBase):
         *,
         layout: str | GateUpLayout = GateUpLayout.INTERLEAVED,
         score_order: str | ScoreOrder = ScoreOrder.SOFTMAX_OVER_TOPK,
+        routing: str = "top_k",
+        rounding: str = "nr",
+        tile: int | str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -197,6 +206,10 @@ class MoE(_ExpertsBase):
         )
         self.top_k = num_experts_per_tok
         self.score_order = checks.choice("MoE", "score_order", score_order, ScoreOrder)
+        _check_routing(routing, rounding, tile)
+        self.routing = routing
+        self.rounding = rounding
+        self.tile = tile
         self.router = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
         nn.init.normal_(self.router.weight, std=std)
 
@@ -216,12 +229,14 @@ class MoE(_ExpertsBase):
         Returns:
             The output, shaped like ``hidden_states``, and the load-balancing loss, a float32 scalar
             that is 1 for an even load (over the tokens of this process), or None in inference mode.
+            The load is that of the rows that the experts receive, after any rounding.
 
         Raises:
             DeviceError: ``sonicmoe`` with a tensor that is not on a CUDA device.
             UnsupportedError: ``scattermoe``, which is not part of this package.
         """
         impl = self._impl(hidden_states, kernel_backend_moe)
+        rounds = self.routing == "token_rounding" and self.training and not is_inference_mode
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference_mode):
             out, logits, frequency = moe(
                 hidden_states.reshape(-1, self.hidden_size),
@@ -235,6 +250,8 @@ class MoE(_ExpertsBase):
                 activation=self.activation_function,
                 layout=self.layout,
                 impl=impl,
+                rounding=self.rounding if rounds else None,
+                tile=self.tile,
             )
             aux_loss = None if is_inference_mode else load_balancing_loss(logits, frequency)
         return out.view(hidden_states.shape), aux_loss
@@ -275,7 +292,29 @@ class MoE(_ExpertsBase):
         return "cute"
 
     def extra_repr(self) -> str:
-        return (
+        text = (
             f"{super().extra_repr()}, num_experts_per_tok={self.top_k}, "
             f"score_order={self.score_order.value!r}"
         )
+        if self.routing == "token_rounding":
+            text += f", routing='token_rounding', rounding={self.rounding!r}, tile={self.tile!r}"
+        return text
+
+
+def _check_routing(routing: str, rounding: str, tile: int | str) -> None:
+    options = (
+        ("routing", routing, ("top_k", "token_rounding")),
+        ("rounding", rounding, ROUNDING_RULES),
+    )
+    for name, value, known in options:
+        if value not in known:
+            raise ArgumentError(
+                checks.message(
+                    "MoE",
+                    f"{name}={value!r} is not known",
+                    ", ".join(repr(option) for option in known),
+                    "Pass one of these strings.",
+                )
+            )
+    if tile != "auto":
+        checks.check_int("MoE", "tile", tile, 1, checks.MAX_SLOTS, 'rows, or "auto"')
