@@ -1,0 +1,483 @@
+"""Token rounding on the CPU: the torch twin against the oracle, its promises, its gradient."""
+
+import pytest
+import torch
+
+import sonic
+from kernels_sm90 import tiles
+from sonic import KernelBackendMoE, MoE
+from sonic.enums import ScoreOrder
+from sonic.plan import build_plan_flat
+from sonic.reference import experts_flat_reference, load_balancing_loss
+from sonic.routing import max_pairs, rounding_scores, token_rounding, token_rounding_plan
+from sonic.routing.token_rounding import KERNEL_TILE, RULES
+from sonic.routing.topk import topk_routing
+from sonic.runtime.errors import ArgumentError, DTypeError, ShapeError
+from sonic.runtime.problem import EpilogueKind, Problem, Ragged
+from tests import rounding_checks as checks
+from tests.rounding_checks import Case
+from tests.routing_checks import assert_same_plan
+
+every_rule = pytest.mark.parametrize("rule", RULES)
+every_order = pytest.mark.parametrize("order", ScoreOrder, ids=lambda order: order.value)
+
+
+def kept_table(scores, top_k, tile, rule, generator=None):
+    """(T, E) bool, and the three lists cut to the kept pairs."""
+    token_ids, expert_ids, weights = token_rounding(scores, top_k, tile, rule, generator)
+    live = int((token_ids < scores.shape[0]).sum())
+    table = torch.zeros(scores.shape, dtype=torch.bool)
+    table[token_ids[:live], expert_ids[:live]] = True
+    assert int(table.sum()) == live
+    return table, (token_ids[:live], expert_ids[:live], weights[:live])
+
+
+def chosen_table(scores, top_k):
+    _, ids = topk_routing(scores.clamp(min=0), top_k)
+    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, ids.long(), True)
+
+
+# --- against the oracle ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_a_thousand_random_cases_equal_the_oracle(block):
+    moved = 0
+    for seed in range(100 * block, 100 * (block + 1)):
+        case = checks.random_case(seed)
+        scores, uniform = checks.scores_of(case, seed), checks.uniform_of(case, seed)
+        outputs = torch.ops.sonic.token_rounding(scores, uniform, case.top_k, case.tile, case.rule)
+        checks.assert_equals_oracle(outputs, case, scores, uniform)
+        moved += int(outputs[3][-1]) != case.tokens * case.top_k
+    assert moved > 25  # the cases are not all fixed points of rounding
+
+
+def test_half_way_goes_to_the_even_multiple():
+    """f = 2 and f = 6 with tile 4 both become 0, 4 or 8 by the parity of the lower multiple."""
+    for frequency, expected in ((2, 0), (6, 8), (10, 8), (14, 16)):
+        scores = torch.zeros(20, 2)
+        scores[:frequency, 0] = 1.0
+        scores[frequency:, 1] = 1.0
+        table, _ = kept_table(scores, 1, 4, "nr")
+        assert int(table[:, 0].sum()) == expected == 4 * round(frequency / 4)
+
+
+def test_ties_go_to_the_lower_token():
+    scores = torch.full((7, 3), 0.25)
+    table, _ = kept_table(scores, 1, 4, "up")  # all choose expert 0
+    assert table[:, 0].all() and not table[:, 1:].any()  # 7 of 7 tokens: T is reachable
+    scores[5:, 1] = 0.5
+    up, _ = kept_table(scores, 1, 4, "up")
+    assert up[:, 0].tolist() == [True] * 7 and up[:, 1].nonzero().flatten().tolist() == [0, 1, 5, 6]
+    down, _ = kept_table(scores, 1, 4, "down")
+    assert down[:, 0].nonzero().flatten().tolist() == [0, 1, 2, 3] and not down[:, 1].any()
+
+
+# --- promises -------------------------------------------------------------------------------------
+
+
+@every_rule
+@pytest.mark.parametrize("tokens", [0, 1, 63, 256, 300])
+def test_counts_are_multiples_of_the_tile_next_to_the_frequency(rule, tokens):
+    tile = 16
+    for seed, kind in enumerate(("softmax", "hot", "ties")):
+        scores = checks.scores_of(Case(tokens, 24, 3, tile, rule, kind), seed)
+        table, lists = kept_table(scores, 3, tile, rule)
+        counts, frequency = table.sum(0), chosen_table(scores, 3).sum(0)
+        assert ((counts % tile == 0) | (counts == tokens)).all()
+        assert ((counts - frequency).abs() < tile).all()
+        if rule == "nr":
+            assert ((counts - frequency).abs() <= tile // 2).all()
+        if rule == "up":
+            assert (counts >= frequency).all()
+        if rule == "down":
+            assert (counts <= frequency).all()
+        slots = max_pairs(tokens, 24, 3, tile, rule)
+        assert table.sum() <= slots <= tokens * 3 + 24 * tile
+        order = lists[0].long() * 24 + lists[1]
+        assert (order.diff() > 0).all()
+        assert torch.equal(lists[2], scores[lists[0], lists[1]])
+
+
+@every_rule
+def test_tokens_that_chose_outrank_those_that_did_not(rule):
+    added = dropped = 0
+    for seed in range(12):
+        scores = checks.scores_of(Case(200, 10, 2, 32, rule), seed)
+        table, _ = kept_table(scores, 2, 32, rule, torch.Generator().manual_seed(seed))
+        chosen = chosen_table(scores, 2)
+        for expert in range(10):
+            kept, wanted, score = table[:, expert], chosen[:, expert], scores[:, expert]
+            extra, lost = kept & ~wanted, wanted & ~kept
+            added, dropped = added + int(extra.sum()), dropped + int(lost.sum())
+            assert not (extra.any() and lost.any())
+            if extra.any() and not (kept | wanted).all():
+                assert score[extra].min() >= score[~kept & ~wanted].max()
+            if lost.any() and (kept & wanted).any():
+                assert score[lost].max() <= score[kept].min()
+    assert (added > 0) == (rule != "down") and (dropped > 0) == (rule != "up")
+
+
+@every_rule
+def test_a_tile_of_one_is_top_k(rule):
+    scores = checks.scores_of(Case(50, 9, 3, 1, rule))
+    table, (token_ids, expert_ids, weights) = kept_table(scores, 3, 1, rule)
+    assert torch.equal(table, chosen_table(scores, 3))
+    assert token_ids.tolist() == [t for t in range(50) for _ in range(3)]
+    assert len(token_rounding(scores, 3, 1, rule)[0]) == 150
+    out, ids = topk_routing(scores.log(), 3, order="topk_over_softmax")
+    by_expert = ids.long().argsort(dim=1)
+    assert torch.equal(expert_ids.view(50, 3), ids.gather(1, by_expert))
+    torch.testing.assert_close(weights.view(50, 3), out.gather(1, by_expert))
+
+
+@pytest.mark.parametrize("tokens", [512, 500, 90])
+@pytest.mark.parametrize("tile", [1, 7, 64, 128])
+def test_balance_bounds_the_total_and_each_expert(tokens, tile):
+    """Also of every prefix of the experts. By expert the bound is the tile, and half of it, which
+    the paper states, does not hold."""
+    farthest = 0
+    for seed in range(20):
+        case = Case(tokens, 33, 4, tile, "balance-f", "hot" if seed % 2 else "softmax")
+        scores = checks.scores_of(case, seed)
+        table, _ = kept_table(scores, 4, tile, "balance-f")
+        moved = table.sum(0) - chosen_table(scores, 4).sum(0)
+        assert (moved.abs() < tile).all()
+        assert (2 * moved.cumsum(0).abs() <= tile).all()
+        farthest = max(farthest, int(moved.abs().max()))
+    if tile in (64, 128) and tokens > tile:
+        assert farthest > tile // 2
+
+
+@pytest.mark.parametrize("tokens", [128, 100])
+def test_stochastic_rounding_preserves_the_expected_count(tokens):
+    tile, draws = 16, 400
+    scores = checks.scores_of(Case(tokens, 12, 2, tile, "sr"))
+    frequency = chosen_table(scores, 2).sum(0)
+    generator = torch.Generator().manual_seed(3)
+    counts = torch.stack(
+        [kept_table(scores, 2, tile, "sr", generator)[0].sum(0) for _ in range(draws)]
+    ).double()
+    assert ((counts == counts[0]).all(0) == (frequency % tile == 0)).all()
+    # A count's deviation is at most half a tile.
+    error = (counts.mean(0) - frequency).abs() / (tile / 2 / draws**0.5)
+    assert error.max() < 4
+    # and the total's is that of independent draws
+    excess = frequency % tile
+    deviation = (excess * (tile - excess)).sum().sqrt() / draws**0.5
+    assert (counts.sum(1).mean() - 2 * tokens).abs() < 4 * deviation
+
+
+def test_rounding_by_mass_goes_up_as_often_as_the_scores_say():
+    tile, draws = 8, 2000
+    scores = torch.zeros(16, 2)
+    scores[:10, 0] = torch.linspace(0.9, 0.45, 10)
+    scores[10:, 0] = torch.linspace(0.3, 0.05, 6)
+    scores[:, 1] = 1 - scores[:, 0]
+    scores[:10, 1] = 0.0
+    # Ten tokens choose expert 0: eight stay, two and the six added ones are the undecided tile.
+    ranked = scores[:, 0].sort(descending=True).values.double()
+    probability = float(ranked[8:10].sum() / ranked[8:16].sum())
+    generator = torch.Generator().manual_seed(5)
+    ups = sum(
+        int(kept_table(scores, 1, tile, "nr-s", generator)[0][:, 0].sum()) == 16
+        for _ in range(draws)
+    )
+    assert 0.3 < probability < 0.6 and probability > 2 / 8 + 0.1  # unlike what the counts say
+    assert abs(ups / draws - probability) < 4 * (probability * (1 - probability) / draws) ** 0.5
+
+
+def test_rounding_by_mass_of_nothing_goes_down():
+    scores = torch.zeros(6, 2)
+    table, _ = kept_table(scores, 1, 4, "nr-s")
+    assert table[:, 0].all() and not table[:, 1].any()
+    scores = torch.zeros(9, 3)
+    scores[:3, 1] = 0.5
+    table, _ = kept_table(scores, 1, 4, "nr-s")  # six choose expert 0 with nothing
+    assert table[:, 0].sum() == 4
+
+
+@every_rule
+def test_seeded_and_deterministic(rule):
+    scores = checks.scores_of(Case(300, 20, 2, 16, rule))
+    first = token_rounding(scores, 2, 16, rule, torch.Generator().manual_seed(1))
+    again = token_rounding(scores, 2, 16, rule, torch.Generator().manual_seed(1))
+    other = token_rounding(scores, 2, 16, rule, torch.Generator().manual_seed(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    same = all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert same == (rule not in ("sr", "nr-s"))
+    state = torch.get_rng_state()
+    token_rounding(scores, 2, 16, rule)
+    assert torch.equal(state, torch.get_rng_state()) == (rule not in ("sr", "nr-s"))
+
+
+def test_the_tile_of_the_kernels_is_what_auto_takes():
+    """Every kernel that multiplies rows by an expert's weight has tiles of that many rows."""
+    for epilogue in (EpilogueKind.LINEAR, EpilogueKind.ACTIVATION, EpilogueKind.ACTIVATION_GRAD):
+        for transposed in (False, True):
+            problem = Problem(
+                ragged=Ragged.ROWS,
+                dtype="bfloat16",
+                epilogue=epilogue,
+                transposed_weight=transposed,
+            )
+            for rows, k in ((64, 256), (4096, 256), (4096, 4096)):
+                config = tiles.default_config(problem, rows, 1024, k)
+                assert config.tile_m == KERNEL_TILE
+    scores = checks.scores_of(Case(400, 4, 1, KERNEL_TILE, "nr"))
+    expected = token_rounding(scores, 1, KERNEL_TILE)
+    assert torch.equal(token_rounding(scores, 1, "auto")[0], expected[0])
+
+
+# --- operator -------------------------------------------------------------------------------------
+
+
+@every_rule
+def test_the_plan_is_that_of_the_lists(rule):
+    scores = checks.scores_of(Case(90, 7, 2, 8, rule))
+    options = (2, 8, rule)
+    token_ids, expert_ids, weights = token_rounding(
+        scores, *options, torch.Generator().manual_seed(1)
+    )
+    own_weights, plan = token_rounding_plan(scores, *options, torch.Generator().manual_seed(1))
+    assert torch.equal(weights, own_weights)
+    assert_same_plan(plan, build_plan_flat(token_ids, expert_ids, 90, 7))
+    assert (plan.expert_frequency() % 8 == 0).all() and plan.top_k == 0
+
+
+@pytest.mark.parametrize("rule", ["nr", "sr", "up"])
+def test_gradcheck(rule):
+    scores = checks.scores_of(Case(9, 5, 2, 4, rule)).double().requires_grad_()
+
+    def weights(values):
+        return token_rounding(values, 2, 4, rule, torch.Generator().manual_seed(0))[2]
+
+    torch.autograd.gradcheck(weights, scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_gradient_lands_on_the_kept_pairs(dtype):
+    scores = checks.scores_of(Case(40, 6, 2, 8, "nr")).to(dtype).requires_grad_()
+    token_ids, expert_ids, weights = token_rounding(scores, 2, 8)
+    live = token_ids < 40
+    assert weights.dtype == torch.float32 and not live.all()
+    gradient = torch.randn_like(weights)
+    weights.backward(gradient)
+    expected = torch.zeros(40, 6, dtype=dtype)
+    expected[token_ids[live], expert_ids[live]] = gradient[live].to(dtype)
+    assert scores.grad.dtype == dtype and torch.equal(scores.grad, expected) and expected.any()
+
+
+def test_saved_for_backward_is_what_the_docstring_says():
+    saved = []
+    scores = checks.scores_of(Case(40, 6, 2, 8, "nr")).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        token_ids, _, _ = token_rounding(scores, 2, 8)
+    assert sum(tensor.nbytes for tensor in saved) == 8 * token_ids.numel()
+
+
+@every_rule
+def test_opcheck(rule):
+    scores, uniform = torch.rand(11, 5).requires_grad_(), torch.rand(5)
+    torch.library.opcheck(torch.ops.sonic.token_rounding.default, (scores, uniform, 2, 4, rule))
+    token_ids, expert_ids, weights = token_rounding(scores.detach(), 2, 4, rule)
+    torch.library.opcheck(
+        torch.ops.sonic.token_rounding_backward.default,
+        (weights, token_ids, expert_ids, 11, 5, torch.bfloat16),
+    )
+
+
+@every_rule
+def test_under_compile(rule):
+    torch._dynamo.reset()
+    compiled = torch.compile(token_rounding, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (30, 41):
+        scores = checks.scores_of(Case(tokens, 6, 2, 8, rule)).requires_grad_()
+        torch.manual_seed(1)
+        actual = compiled(scores, 2, 8, rule)
+        torch.manual_seed(1)
+        expected = token_rounding(scores, 2, 8, rule)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+        (gradient,) = torch.autograd.grad(actual[2].square().sum(), scores)
+        assert torch.equal(gradient, torch.autograd.grad(expected[2].square().sum(), scores)[0])
+
+
+def test_any_strides():
+    base = checks.scores_of(Case(30, 24, 2, 8, "nr"))
+    for view in (base.t()[:20, ::2], base[::2, 3:20], base[:1].expand(5, 24)):
+        dense = view.contiguous()
+        actual, expected = token_rounding(view, 2, 8), token_rounding(dense, 2, 8)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+SCORES = torch.zeros(4, 6)
+HUGE = torch.empty(2**26, 64, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "call"),
+    [
+        (ShapeError, r"\(6,\), expected \(T, E\)", lambda: token_rounding(SCORES[0], 1, 8)),
+        (ShapeError, "0 experts", lambda: token_rounding(SCORES[:, :0], 1, 8)),
+        (ShapeError, "may keep more than .* Split", lambda: token_rounding(HUGE, 32, 8)),
+        (DTypeError, "int64", lambda: token_rounding(SCORES.long(), 1, 8)),
+        (ArgumentError, "top_k=7 with 6 experts; 1 to 6", lambda: token_rounding(SCORES, 7, 8)),
+        (ArgumentError, "tile=0; an int from 1", lambda: token_rounding(SCORES, 1, 0)),
+        (ArgumentError, "tile=8.0; an int", lambda: token_rounding(SCORES, 1, 8.0)),
+        (ArgumentError, "rule='near' is not one", lambda: token_rounding(SCORES, 1, 8, "near")),
+        (ArgumentError, "order='sigmoid'", lambda: rounding_scores(SCORES, 1, order="sigmoid")),
+        (ArgumentError, "rounding_scores: top_k=0", lambda: rounding_scores(SCORES, 0)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_errors(error, text, call):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_the_docstring_example_runs():
+    import doctest
+    import importlib
+
+    module = importlib.import_module("sonic.routing.token_rounding")
+    result = doctest.testmod(module, extraglobs={"torch": torch})
+    assert result.attempted >= 3 and result.failed == 0
+
+
+# --- scores from logits ---------------------------------------------------------------------------
+
+
+@every_order
+def test_the_winners_scores_are_those_of_top_k(order):
+    logits = 3 * torch.randn(20, 9)
+    scores = rounding_scores(logits, 3, order=order)
+    expected, ids = topk_routing(logits, 3, order=order)
+    torch.testing.assert_close(scores.gather(1, ids.long()), expected)
+    assert (scores.argsort(dim=1) == logits.argsort(dim=1)).all()
+    assert scores.dtype == torch.float32 and (scores > 0).all()
+
+
+@every_order
+def test_scores_gradcheck_and_opcheck(order):
+    logits = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda values: rounding_scores(values, 2, order=order), logits)
+    logits = torch.randn(4, 6).bfloat16().requires_grad_()
+    scores = rounding_scores(logits, 2, order=order)
+    (gradient,) = torch.autograd.grad(scores.square().sum(), logits)
+    assert gradient.dtype == torch.bfloat16 and gradient.any()
+    torch.library.opcheck(torch.ops.sonic.winner_softmax.default, (logits, 2))
+    arguments = (scores.detach(), scores.detach(), 2, torch.bfloat16)
+    torch.library.opcheck(torch.ops.sonic.winner_softmax_backward.default, arguments)
+
+
+# --- layer ----------------------------------------------------------------------------------------
+
+TORCH = KernelBackendMoE.torch
+SIZES = (6, 2, 16, 12)  # experts, top_k, hidden, intermediate
+
+
+def make(**options):
+    return MoE(*SIZES, "swiglu", False, 0.3, dtype=torch.float64, **options)
+
+
+@every_rule
+def test_module_in_training_equals_the_oracle_layer(rule):
+    module = make(routing="token_rounding", rounding=rule, tile=8)
+    x = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *module.parameters()]
+    torch.manual_seed(4)
+    out, loss = module(x, TORCH)
+    logits = torch.nn.functional.linear(x, module.router.weight)
+    best = logits.topk(2).values
+    scores = torch.exp(logits - best.logsumexp(dim=1, keepdim=True))
+    torch.manual_seed(4)
+    uniform = torch.rand(6) if rule in ("sr", "nr-s") else None
+    token_ids, expert_ids, weights = checks.token_rounding_oracle(scores, 2, 8, rule, uniform)
+    weights = scores[token_ids, expert_ids]
+    expected = experts_flat_reference(
+        x, token_ids, expert_ids, weights, module.c_fc.weight, module.c_proj.weight
+    )
+    frequency = torch.bincount(expert_ids, minlength=6)
+    assert (frequency % 8 == 0).all() and frequency.sum() != 100
+    torch.testing.assert_close(out, expected)
+    expected_loss = load_balancing_loss(logits, frequency)
+    torch.testing.assert_close(loss, expected_loss)
+    actual = torch.autograd.grad(out.sin().sum() + loss, leaves)
+    wanted = torch.autograd.grad(expected.sin().sum() + expected_loss, leaves)
+    for ours, theirs in zip(actual, wanted, strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(ours, theirs)
+
+
+@every_order
+def test_module_outside_of_training_is_top_k(order):
+    module = make(routing="token_rounding", rounding="up", tile=16, score_order=order)
+    plain = make(score_order=order)
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(40, 16, dtype=torch.float64)
+    expected, loss = plain(x, TORCH)
+    assert not torch.allclose(module(x, TORCH)[0], expected)
+    assert torch.equal(module(x, TORCH, is_inference_mode=True)[0], expected)
+    module.eval()
+    actual = module(x, TORCH)
+    assert torch.equal(actual[0], expected) and torch.equal(actual[1], loss)
+    module.train().tile = 1
+    torch.testing.assert_close(module(x, TORCH)[0], expected)
+
+
+def test_function_and_flat_lists_agree():
+    module = make(routing="token_rounding", tile=8)
+    x = torch.randn(50, 16, dtype=torch.float64)
+    weights = (module.c_fc.weight, module.c_proj.weight)
+    out, logits, frequency = sonic.moe(
+        x, module.router.weight, *weights, top_k=2, rounding="nr", tile=8
+    )
+    pairs = sonic.token_rounding(rounding_scores(logits, 2), 2, 8)
+    torch.testing.assert_close(out, sonic.experts_flat(x, *pairs, *weights))
+    assert torch.equal(out, module(x, TORCH)[0])
+    assert (frequency % 8 == 0).all() and frequency.sum() > 0
+
+
+def test_module_compiles():
+    torch._dynamo.reset()
+    module = make(routing="token_rounding", rounding="balance-f", tile=8)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = torch.randn(30, 16, dtype=torch.float64)
+    for actual, expected in zip(compiled(x, TORCH), module(x, TORCH), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_module_trains():
+    module = make(routing="token_rounding", rounding="sr", tile=8).float()
+    x, target = torch.randn(64, 16), torch.randn(64, 16)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        out, aux = module(x, TORCH)
+        loss = torch.nn.functional.mse_loss(out, target) + 0.01 * aux
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"routing": "rounding"}, "routing='rounding' is not known. Allowed: 'top_k'"),
+        ({"rounding": "nearest"}, "rounding='nearest' is not known. Allowed: 'nr', 'sr'"),
+        ({"tile": 0}, "tile=0 is out of range"),
+        ({"tile": "big"}, "tile='big' is of type str"),
+    ],
+)
+def test_wrong_options_are_refused(options, text):
+    with pytest.raises(ArgumentError) as error:
+        make(**options)
+    assert text in str(error.value)
+
+
+def test_representation_names_the_rounding():
+    text = repr(make(routing="token_rounding", rounding="balance-f", tile=64))
+    assert "routing='token_rounding', rounding='balance-f', tile=64" in text
+    assert "rounding" not in repr(make())
