@@ -67,5 +67,6 @@ def compile_kernel(problem: Problem, config: TileConfig, extra_options: str = ""
     if refusal is not None:
         raise UnsupportedError(f"sm90 kernels do not support {refusal.reason}; {refusal.remedy}")
     gemm = GroupedGemmSm90(problem, config)
+    GroupedGemmSm90.kernel.set_name_prefix(f"sonic_{problem.name}_sm90")
     options = f"--gpu-arch sm_90a --enable-tvm-ffi {extra_options}".strip()
     return cute.compile(gemm, *fake_arguments(problem, gemm), options=options)

@@ -1,7 +1,9 @@
 """Activations and their derivatives on float32 registers: one forward and one gradient each.
 
-Everything that needs a sigmoid takes ``precise``: a bfloat16 result hides the error of
-``tanh.approx`` (one transcendental instruction), a float16 result does not (two of them).
+Everything that needs a sigmoid takes ``precise``. Without it, for bfloat16, the sigmoid is
+``(1 + tanh(x / 2)) / 2`` with ``tanh.approx``: one transcendental instruction instead of two, and
+an absolute error up to 2**-12. That is below bfloat16 rounding for ``x > -8``; further out the
+sigmoid itself is smaller than 2**-11 and loses its relative accuracy, until it is zero near -17.
 
 The forward takes ``(gate, up)`` or ``(x,)`` and returns the post-activation. The gradient takes the
 incoming gradient and the same inputs, and returns ``(post-activation, gradients of the inputs)``:
@@ -13,7 +15,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
-from sonic.device.ptx import exp2_approx, reciprocal_approx, tanh_approx
+from sonic.device.ptx import (
+    exp2_approx,
+    maximum,
+    minimum,
+    reciprocal_approx,
+    tanh_approx,
+)
 from sonic.enums import ActivationType
 
 _LOG2_E = 1.4426950408889634
@@ -40,7 +48,7 @@ def sigmoid(x: Float32, precise: cutlass.Constexpr) -> Float32:
 @cute.jit
 def _normal_cdf(x: Float32, density: Float32) -> Float32:
     """Phi(x); ``density`` is exp(-x*x/2), which the caller also needs."""
-    t = reciprocal_approx(1.0 + _ERF_P * _SQRT_HALF * cute.arch.fmax(x, -x))
+    t = reciprocal_approx(1.0 + _ERF_P * _SQRT_HALF * maximum(x, -x))
     poly = _ERF_COEFFICIENTS[0] * t + _ERF_COEFFICIENTS[1]
     for coefficient in _ERF_COEFFICIENTS[2:]:
         poly = poly * t + coefficient
@@ -87,43 +95,45 @@ def _gelu_tanh_grad(x: Float32, precise: cutlass.Constexpr):
 
 @cute.jit
 def _relu(x: Float32, precise: cutlass.Constexpr) -> Float32:
-    return cute.arch.fmax(x, Float32(0.0))
+    return maximum(x, Float32(0.0))
 
 
 @cute.jit
 def _relu_grad(x: Float32, precise: cutlass.Constexpr):
-    return cute.arch.fmax(x, Float32(0.0)), Float32(1.0) if x > 0.0 else Float32(0.0)
+    # Written so that a NaN keeps the incoming gradient, as torch does.
+    return maximum(x, Float32(0.0)), Float32(0.0) if x <= 0.0 else Float32(1.0)
 
 
 @cute.jit
 def _relu_sq(x: Float32, precise: cutlass.Constexpr) -> Float32:
-    r = cute.arch.fmax(x, Float32(0.0))
+    r = maximum(x, Float32(0.0))
     return r * r
 
 
 @cute.jit
 def _relu_sq_grad(x: Float32, precise: cutlass.Constexpr):
-    r = cute.arch.fmax(x, Float32(0.0))
+    r = maximum(x, Float32(0.0))
     return r * r, 2.0 * r
 
 
 @cute.jit
 def _swiglu_oai(gate: Float32, up: Float32, precise: cutlass.Constexpr) -> Float32:
-    g = cute.arch.fmin(gate, Float32(_OAI_LIMIT))
-    u = cute.arch.fmax(cute.arch.fmin(up, Float32(_OAI_LIMIT)), Float32(-_OAI_LIMIT))
+    g = minimum(gate, Float32(_OAI_LIMIT))
+    u = maximum(minimum(up, Float32(_OAI_LIMIT)), Float32(-_OAI_LIMIT))
     return (u + 1.0) * g * sigmoid(_OAI_ALPHA * g, precise)
 
 
 @cute.jit
 def _swiglu_oai_grad(da: Float32, gate: Float32, up: Float32, precise: cutlass.Constexpr):
-    g = cute.arch.fmin(gate, Float32(_OAI_LIMIT))
-    u = cute.arch.fmax(cute.arch.fmin(up, Float32(_OAI_LIMIT)), Float32(-_OAI_LIMIT))
+    g = minimum(gate, Float32(_OAI_LIMIT))
+    u = maximum(minimum(up, Float32(_OAI_LIMIT)), Float32(-_OAI_LIMIT))
     s = sigmoid(_OAI_ALPHA * g, precise)
     value = g * s
     dgate = da * (u + 1.0) * (s + _OAI_ALPHA * value * (1.0 - s))
     dup = da * value
-    dgate = dgate if gate <= _OAI_LIMIT else Float32(0.0)
-    dup = dup if cute.arch.fmax(up, -up) <= _OAI_LIMIT else Float32(0.0)
+    # Written so that a NaN gate or up reaches the gradients.
+    dgate = Float32(0.0) if gate > _OAI_LIMIT else dgate
+    dup = Float32(0.0) if maximum(up, -up) > _OAI_LIMIT else dup
     return (u + 1.0) * value, dgate, dup
 
 

@@ -46,8 +46,24 @@ def exp2_approx(x: Float32) -> Float32:
 
 
 @cute.jit
+def maximum(x: Float32, y: Float32) -> Float32:
+    """max(x, y); NaN if either is NaN."""
+    return cute.arch.inline_ptx(
+        "max.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[x, y]
+    )
+
+
+@cute.jit
+def minimum(x: Float32, y: Float32) -> Float32:
+    """min(x, y); NaN if either is NaN."""
+    return cute.arch.inline_ptx(
+        "min.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[x, y]
+    )
+
+
+@cute.jit
 def tanh_approx(x: Float32) -> Float32:
-    """tanh(x), relative error up to 2**-11: less than half the rounding of bfloat16."""
+    """tanh(x), relative error up to 2**-11."""
     return cute.arch.inline_ptx(
         "tanh.approx.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x]
     )

@@ -28,8 +28,9 @@ class TileOrder:
 
     @cute.jit
     def coordinates(self, local: Int32, tiles_m: Int32, tiles_n: Int32):
-        """``(m, n)`` of the expert's cluster tile ``local``."""
+        """``(m, n)`` of the expert's cluster tile ``local``; any pair past the last tile."""
         if cutlass.const_expr(self.raster_along_m):
+            tiles_m = cutlass.max(tiles_m, 1)
             n = local // tiles_m
             m = local - n * tiles_m
         else:

@@ -63,7 +63,7 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """Stable name for traces, logs and compiled symbols."""
+        """Stable name: kernels appear in traces as ``sonic_<name>_<arch>``, followed by types."""
         parts = [self.ragged.value, self.epilogue.value]
         if self.activation is not None:
             parts.append(self.activation.value)

@@ -13,6 +13,7 @@ from sonic.runtime.problem import (
     weight_grad_problem,
 )
 
+_USUAL = (2048, 1024, 1024)  # rows per expert, n, k
 # Extents that 128, 192 and 256 cover best, on either side of every threshold of the choice.
 _SIZES = [
     (rows, n, k)
@@ -23,25 +24,27 @@ _SIZES = [
 
 
 def kernels(arch: Arch) -> list[tuple[Problem, TileConfig]]:
-    """Every (problem, default tiles) that the layer can ask for, without repeats."""
+    """Every problem of the layer with its usual tiles, and every tiling of one layer.
+
+    That layer has the activation which needs the most registers, and biases.
+    """
     backend = load_backend(arch)
-    problems: dict[Problem, None] = {}
+    pairs: dict[tuple[Problem, TileConfig], None] = {}
     for dtype in ("bfloat16", "float16"):
         for activation in ActivationType:
             for has_bias in (False, True):
-                problems.update(dict.fromkeys(layer_problems(activation, dtype, has_bias)))
+                for problem in layer_problems(activation, dtype, has_bias):
+                    pairs[problem, backend.default_config(problem, *_USUAL)] = None
         for gated in (False, True):
             for accumulate in (False, True):
                 for gather in (None, Operand.A, Operand.B):
                     if gated and gather is Operand.A:
                         continue  # the down-projection's weight gradient has no gate and up rows
                     problem = weight_grad_problem(dtype, gather, gated, accumulate)
-                    problems[problem] = None
-    pairs = {
-        (problem, backend.default_config(problem, rows, n, k)): None
-        for problem in problems
-        for rows, n, k in _SIZES
-    }
+                    pairs[problem, backend.default_config(problem, *_USUAL)] = None
+    for problem in layer_problems(ActivationType.SWIGLU_OAI, "bfloat16", has_bias=True):
+        for size in _SIZES:
+            pairs[problem, backend.default_config(problem, *size)] = None
     return list(pairs)
 
 
