@@ -17,6 +17,9 @@ class _Backend:
     def default_config(self, problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
         return tiles.default_config(problem, rows_per_expert, n, k)
 
+    def candidates(self, problem: Problem, rows_per_expert: int, k: int) -> list[TileConfig]:
+        return [config for config, _ in tiles.candidates(problem, rows_per_expert, k)]
+
     def compile(self, problem: Problem, config: TileConfig) -> Any:
         from kernels_sm90.compile import compile_kernel
 

@@ -25,6 +25,9 @@ class Backend(Protocol):
     def default_config(self, problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
         """Tiles for an output of ``n`` columns, ``k`` the weight's other axis; pure, no GPU."""
 
+    def candidates(self, problem: Problem, rows_per_expert: int, k: int) -> list[TileConfig]:
+        """The tiles that :meth:`default_config` chooses from."""
+
     def compile(self, problem: Problem, config: TileConfig) -> Any:
         """Compiled launcher; needs no GPU and never launches."""
 
