@@ -2,9 +2,9 @@
 
     python benchmarks/tiles.py --shapes A B C E F --json benchmarks/results/<date>-tiles.json
 
-All tilings of one GEMM are timed in turns, round after round, after 0.3 s of load, so that a drift of
-the clocks reaches all of them. A row is one (GEMM, tiling); ``<gemm>/default`` names the choice of
-``default_config`` by its time over the best one's.
+All tilings of one GEMM are timed in turns, round after round, after 0.3 s of load, so that a drift
+of the clocks reaches all of them. A row is one (GEMM, tiling); ``<gemm>/default`` is the time of the
+choice of ``default_config`` over the best one's.
 """
 
 import argparse
@@ -177,7 +177,8 @@ def main() -> None:
             loss = times[default] / times[best]
             result.add(f"{gemm.name}/default", loss, "times the best", problem)
             print(
-                f"{name} {gemm.name:5} best {best.name} {gemm.flops / times[best] / 1e9:.0f} TFLOPS, "
+                f"{name} {gemm.name:5} best {best.name} "
+                f"{gemm.flops / times[best] / 1e9:.0f} TFLOPS, "
                 f"default {default.name} {loss:.3f} times its time, {len(times)} tilings",
                 flush=True,
             )
