@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sonic.enums import ActivationType, GateUpLayout, KernelBackendMoE, ScoreOrder
-from sonic.plan import MAX_EXPERTS, MAX_SLOTS
 from sonic.runtime.errors import (
     ArgumentError,
     DeviceError,
@@ -22,20 +21,21 @@ from sonic.runtime.errors import (
     LayoutError,
     ShapeError,
 )
+from sonic.runtime.limits import (
+    KERNEL_ALIGNMENT,
+    KERNEL_DTYPES,
+    MAX_EXPERTS,
+    MAX_KERNEL_ROWS,
+    MAX_SLOTS,
+    MAX_TOP_K,
+    message,
+)
 
-MAX_TOP_K = 64
-ALIGNMENT = 8  # elements of 2 bytes: the kernels move rows in 16-byte pieces
 IMPLS = ("auto", "cute", "reference")
-KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ID_DTYPES = (torch.int32, torch.int64)
 
 _Choice = TypeVar("_Choice", bound=Enum)
-
-
-def message(op: str, got: str, allowed: str, todo: str) -> str:
-    """The four-part text: the operation and what came, what is allowed, what to do."""
-    return f"{op}: {got}. Allowed: {allowed}. {todo}"
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -132,6 +132,10 @@ def check_int(op: str, name: str, value: Any, low: int, high: int, why: str) -> 
         )
 
 
+def check_num_experts(op: str, name: str, value: Any) -> None:
+    check_int(op, name, value, 1, MAX_EXPERTS, "what the routing kernels are tested for")
+
+
 # -------------------------------------------------------------------------------- tensors
 
 
@@ -222,7 +226,17 @@ def check_float(op: str, name: str, value: Tensor) -> None:
         )
 
 
-def check_num_slots(op: str, num_slots: int) -> None:
+def check_num_slots(op: str, num_slots: int, impl: str) -> None:
+    """The number of rows is one that ``impl`` can address."""
+    if impl == "cute" and MAX_KERNEL_ROWS < num_slots <= MAX_SLOTS:
+        raise ShapeError(
+            message(
+                op,
+                f'{num_slots} slots (token-expert pairs) with impl="cute"',
+                f"at most {MAX_KERNEL_ROWS}, since one expert may get all of them",
+                'Split the tokens over several calls, or pass impl="reference".',
+            )
+        )
     if num_slots > MAX_SLOTS:
         raise ShapeError(
             message(
@@ -239,12 +253,12 @@ def check_num_slots(op: str, num_slots: int) -> None:
 
 def check_kernel_operands(op: str, first: str, x: Tensor, **weights: Tensor | None) -> None:
     """What only the kernels ask for: a 2-byte dtype and weights with contiguous, aligned rows."""
-    if x.dtype not in KERNEL_DTYPES:
+    if _dtype(x) not in KERNEL_DTYPES:
         raise DTypeError(
             message(
                 op,
                 f'{first} is {_dtype(x)} with impl="cute"',
-                _names(KERNEL_DTYPES),
+                ", ".join(KERNEL_DTYPES),
                 'Cast the tensors, run under torch.autocast, or pass impl="reference".',
             )
         )
@@ -257,7 +271,8 @@ def check_kernel_operands(op: str, first: str, x: Tensor, **weights: Tensor | No
                 message(
                     op,
                     f"{name} has strides {strides} for shape {tuple(weight.shape)}",
-                    'contiguous rows, whose strides are positive multiples of 8, with impl="cute"',
+                    "contiguous rows, whose strides are positive multiples of "
+                    f'{KERNEL_ALIGNMENT}, with impl="cute"',
                     f"Store it packed once, {name}.contiguous(), rather than at every call.",
                 )
             )
@@ -272,20 +287,20 @@ def _addressable(weight: Tensor) -> bool:
         return True
     sizes = weight.shape[:-1]
     return all(
-        size == 1 or (stride > 0 and stride % ALIGNMENT == 0)
+        size == 1 or (stride > 0 and stride % KERNEL_ALIGNMENT == 0)
         for size, stride in zip(sizes, outer, strict=True)
     )
 
 
 def check_aligned(op: str, name: str, size: int) -> None:
     """The kernels move rows in 16-byte pieces, so a row must be a whole number of them."""
-    if size % ALIGNMENT != 0 or size == 0:
-        up = max(ALIGNMENT, (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT)
+    if size % KERNEL_ALIGNMENT != 0 or size == 0:
+        up = max(1, -(-size // KERNEL_ALIGNMENT)) * KERNEL_ALIGNMENT
         raise ShapeError(
             message(
                 op,
                 f'{name}={size} with impl="cute"',
-                f"positive multiples of {ALIGNMENT} (rows of whole 16-byte pieces)",
+                f"positive multiples of {KERNEL_ALIGNMENT} (rows of whole 16-byte pieces)",
                 f'Pad it to {up}, or pass impl="reference".',
             )
         )
@@ -319,7 +334,7 @@ def check_weights(
     check_tensor(op, "w1", w1, ("E", "2I or I", "H"), "Stack the experts along the first axis.")
     check_tensor(op, "w2", w2, ("E", "H", "I"), "Stack the experts along the first axis.")
     num_experts, width, hidden_size = w1.shape
-    check_int(op, "the number of experts", num_experts, 1, MAX_EXPERTS, "expert ids have 16 bits")
+    check_num_experts(op, "the number of experts", num_experts)
     if hidden_size != hidden_states.shape[1]:
         raise ShapeError(
             message(
@@ -367,7 +382,7 @@ def check_weights(
         check_aligned(op, "intermediate_size", intermediate)
 
 
-def check_topk(op: str, hidden_states: Tensor, topk_ids: Any, topk_weights: Any) -> None:
+def check_topk(op: str, hidden_states: Tensor, topk_ids: Any, topk_weights: Any, impl: str) -> None:
     axes = ("T", "top_k")
     check_tensor(op, "topk_ids", topk_ids, axes, "Pass one row of expert ids per token.")
     check_tensor(op, "topk_weights", topk_weights, axes, "Pass one weight per expert id.")
@@ -395,11 +410,11 @@ def check_topk(op: str, hidden_states: Tensor, topk_ids: Any, topk_weights: Any)
     check_same_device(
         op, "hidden_states", hidden_states, topk_ids=topk_ids, topk_weights=topk_weights
     )
-    check_num_slots(op, topk_ids.shape[0] * topk_ids.shape[1])
+    check_num_slots(op, topk_ids.shape[0] * topk_ids.shape[1], impl)
 
 
 def check_flat(
-    op: str, hidden_states: Tensor, token_ids: Any, expert_ids: Any, weights: Any
+    op: str, hidden_states: Tensor, token_ids: Any, expert_ids: Any, weights: Any, impl: str
 ) -> None:
     for name, value in (("token_ids", token_ids), ("expert_ids", expert_ids)):
         check_tensor(op, name, value, ("S",), f"Flatten it: {name}.reshape(-1).")
@@ -424,7 +439,7 @@ def check_flat(
         expert_ids=expert_ids,
         weights=weights,
     )
-    check_num_slots(op, token_ids.shape[0])
+    check_num_slots(op, token_ids.shape[0], impl)
 
 
 def check_main_grads(op: str, main_grads: Any, w1: Tensor, w2: Tensor) -> None:
@@ -482,7 +497,7 @@ def check_main_grads(op: str, main_grads: Any, w1: Tensor, w2: Tensor) -> None:
 
 
 def check_router(
-    op: str, hidden_states: Tensor, router_weight: Any, num_experts: int, top_k: Any
+    op: str, hidden_states: Tensor, router_weight: Any, num_experts: int, top_k: Any, impl: str
 ) -> None:
     check_tensor(op, "router_weight", router_weight, ("E", "H"), "Pass the router's weight.")
     check_float(op, "router_weight", router_weight)
@@ -496,6 +511,7 @@ def check_router(
     check_same_device(op, "hidden_states", hidden_states, router_weight=router_weight)
     limit = min(MAX_TOP_K, num_experts)
     check_int(op, "top_k", top_k, 1, limit, f"at most {MAX_TOP_K} and at most E={num_experts}")
+    check_num_slots(op, hidden_states.shape[0] * top_k, impl)
 
 
 def check_grouped_mm(
@@ -503,7 +519,7 @@ def check_grouped_mm(
 ) -> None:
     check_tensor(op, "weight", weight, ("E", "N", "K"), "Stack the experts along the first axis.")
     num_experts, width, depth = weight.shape
-    check_int(op, "the number of experts", num_experts, 1, MAX_EXPERTS, "expert ids have 16 bits")
+    check_num_experts(op, "the number of experts", num_experts)
     if rows.shape[1] != depth:
         raise ShapeError(
             message(
@@ -544,7 +560,7 @@ def check_grouped_mm(
         )
     check_same_device(op, "rows", rows, weight=weight, offset_by_expert=offset_by_expert, bias=bias)
     check_same_dtype(op, "rows", rows, weight=weight, bias=bias)
-    check_num_slots(op, rows.shape[0])
+    check_num_slots(op, rows.shape[0], impl)
     if impl == "cute":
         check_kernel_operands(op, "rows", rows, weight=weight, bias=bias)
         check_aligned(op, "the reduction size K", depth)

@@ -8,8 +8,9 @@ of a flat list, R rows. Shared conventions:
   (g0 u0 g1 u1 ...) or ``"concatenated"`` (gates, then ups; Hugging Face). Neither is copied.
 * ``impl="auto"`` runs the kernels on CUDA tensors and the torch reference on CPU tensors. It never
   falls back: a GPU without kernels raises :class:`UnsupportedError` and names ``"reference"``.
-* The kernels take bfloat16 and float16, H and I multiples of 8, and weights whose rows are
-  contiguous and start at 16-byte steps; the reference any floating dtype, size and strides.
+* The kernels take bfloat16 and float16, H and I multiples of 8, weights whose rows are contiguous
+  and start at 16-byte steps, and at most 2^30 slots, live or dropped, since one expert may get all
+  of them; the reference any floating dtype, size and strides, and 2^31 - 1 slots.
 * Under ``torch.autocast`` activations, weights and biases are cast to its dtype. Scores stay fp32,
   and the router is evaluated in fp32.
 * No function reads a device value on the host; all run on the current stream, can be captured in a
@@ -63,8 +64,8 @@ def experts(
         hidden_states: (T, H), floating point; any strides.
         topk_ids: (T, top_k) int32 or int64. An id outside ``[0, E)`` drops its slot: it adds
             nothing to the output and receives a zero gradient.
-        topk_weights: (T, top_k), floating point of any dtype; used as fp32. Its gradient has its
-            dtype.
+        topk_weights: (T, top_k), floating point of any dtype and strides; used as fp32. Its
+            gradient has its dtype.
         w1: (E, 2I, H) gated, (E, I, H) otherwise; dtype of ``hidden_states``.
         w2: (E, H, I), likewise.
         b1: (E, 2I) or (E, I), or None. b2: (E, H), or None. Dtype of the weights.
@@ -105,7 +106,7 @@ def experts(
     op = "experts"
     checks.check_hidden_states(op, hidden_states)
     impl = checks.resolve_impl(op, impl, hidden_states.device)
-    checks.check_topk(op, hidden_states, topk_ids, topk_weights)
+    checks.check_topk(op, hidden_states, topk_ids, topk_weights, impl)
     operands = _operands(op, hidden_states, w1, b1, w2, b2, activation, layout, impl, main_grads)
     plan = build_plan(topk_ids, w1.shape[0], impl=_PLAN_IMPL[impl])
     return _run(operands, topk_weights, plan)
@@ -132,7 +133,7 @@ def experts_flat(
         hidden_states: (T, H), floating point.
         token_ids: (S,) int32 or int64, the token of each slot. An id outside ``[0, T)`` drops it.
         expert_ids: (S,) int32 or int64, the expert of each slot. An id outside ``[0, E)`` drops it.
-        weights: (S,), floating point of any dtype; used as fp32.
+        weights: (S,), floating point of any dtype and stride; used as fp32.
         w1, w2, b1, b2, activation, layout, impl, main_grads: as in :func:`experts`.
 
     Returns:
@@ -204,7 +205,7 @@ def moe(
     impl = checks.resolve_impl(op, impl, hidden_states.device)
     order = checks.choice(op, "score_order", score_order, ScoreOrder)
     operands = _operands(op, hidden_states, w1, b1, w2, b2, activation, layout, impl, main_grads)
-    checks.check_router(op, hidden_states, router_weight, w1.shape[0], top_k)
+    checks.check_router(op, hidden_states, router_weight, w1.shape[0], top_k, impl)
     logits = _router_logits(hidden_states, router_weight)
     if rounding is None:
         scores, ids = topk_routing(logits, top_k, order=order)
@@ -212,6 +213,7 @@ def moe(
     else:
         scores = rounding_scores(logits, top_k, order=order)
         scores, plan = token_rounding_plan(scores, top_k, tile, rounding, generator)
+        checks.check_num_slots(op, plan.num_rows, impl)
     return _run(operands, scores, plan), logits, plan.expert_frequency()
 
 
@@ -228,9 +230,9 @@ def grouped_mm(
     For callers that dispatch tokens themselves (expert parallelism) and hold grouped rows.
 
     Args:
-        rows: (R, K), floating point.
+        rows: (R, K), floating point; any strides.
         weight: (E, N, K); dtype of ``rows``.
-        offset_by_expert: (E + 1,) int32 on the device of ``rows``; starts at 0 and never decreases;
+        offset_by_expert: (E + 1,) int32 on the device of ``rows``; starts at 0, never decreases;
             expert e owns rows ``[offset[e], offset[e + 1])``, which may be empty. ``offset[E]`` may
             be less than R. The values are not checked, since that would synchronise.
         bias: (E, N) or None.
@@ -253,7 +255,8 @@ def grouped_mm(
     if _autocast_dtype(rows) is not None:
         rows, weight, bias = _autocast(rows, weight, bias)
     checks.check_grouped_mm(op, rows, weight, offset_by_expert, bias, impl)
-    out: Tensor = torch.ops.sonic.grouped_mm(rows, weight, bias, offset_by_expert, impl)
+    offsets = offset_by_expert.contiguous()
+    out: Tensor = torch.ops.sonic.grouped_mm(rows, weight, bias, offsets, impl)
     return out
 
 
@@ -435,7 +438,8 @@ def _run(operands: _Operands, weights: Tensor, plan: RoutingPlan) -> Tensor:
     tensors, options, main_grads = operands
     x = tensors[0]
     # float64 only in the reference, where it lets gradcheck see the scores exactly.
-    scores = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32).reshape(-1)
+    scores = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    scores = scores.reshape(-1).contiguous()  # one strided axis survives a reshape
     differentiable = (*tensors, scores)
     store_preact = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in differentiable
@@ -467,7 +471,7 @@ def _experts_flat(
     activation, layout, impl, main_grads = options
     checks.check_hidden_states(op, hidden_states)
     impl = checks.resolve_impl(op, impl, hidden_states.device)
-    checks.check_flat(op, hidden_states, token_ids, expert_ids, weights)
+    checks.check_flat(op, hidden_states, token_ids, expert_ids, weights, impl)
     operands = _operands(op, hidden_states, *parameters, activation, layout, impl, main_grads)
     num_experts = parameters[0].shape[0]
     plan = build_plan_flat(

@@ -19,9 +19,8 @@ from sonic.runtime.errors import (
     MissingPackageError,
     ShapeError,
 )
+from sonic.runtime.limits import MAX_EXPERTS, MAX_SLOTS
 
-MAX_EXPERTS = 65536
-MAX_SLOTS = 2**31 - 1
 _IMPLS = ("auto", "triton", "torch")
 
 

@@ -88,7 +88,7 @@ class _ExpertsBase(nn.Module):
     ) -> None:
         super().__init__()
         op = type(self).__name__
-        checks.check_int(op, "num_experts", num_experts, 1, checks.MAX_EXPERTS, "16-bit ids")
+        checks.check_num_experts(op, "num_experts", num_experts)
         for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
             checks.check_int(op, name, size, 1, 2**31 - 1, "a size")
         self.num_experts = num_experts

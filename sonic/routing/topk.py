@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from sonic.enums import ScoreOrder
-from sonic.plan import MAX_EXPERTS
 from sonic.runtime.errors import ArgumentError, DTypeError, MissingPackageError, ShapeError
+from sonic.runtime.limits import MAX_EXPERTS, MAX_TOP_K
 
-MAX_TOP_K = 64
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 

@@ -136,8 +136,8 @@ def make_inputs(problem: LayerProblem, device: torch.device | str = "cpu") -> La
 
     ``hidden_states`` and ``dout`` are N(0, 1), weights N(0, 1 / fan_in) and biases N(0, 0.25), so
     that every intermediate is of order one. Dropped ids are -1, E or E + 5. If the problem is not
-    contiguous: rows of ``hidden_states`` are padded, ids, weights and ``dout`` are transposed, and
-    weights and biases are every other expert of a larger tensor.
+    contiguous: rows of ``hidden_states`` are padded, ids, routing weights and ``dout`` are every
+    other column of a larger tensor, transposed, and weights and biases every other expert of one.
     """
     generator = torch.Generator().manual_seed(problem.seed)
     experts, hidden, width = problem.num_experts, problem.hidden_size, problem.intermediate_size
@@ -201,7 +201,12 @@ def _place(name: str, tensor: Tensor, problem: LayerProblem, device: torch.devic
         padded[:, : tensor.shape[1]] = tensor
         return padded[:, : tensor.shape[1]]
     if name in ("topk_ids", "topk_weights", "dout"):
-        return tensor.t().contiguous().t()
+        # Spaced as well as transposed, for a matrix of one column would be contiguous again.
+        gap = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+        rows, columns = tensor.shape
+        padded = tensor.new_full((columns, 2 * rows), gap)
+        padded[:, ::2] = tensor.t()
+        return padded[:, ::2].t()
     spaced = tensor.new_full((2 * tensor.shape[0], *tensor.shape[1:]), float("nan"))
     spaced[::2] = tensor
     return spaced[::2]

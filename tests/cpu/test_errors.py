@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sonic
-from sonic.runtime import backend
+from sonic.runtime import backend, limits
 from sonic.runtime.errors import (
     ArgumentError,
     DeviceError,
@@ -117,6 +117,7 @@ def m(*size, dtype=LOW):
 
 
 W1, W2 = (E, 2 * I, H), (E, H, I)
+FLAT_META = {"hidden_states": m(T, H), "w1": m(*W1), "w2": m(*W2), "impl": "cute"}
 CASES = [
     # hidden_states
     Case("no tensor", experts, {"hidden_states": [[1.0]]}, ArgumentError,
@@ -154,6 +155,23 @@ CASES = [
          {"hidden_states": m(2**30, H), "topk_ids": m(2**30, K, dtype=torch.int32),
           "topk_weights": m(2**30, K), "w1": m(*W1), "w2": m(*W2)}, ShapeError,
          "2147483648 slots", "2147483647", "Split the tokens"),
+    Case("too many rows for the kernels", kernels,
+         {"hidden_states": m(2**29 + 1, H), "topk_ids": m(2**29 + 1, K, dtype=torch.int32),
+          "topk_weights": m(2**29 + 1, K)}, ShapeError,
+         '1073741826 slots (token-expert pairs) with impl="cute"', "at most 1073741824",
+         'impl="reference"'),
+    Case("too many flat slots for the kernels", flat, dict(
+        FLAT_META, **dict.fromkeys(("token_ids", "expert_ids"), m(2**30 + 1, dtype=torch.int32)),
+        weights=m(2**30 + 1)), ShapeError,
+         "1073741825 slots", "at most 1073741824", "Split the tokens"),
+    Case("too many winners for the kernels", moe,
+         {"hidden_states": m(2**29 + 1, H), "router_weight": m(E, H), "w1": m(*W1), "w2": m(*W2),
+          "impl": "cute"}, ShapeError,
+         "1073741826 slots", "at most 1073741824", "Split the tokens"),
+    Case("too many grouped rows for the kernels", grouped_mm,
+         {"rows": m(2**30 + 1, 16), "weight": m(E, 8, 16), "impl": "cute",
+          "offset_by_expert": m(E + 1, dtype=torch.int32)}, ShapeError,
+         "1073741825 slots", "at most 1073741824", "Split the tokens"),
     Case("flat rank", flat, {"token_ids": z(7, 1, dtype=torch.int32)}, ShapeError,
          "token_ids has shape (7, 1)", "1 axes, (S)", "token_ids.reshape(-1)"),
     Case("flat dtype", flat, {"expert_ids": z(7)}, DTypeError,
@@ -275,6 +293,18 @@ def test_text_says_what_came_what_is_allowed_and_what_to_do(case):
 def test_the_unchanged_calls_are_accepted(call):
     """Without this, a case above could be refused for a reason of its own making."""
     call()
+
+
+def test_as_many_rows_as_an_expert_may_have_are_accepted():
+    """One statement of the limit: that of the descriptors, which a row more would leave."""
+    rows, offsets = m(limits.MAX_KERNEL_ROWS, 16), m(E + 1, dtype=torch.int32)
+    grouped_mm(rows=rows, weight=m(E, 8, 16), offset_by_expert=offsets, impl="cute")
+    rows = m(limits.MAX_KERNEL_ROWS + 1, 16)
+    grouped_mm(rows=rows, weight=m(E, 8, 16), offset_by_expert=offsets, impl="reference")
+    pytest.importorskip("cutlass")
+    from sonic.device.tensormap import RAGGED_EXTENT
+
+    assert limits.MAX_KERNEL_ROWS == RAGGED_EXTENT
 
 
 def test_cases_are_many_and_distinct():

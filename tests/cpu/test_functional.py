@@ -1,6 +1,7 @@
 """The public functions on the reference, against the oracle written from the equations."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sonic
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
-from sonic.reference import experts_flat_reference, grouped_mm_reference, moe_reference
+from sonic.reference import experts_flat_reference, grouped_mm_reference, moe_reference, stages
 from sonic.runtime.errors import UnsupportedError
 from sonic.testing import (
     assert_layer_close,
@@ -190,6 +191,66 @@ def test_grouped_mm_equals_the_oracle(bias):
     for a, b in pairs:
         assert b.any()
         torch.testing.assert_close(a, b)
+
+
+# ---------------------------------------------------------------------------- strides
+
+
+@pytest.fixture
+def contiguous_to_stages(monkeypatch):
+    """Names of the stages that ran. The kernels' ones take contiguous routing tensors only, and
+    with this fixture the reference's ones do too."""
+    seen = set()
+
+    def strict(name, stage):
+        signature = inspect.signature(stage)
+
+        def run(*args, **options):
+            seen.add(name)
+            arguments = signature.bind(*args, **options).arguments
+            for key in ("scores", "offset_by_expert"):
+                value = arguments.get(key)
+                assert value is None or value.is_contiguous(), f"{key} of {name}"
+            return stage(*args, **options)
+
+        return run
+
+    for name, stage in inspect.getmembers(stages, inspect.isfunction):
+        if stage.__module__ == stages.__name__:
+            monkeypatch.setattr(stages, name, strict(name, stage))
+    return seen
+
+
+def test_strided_routing_weights(contiguous_to_stages):
+    """The first column of (T, E) scores, and every other entry of a flat list."""
+    tensors = make_tensors()
+    del tensors["topk_weights"]
+    x, ids = tensors["hidden_states"], IDS[:, :1]
+    column, spaced = torch.rand(T, E)[:, :1], torch.rand(2 * T)[::2]
+    for weights, run in (
+        (column, lambda w: sonic.experts(x, ids, w, **rest(tensors))),
+        (spaced, lambda w: sonic.experts_flat(x, torch.arange(T), ids[:, 0], w, **rest(tensors))),
+    ):
+        assert not weights.is_contiguous()
+        packed = weights.contiguous().requires_grad_()
+        weights.requires_grad_()
+        results = [
+            (out := run(w), *torch.autograd.grad(out.sum(), [w, x])) for w in (weights, packed)
+        ]
+        assert_same_bits(*results)
+    assert {"combine", "gather_scores"} <= contiguous_to_stages
+
+
+def test_strided_offsets(contiguous_to_stages):
+    rows, weight = torch.randn(9, H, requires_grad=True), torch.randn(E, I, H, requires_grad=True)
+    offset = torch.tensor([0, -1, 4, -1, 4, -1, 7, -1, 9], dtype=torch.int32)[::2]
+    assert not offset.is_contiguous()
+    results = []
+    for offsets in (offset, offset.contiguous()):
+        out = sonic.grouped_mm(rows, weight, offsets)
+        results.append((out, *torch.autograd.grad(out.sum(), [rows, weight])))
+    assert_same_bits(*results)
+    assert {"down_forward", "up_backward_act", "up_backward_weight"} <= contiguous_to_stages
 
 
 # ------------------------------------------------------------------------------ edges

@@ -483,10 +483,13 @@ def test_inputs_fit_their_problem(seed):
     assert inputs.w1.stride(0) == preact * hidden * (1 if problem.contiguous else 2)
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
-def test_strides_do_not_change_the_values(contiguous):
+def test_strides_do_not_change_the_values(contiguous, top_k):
+    """With top_k=1 a transposed matrix would be contiguous again."""
+    problem = PROBLEM.with_changes(top_k=top_k)
     plain, other = (
-        make_inputs(PROBLEM.with_changes(contiguous=flag)) for flag in (True, contiguous)
+        make_inputs(problem.with_changes(contiguous=flag)) for flag in (True, contiguous)
     )
     for name, value in vars(plain).items():
         assert torch.equal(value, getattr(other, name)), name

@@ -102,6 +102,10 @@ def test_strided_operands(layout):
     check(PROBLEM.with_changes(contiguous=False, layout=layout))
 
 
+def test_strided_operands_of_one_expert_per_token():
+    check(PROBLEM.with_changes(contiguous=False, top_k=1))
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_random_problem(seed):
     check(random_problem(seed))
@@ -141,10 +145,12 @@ def flat_routing(tokens, num_experts, slots):
     return token_ids.to(DEVICE), expert_ids.to(DEVICE), weights.to(DEVICE)
 
 
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("slots", [0, 1, 700])
-def test_flat_routing(slots):
+def test_flat_routing(slots, strided):
     inputs = inputs_of(PROBLEM)
-    token_ids, expert_ids, weights = flat_routing(PROBLEM.num_tokens, PROBLEM.num_experts, slots)
+    routing = flat_routing(PROBLEM.num_tokens, PROBLEM.num_experts, slots * (1 + strided))
+    token_ids, expert_ids, weights = (t[:: 1 + strided] for t in routing)
     parameters = (inputs.w1, inputs.w2, inputs.b1, inputs.b2)
     results = []
     for function, dtype in (
@@ -200,14 +206,17 @@ def test_moe_with_its_router(order):
         assert_close(*tensors, name=name)
 
 
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_grouped_mm(bias):
+def test_grouped_mm(bias, strided):
     generator = torch.Generator().manual_seed(1)
 
     def normal(*size, std=1.0):
         return (std * torch.randn(size, generator=generator)).to(DEVICE, torch.bfloat16)
 
     offset = torch.tensor([0, 70, 70, 200, 201, 280], dtype=torch.int32, device=DEVICE)
+    if strided:
+        offset = torch.stack([offset, torch.full_like(offset, -1)], dim=1)[:, 0]
     tensors = [normal(300, 136), normal(5, 72, 136, std=136**-0.5)]
     tensors += [normal(5, 72)] if bias else []
     dout = normal(300, 72)
