@@ -3,8 +3,8 @@
     python benchmarks/tiles.py --shapes A B C E F --json benchmarks/results/<date>-tiles.json
 
 All tilings of one GEMM are timed in turns, round after round, after 0.3 s of load, so that a drift
-of the clocks reaches all of them. A row is one (GEMM, tiling); ``<gemm>/default`` is the time of the
-choice of ``default_config`` over the best one's.
+of the clocks reaches all of them. A row is one (GEMM, tiling); ``<gemm>/default`` is the time of
+the choice of ``default_config`` over the best one's.
 """
 
 import argparse
