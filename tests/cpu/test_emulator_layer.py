@@ -12,7 +12,7 @@ pytest.importorskip("cutlass")
 from sonic import stages
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.reference import stages as reference
-from tests.emulator.layer import emulated_layer
+from tests.emulator.layer import emulated_layer, emulator_for
 
 TOKENS, HIDDEN, WIDTH = 90, 136, 72
 COUNTS = [130, 0, 7]
@@ -124,3 +124,11 @@ def test_stage(cases, name, stage):
             # one rounding of a sum taken in another order
             tolerance = {"rtol": 2**-7, "atol": 2**-7 * w.float().abs().mean().item()}
             torch.testing.assert_close(g.float(), w.float(), **tolerance)
+
+
+def test_compiling_leaves_nothing_in_the_current_directory(cases, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    emulator_for.cache_clear()
+    with emulated_layer(sms=2) as session:
+        cases["relu bf16"].down(stages)
+    assert session.machines and not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import tempfile
 from collections.abc import Iterator
 
 from .compiled import OPTIONS
@@ -14,7 +15,8 @@ def emulator_for(problem, config):
     """The emulator of one kernel of `kernels_sm90`, compiled once a process."""
     from kernels_sm90.compile import compile_kernel
 
-    return Emulator(compile_kernel(problem, config, OPTIONS))
+    folder = tempfile.mkdtemp(prefix="emulator_")  # else PTX lands in the current directory
+    return Emulator(compile_kernel(problem, config, f"{OPTIONS} --dump-dir {folder}"))
 
 
 class Session:
