@@ -175,16 +175,16 @@ def _layout_of(experts: Any) -> GateUpLayout:
 
 
 # Module -> (what the answer depends on, the answer).
-_ACTIVATION_BY_MODULE: weakref.WeakKeyDictionary[Any, tuple[Any, ActivationType]] = (
-    weakref.WeakKeyDictionary()
-)
+_ACTIVATION_BY_MODULE: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
 
 @torch.compiler.assume_constant_result
-def _activation_of(experts: Any) -> ActivationType:
+def _activation_of(experts: Any) -> str:
     """The activation that ``experts`` applies. Cached until its gate or a constant of it changes.
 
-    torch.compile evaluates this while tracing, so the comparison is never part of a graph.
+    torch.compile evaluates this while tracing, so the comparison is never part of a graph. The
+    answer is a plain string, since Dynamo of torch 2.13 takes a member of an enum for an opaque
+    object here.
     """
     facts = (
         getattr(experts, "act_fn", None),
@@ -198,7 +198,7 @@ def _activation_of(experts: Any) -> ActivationType:
     if cached is not None and cached[0] == facts:
         return cached[1]
     _refuse_unknown_parts(experts)
-    activation = _recognise(experts)
+    activation = _recognise(experts).value
     _ACTIVATION_BY_MODULE[experts] = (facts, activation)
     return activation
 

@@ -17,6 +17,7 @@ import torch
 import sonic.functional
 from sonic.enums import ActivationType
 from sonic.integrations import transformers as adapter
+from sonic.reference import stages
 from sonic.runtime.errors import (
     ArgumentError,
     MissingPackageError,
@@ -182,13 +183,19 @@ def test_generate(name: str) -> None:
 def test_autocast_runs_the_experts_in_its_dtype(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 parameters under bf16 autocast, the usual mixed-precision training."""
     seen = []
-    original = torch.ops.sonic.experts_forward
 
-    def spy(*args: Any) -> Any:
-        seen.append({tensor.dtype for tensor in args[:5] if tensor is not None})
-        return original(*args)
+    def spy_on(name: str) -> None:
+        stage = getattr(stages, name)
 
-    monkeypatch.setattr(torch.ops.sonic, "experts_forward", spy)
+        def spy(*args: Any, **options: Any) -> Any:
+            # activations, weight, bias
+            seen.append({tensor.dtype for tensor in args[:3] if tensor is not None})
+            return stage(*args, **options)
+
+        monkeypatch.setattr(stages, name, spy)
+
+    spy_on("up_forward")
+    spy_on("down_forward")
     for seed in range(20):
         tokens = make_tokens(seed, batch=1, length=16)
         exact = run(make_model(name, "eager", seed), tokens)
@@ -314,7 +321,7 @@ def test_activation_is_recognised_or_refused(
         with pytest.raises(UnsupportedError, match=r"equals none of sonic's .*grouped_mm"):
             module(x, ids, weights)
         return
-    assert adapter._activation_of(module) is wanted
+    assert adapter._activation_of(module) == wanted.value
     actual = module(x, ids, weights)
     module.config._experts_implementation = "grouped_mm"
     expected = module(x, ids, weights)
@@ -336,7 +343,7 @@ def test_activation_is_recognised_or_refused(
 def test_own_gate_is_judged_by_its_values(alpha: float, limit: float, recognised: bool) -> None:
     module = make_experts(ClampedExperts, alpha=alpha, limit=limit)
     if recognised:
-        assert adapter._activation_of(module) is ActivationType.SWIGLU_OAI
+        assert adapter._activation_of(module) == ActivationType.SWIGLU_OAI.value
     else:
         with pytest.raises(UnsupportedError, match=r"ClampedExperts._apply_gate.*alpha=1.702"):
             module(*module_inputs())
