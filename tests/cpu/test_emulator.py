@@ -65,7 +65,9 @@ class GatherProblem:
 
     def __init__(self, tokens, depth, columns, begin, end, rows):
         generator = torch.Generator().manual_seed(tokens)
-        self.x = torch.randn(tokens, depth, generator=generator).bfloat16()
+        padded = torch.randn(tokens, depth + 8, generator=generator).bfloat16()
+        padded[:, depth:] = NAN  # what a copy without zero-fill brings in
+        self.x = padded[:, :depth]
         self.w = torch.randn(columns, depth, generator=generator).bfloat16()
         self.index = torch.randint(0, tokens, (rows,), generator=generator, dtype=torch.int32)
         self.begin, self.end, self.shape = begin, end, (rows, columns)

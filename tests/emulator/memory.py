@@ -217,6 +217,11 @@ class SharedMemory:
         for a in pending:  # of the same units, perhaps
             self.history.begin_read(w, a.units, a.ins.line)
 
+    def read_over_at(self, w, access, time):
+        """A read by warp `w` is over, for those whose clocks include that time of the warp's."""
+        if self.check:
+            self.history.end_read(w, access.units, time)
+
     def conflict(self, what, units, kinds):
         """The Fault for an access `what` to 16-byte units that an operation of one of `kinds` is
         using.

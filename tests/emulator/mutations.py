@@ -82,12 +82,10 @@ def numbers(text):
                 name = f"{'bytes' if expect else 'count'} {number} -> {other}"
                 yield mutation(text, m.start(2), m.end(2), str(other), name)
     for m in re.finditer(r"mbarrier\.try_wait\.parity[^;\[]*\[[^\]]*\], (%?\w+)", text):
+        start, end = text.rfind("\n", 0, m.start()) + 1, text.index(";", m.end()) + 1
         flipped = f"{{ .reg .b32 flip; xor.b32 flip, {m.group(1)}, 1; "
-        start = text.rfind("\n", 0, m.start()) + 1
-        wait = text[start : m.end()].replace(m.group(1), "flip")
-        end = text.index(";", m.end()) + 1
-        rest = text[m.end() : end]
-        yield mutation(text, start, end, flipped + wait + rest + " }", "phase flipped")
+        flipped += text[start : m.start(1)] + "flip" + text[m.end(1) : end] + " }"
+        yield mutation(text, start, end, flipped, "phase flipped")
 
 
 def copies(text):

@@ -86,8 +86,8 @@ class History:
         self.unit_read[units, :, w.id] = PENDING
         self.unit_read_line[units] = line
 
-    def end_read(self, w, units):
-        self.unit_read[units, :, w.id] = w.clock[w.id]
+    def end_read(self, w, units, time=None):
+        self.unit_read[units, :, w.id] = w.clock[w.id] if time is None else time
 
     # ---- cp.async: words, written for the generic proxy ----
     def begin_copy(self, w, words, line):

@@ -1,12 +1,19 @@
 """A kernel translated for the emulator: per instruction a node (kind, function, next)."""
 
+import importlib
+
 import numpy as np
 
-from . import accesses, barriers, calls, copies, fragments, lanes, mbarriers, registers, tma, wgmma  # noqa: F401  (fill the table)
 from .alu import Codegen
 from .builder import Builder
 from .memory import LOCAL_WINDOW, SHARED_WINDOW
 
+MODULES = (
+    "accesses", "barriers", "calls", "copies", "fragments", "lanes", "mbarriers", "registers",
+    "tcgen05", "tma", "wgmma",
+)  # fmt: skip
+for _module in MODULES:  # each enters its instructions in the table
+    importlib.import_module("." + _module, __package__)
 IGNORED = {
     "prefetch",
     "prefetchu",

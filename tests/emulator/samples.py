@@ -159,7 +159,8 @@ class GatheredGemm:
                 warpgroup.wait_group(0)
             if cutlass.const_expr(self.mistake != "no buffer wait"):
                 cute.arch.sync_threads()
-        warpgroup.wait_group(0)
+        if cutlass.const_expr(self.mistake == "no mma wait"):
+            warpgroup.wait_group(0)
         self.store(acc, smem + D, thread)
         if cutlass.const_expr(self.mistake != "no store fence"):
             cute.arch.fence_view_async_shared()
@@ -201,7 +202,7 @@ class GatheredGemm:
             )
             prims.cp_async_shared_global(
                 pointer + (row * ROW_BYTES + (chunk << 4)),
-                x.iterator + (Int64(token) * x.shape[1] + k + piece * 8),
+                x.iterator + (Int64(token) * x.stride[0] + k + piece * 8),
                 16,
                 prims.LoadCacheModifier.CG,
                 cp_size=size,
@@ -283,12 +284,11 @@ class PairCopy:
                         at = [0, (first + turn) * TILE]
                         prims.cp_async_bulk_tensor_reduce(out_map.get_ptr(), smem + 1024, "add", at)
                         cute.arch.cp_async_bulk_commit_group()
-                        if cutlass.const_expr(self.mistake != "no read wait"):
+                        if cutlass.const_expr(turn == 1 or self.mistake != "no read wait"):
                             cute.arch.cp_async_bulk_wait_group(0, read=True)
                 if cutlass.const_expr(turn == 0):
                     cute.arch.sync_warp()
                     if cute.arch.lane_idx() < 2:
                         cute.arch.mbarrier_arrive(empty, cute.arch.lane_idx())
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
+        # No last cluster barrier: a CTA that has seen both phases of `full` and the one of `empty`
+        # has everything that its peer sends it.

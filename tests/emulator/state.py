@@ -45,6 +45,7 @@ class Warp:
             None,
             {},
         )  # registers at the last wgmma.fence, and those a wgmma wrote since
+        self.mma_open = []  # tcgen05.mma since the last commit
         self.st_pending, self.st_waiting = 0, False  # tcgen05.st
         self.local = np.zeros((LANES, local_bytes), np.uint8) if local_bytes else None
         self.call_params = {}
