@@ -97,8 +97,8 @@ def check_route(inputs, route: Route, *, fused: bool, ids: Tensor | None = None)
             ours, theirs = getattr(actual, name), getattr(plan, name)
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=lambda m, n=name: n + m)
     if route.balance:
-        assert torch.equal(actual.count, exact.count) and torch.equal(actual.live, exact.live)
-        assert exact.count.any()
+        assert torch.equal(actual.load, exact.load) and torch.equal(actual.live, exact.live)
+        assert exact.load.any()
         assert_close(actual.prob_sum, exact.prob_sum, low.prob_sum, name="prob_sum", **close)
         losses = [twin.balance_losses(*routed[3:], route) for routed in (exact, low)]
         for name in ("switch", "sequence", "z", "entropy"):
@@ -118,7 +118,7 @@ def check_gradients(inputs, results: RouteTensors, route: Route) -> None:
     full |= {name: full[name] * tokens for name in names[2:]}
     for given in [*([name] for name in names), list(names)]:
         grads = [full[name] if name in given else None for name in RouteTensors._fields[:5]]
-        saved = results.scores, results.ids, results.lse, results.count, results.live
+        saved = results.scores, results.ids, results.lse, results.load, results.live
         flat = list(vars(route).values())
         actual = _backward(*grads, logits, mask, *saved, *flat) if logits.is_cuda else None
         if actual is None:
@@ -154,7 +154,7 @@ def _interpreted_backward(grads, logits, mask, results: RouteTensors, route: Rou
 
     weight = dz_sum = None
     if route.balance:
-        weight, dz_sum = loss_weights(*grads[1:], results.count, results.live, route)
+        weight, dz_sum = loss_weights(*grads[1:], results.load, results.live, route)
     saved = results.scores, results.ids, results.lse
     return route_grad(grads[0], weight, dz_sum, logits, mask, *saved, route)
 

@@ -33,7 +33,7 @@ class Routed(NamedTuple):
         scores, ids: (T, top_k) weights of the winners and their columns.
         lse: (T,) logsumexp of ``v``; -inf for a token that may go nowhere.
         prob_sum: (S, E) sum of ``p`` over a sequence's tokens.
-        count: (S, E) winners of each column; null experts have theirs.
+        load: (S, E) winners of each column; null experts have theirs.
         live: (S,) tokens with a finite ``v``.
         z_sum: () sum of ``lse ** 2`` over them.
         entropy_sum: () sum of ``-sum_e p log p`` over them; no gradient.
@@ -43,7 +43,7 @@ class Routed(NamedTuple):
     ids: Tensor
     lse: Tensor
     prob_sum: Tensor
-    count: Tensor
+    load: Tensor
     live: Tensor
     z_sum: Tensor
     entropy_sum: Tensor

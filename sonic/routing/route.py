@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sonic.plan import MAX_EXPERTS, RoutingPlan, build_plan
-from sonic.routing.topk import MAX_TOP_K
+from sonic.plan import RoutingPlan, build_plan
 from sonic.runtime.errors import (
     ArgumentError,
     DeviceError,
@@ -17,6 +16,7 @@ from sonic.runtime.errors import (
     MissingPackageError,
     ShapeError,
 )
+from sonic.runtime.limits import MAX_EXPERTS, MAX_TOP_K
 from sonic.runtime.route import Route, RouteTensors, ScoreFunction
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -66,7 +66,7 @@ def route(
         num_null: the last ``num_null`` columns are null experts: their winners have weight zero,
             and the renormalisation passes over them.
         num_experts: E of the plan, whose slots of other columns are dropped; None for no plan.
-        num_sequences: divides T; the first axis of ``prob_sum`` and ``count``.
+        num_sequences: divides T; the first axis of ``prob_sum`` and ``load``.
         balance: False leaves sums and losses out.
 
     Returns:
@@ -83,7 +83,7 @@ def route(
         gradient is rounded once.
 
     Memory:
-        Backward keeps the logits, ``scores``, ``ids``, ``lse``, ``count`` and ``live``.
+        Backward keeps the logits, ``scores``, ``ids``, ``lse``, ``load`` and ``live``.
     """
     options = Route(
         top_k=top_k,
@@ -264,7 +264,7 @@ def _forward_torch(
         losses.z,
         ids,
         routed.lse,
-        routed.count,
+        routed.load,
         routed.live,
         losses.entropy,
         *plan,
@@ -420,7 +420,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # Without balance sums, the four floats behind the scores are empty.
     ctx.mark_non_differentiable(*results[5 if results.switch.dim() == 0 else 1 :])
     ctx.save_for_backward(
-        logits, mask, results.scores, results.ids, results.lse, results.count, results.live
+        logits, mask, results.scores, results.ids, results.lse, results.load, results.live
     )
     ctx.flat = flat
 

@@ -51,7 +51,7 @@ class RouteTensors(NamedTuple):
     """Results of one routing pass, in the order of the operator ``sonic::route``.
 
     Floats are fp32 (fp64 for fp64 logits), integers int32. Without ``Route.balance`` the fields
-    from ``prob_sum`` to ``z`` and from ``count`` to ``entropy`` are empty; without
+    from ``prob_sum`` to ``z`` and from ``load`` to ``entropy`` are empty; without
     ``Route.num_experts`` those of the plan are.
 
     Attributes:
@@ -60,7 +60,7 @@ class RouteTensors(NamedTuple):
         switch, sequence, z: () losses, see :func:`sonic.reference.routers.balance_losses`.
         ids: (T, top_k) columns of the winners; -1 where nothing was left to choose.
         lse: (T,) logsumexp of the logits; -inf for a token that may go nowhere.
-        count: (S, E) winners of each column.
+        load: (S, E) winners of each column.
         live: (S,) tokens that may go somewhere.
         entropy: () mean entropy of the scores scaled to sum to one.
         offset_by_expert, token_by_row, slot_by_row, row_by_slot: of :class:`sonic.RoutingPlan`.
@@ -73,7 +73,7 @@ class RouteTensors(NamedTuple):
     z: Tensor
     ids: Tensor
     lse: Tensor
-    count: Tensor
+    load: Tensor
     live: Tensor
     entropy: Tensor
     offset_by_expert: Tensor

@@ -1,0 +1,45 @@
+"""A router that does not choose: ids and weights come with the call."""
+
+from torch import Tensor
+
+from sonic import checks
+from sonic.nn.routers.base import LossWeights, Router, RouterOutput
+from sonic.plan import build_plan
+from sonic.routing.balancing import RoutingStatistics
+
+
+class PrecomputedRouter(Router):
+    """Passes decided ids and weights on, with their plan and statistics.
+
+    For routing that another network made, or that was recorded. To weight recorded ids anew from
+    this layer's logits, pass ``ids`` to a :class:`sonic.nn.routers.TopKRouter` instead.
+
+    Args:
+        hidden_size: H. num_experts: E. top_k: ids per token.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        balance: bool = True,
+    ) -> RouterOutput:
+        """Args:
+        hidden_states: (..., H), T tokens; read for its shape and device only.
+        topk_ids: (T, top_k) int32 or int64; ids outside ``[0, E)`` are dropped.
+        topk_weights: (T, top_k) floating point, used as fp32.
+        balance: False leaves the statistics out; there are no losses.
+        """
+        tokens = self.tokens(hidden_states)
+        op = "PrecomputedRouter"
+        checks.check_topk(op, tokens, topk_ids, topk_weights, "reference")
+        checks.check_int(op, "top_k", topk_ids.shape[1], self.top_k, self.top_k, "of this router")
+        plan = build_plan(topk_ids, self.num_experts)
+        statistics = None
+        if balance:
+            statistics = RoutingStatistics(plan.expert_frequency(), None, self.num_experts, plan)
+        return RouterOutput(
+            topk_ids.int(), topk_weights, plan, None, {}, LossWeights(), statistics, None
+        )

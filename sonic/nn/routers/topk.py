@@ -1,0 +1,430 @@
+"""Routers that choose the top-k columns of one matrix product, and their balancing state.
+
+Symbols: T tokens, H hidden size, E experts, C columns of the logits.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sonic import checks
+from sonic.nn.routers.base import (
+    LossWeights,
+    Router,
+    RouterOutput,
+    SharedReference,
+    num_sequences,
+)
+from sonic.plan import build_plan
+from sonic.routing.balancing import (
+    DROP_RULES,
+    RoutingStatistics,
+    all_reduced,
+    capacity_of,
+    corrected_bias,
+    global_batch_loss,
+    is_recomputation,
+    limit_capacity,
+    local_load,
+    refuse_capture,
+)
+from sonic.routing.logits import router_logits
+from sonic.routing.route import plan_of, route
+from sonic.runtime.errors import ArgumentError
+from sonic.runtime.route import RouteTensors
+
+
+class TopKRouter(Router):
+    """``logits = x @ weight.T``, the ``top_k`` best columns, and their weights.
+
+    Columns are the E experts, then identity experts (weight times the token itself), then null
+    experts (nothing; their winners are not renormalised over). See
+    :func:`sonic.routing.route.route` for what is computed.
+
+    Args:
+        hidden_size: H. num_experts: E. top_k: winners per token.
+        score: ``"softmax"``, ``"sigmoid"`` or ``"sqrt_softplus"``.
+        renormalize: weights of a token sum to ``scale``.
+        scale: factor of the weights.
+        correction_bias: whether there is a ``correction_bias`` (C,), a float32 buffer that moves
+            the choice but not the weights, and that :func:`update_balance` adjusts.
+        num_groups, topk_groups, group_best: winners come from the ``topk_groups`` best of
+            ``num_groups`` runs of columns, ranked by the sum of their ``group_best`` best choices.
+        num_identity, num_null: experts that cost nothing.
+        losses: factors of the balancing losses, a :class:`LossWeights` or a mapping.
+        capacity_factor: in training an expert takes at most ``factor * T * top_k / E`` rows; None
+            for no limit. eval_capacity_factor: likewise in eval mode.
+        capacity_drop: ``"position"`` drops an expert's last tokens, ``"score"`` its least weighted.
+        group: processes that share a batch, for the global-batch loss and for
+            :func:`update_balance`; None for this process alone.
+        add_bias: whether the product has a learned ``bias`` (C,) (gpt-oss).
+        float32_logits: evaluate the product in float32, whatever the weight's dtype.
+        std: standard deviation of the normal initialisation.
+        device, dtype: of the parameters.
+
+    Parameters: ``weight`` (C, H), ``bias`` (C,) or None.
+    """
+
+    bias: nn.Parameter | None
+    correction_bias: Tensor | None
+    step_load: Tensor | None
+    batch_load: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        score: str = "softmax",
+        renormalize: bool = True,
+        scale: float = 1.0,
+        correction_bias: bool = False,
+        num_groups: int = 1,
+        topk_groups: int = 1,
+        group_best: int = 2,
+        num_identity: int = 0,
+        num_null: int = 0,
+        losses: LossWeights | Mapping[str, float] | None = None,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        capacity_drop: str = "position",
+        group: dist.ProcessGroup | None = None,
+        add_bias: bool = False,
+        float32_logits: bool = False,
+        std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        columns = num_experts + num_identity + num_null
+        super().__init__(hidden_size, num_experts, top_k, num_columns=columns, losses=losses)
+        op = type(self).__name__
+        for name, value in (("num_identity", num_identity), ("num_null", num_null)):
+            checks.check_int(op, name, value, 0, checks.MAX_EXPERTS, "16-bit ids")
+        if capacity_drop not in DROP_RULES:
+            raise ArgumentError(
+                checks.message(
+                    op,
+                    f"capacity_drop={capacity_drop!r} is not known",
+                    ", ".join(map(repr, DROP_RULES)),
+                    "Pass one of these strings.",
+                )
+            )
+        for factor in (capacity_factor, eval_capacity_factor):
+            if factor is not None:
+                capacity_of(1, top_k, num_experts, factor)
+        self.num_columns = columns
+        self.num_identity = num_identity
+        self.num_null = num_null
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.capacity_drop = capacity_drop
+        self.float32_logits = float32_logits
+        self.std = std
+        self._options: dict[str, Any] = {
+            "score": score,
+            "renormalize": renormalize,
+            "scale": scale,
+            "num_groups": num_groups,
+            "topk_groups": topk_groups,
+            "group_best": group_best,
+            "num_null": num_null,
+        }
+        self._group = SharedReference(group)
+        self.weight = nn.Parameter(torch.empty(columns, hidden_size, device=device, dtype=dtype))
+        if add_bias:
+            self.bias = nn.Parameter(torch.empty(columns, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        counts = {"dtype": torch.int64, "device": device}
+        bias = step_load = batch_load = None
+        if correction_bias:
+            bias = torch.empty(columns, dtype=torch.float32, device=device)
+            step_load = torch.empty(columns, **counts)  # type: ignore[arg-type]
+        if self.losses.global_batch:
+            batch_load = torch.empty(columns + 1, **counts)  # type: ignore[arg-type]
+        self.register_buffer("correction_bias", bias)
+        self.register_buffer("step_load", step_load, persistent=False)
+        self.register_buffer("batch_load", batch_load, persistent=False)
+        self.reset_parameters()
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Refuse at construction what :func:`route` would refuse at the first call."""
+        logits = torch.empty(0, self.num_columns, device="meta")
+        route(logits, self.top_k, **self._options)
+
+    def reset_parameters(self) -> None:
+        """N(0, std) weight, zero biases and counts; also after ``to_empty`` on a meta module."""
+        nn.init.normal_(self.weight, std=self.std)
+        for tensor in (self.bias, self.correction_bias, self.step_load, self.batch_load):
+            if tensor is not None:
+                nn.init.zeros_(tensor)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes that share a batch; may be assigned."""
+        group: dist.ProcessGroup | None = self._group.value
+        return group
+
+    @group.setter
+    def group(self, group: dist.ProcessGroup | None) -> None:
+        self._group = SharedReference(group)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
+        """Casting the module leaves the correction bias in float32: its steps are small."""
+        before = self.correction_bias
+        super()._apply(fn, recurse)
+        after = self.correction_bias
+        if before is not None and after is not None and after.dtype != torch.float32:
+            self.correction_bias = before.to(after.device)
+        return self
+
+    def compute_logits(self, tokens: Tensor) -> Tensor:
+        """(T, C) from (T, H)."""
+        return router_logits(tokens, self.weight, self.bias, in_float32=self.float32_logits)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        mask: Tensor | None = None,
+        ids: Tensor | None = None,
+        balance: bool = True,
+    ) -> RouterOutput:
+        """Route tokens.
+
+        Args:
+            hidden_states: (..., H). A tensor (B, n, H) holds B sequences, for sequence-wise losses.
+            mask: (T, C) or (C,) added to the logits; -inf bars a column (modalities, padding).
+            ids: (T, top_k) recorded winners to weight anew, or None to choose.
+            balance: False leaves losses and statistics out, and counts nothing.
+        """
+        tokens = self.tokens(hidden_states)
+        logits = self.compute_logits(tokens)
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        tensors = route(
+            logits,
+            self.top_k,
+            bias=self.correction_bias,
+            mask=mask,
+            ids=ids,
+            num_experts=None if factor is not None else self.num_experts,
+            num_sequences=num_sequences(hidden_states),
+            balance=balance,
+            **self._options,
+        )
+        winners, plan = tensors.ids, plan_of(tensors)
+        if factor is not None:
+            capacity = capacity_of(tokens.shape[0], self.top_k, self.num_experts, factor)
+            winners = limit_capacity(
+                winners, tensors.scores, self.num_experts, capacity, drop=self.capacity_drop
+            )
+        if plan is None:
+            plan = build_plan(winners, self.num_experts)
+        statistics = None
+        losses: dict[str, Tensor] = {}
+        if balance:
+            losses = self._losses(tensors)
+            load = tensors.load.sum(dim=0) if tensors.load.shape[0] > 1 else tensors.load[0]
+            statistics = RoutingStatistics(load, tensors.entropy, self.num_experts, plan)
+        return RouterOutput(
+            winners,
+            tensors.scores,
+            plan,
+            logits,
+            losses,
+            self.losses,
+            statistics,
+            self._identity_weight(tensors),
+        )
+
+    def _identity_weight(self, tensors: RouteTensors) -> Tensor | None:
+        if self.num_identity == 0:
+            return None
+        first = self.num_experts
+        is_identity = (tensors.ids >= first) & (tensors.ids < first + self.num_identity)
+        return torch.where(is_identity, tensors.scores, 0.0).sum(dim=-1)
+
+    def _losses(self, tensors: RouteTensors) -> dict[str, Tensor]:
+        """The losses, and in training the counts that outlast this pass."""
+        losses = {"switch": tensors.switch, "sequence": tensors.sequence, "z": tensors.z}
+        counts = self.training and not is_recomputation()
+        if self.step_load is not None and counts:
+            self.step_load.add_(tensors.load.sum(dim=0))
+        if self.batch_load is not None:
+            earlier = None
+            if self.training:
+                # A forward that is repeated finds itself among the counts.
+                now = local_load(tensors)
+                earlier = self.batch_load.clone() if counts else self.batch_load - now
+                if counts:
+                    self.batch_load.add_(now)
+            losses["global_batch"] = global_batch_loss(
+                tensors,
+                top_k=self.top_k,
+                num_null=self.num_null,
+                group=self.group,
+                earlier_load=earlier,
+            )
+        return losses
+
+    def extra_repr(self) -> str:
+        shown = [f"{name}={value!r}" for name, value in self._options.items() if value != 1]
+        if self.correction_bias is not None:
+            shown.append("correction_bias=True")
+        return ", ".join([super().extra_repr(), *shown])
+
+
+@torch.no_grad()
+def update_balance(module: nn.Module, rate: float = 1e-3) -> None:
+    """Adjust every correction bias in ``module``; to be called once after each optimiser step.
+
+    The loads counted in training since the last call are summed over the router's process group;
+    each bias moves by ``rate`` against its expert's excess, and the counts start anew, those of the
+    global-batch loss too. Forward passes alone never change a bias: not in eval mode, not when
+    activation checkpointing repeats them, not when a CUDA graph is captured or replayed. Passes
+    that warm a graph up are counted; call :meth:`TopKRouter.reset_counts` behind them.
+
+    Args:
+        module: a model, layer or router.
+        rate: step of the bias.
+
+    Raises:
+        UnsupportedError: a CUDA graph is being captured.
+    """
+    routers = [router for router in module.modules() if isinstance(router, TopKRouter)]
+    pending: dict[tuple[Any, torch.device], list[TopKRouter]] = {}
+    for router in routers:
+        if router.batch_load is not None:
+            refuse_capture("update_balance", router.batch_load)
+            router.batch_load.zero_()
+        if router.step_load is not None:
+            refuse_capture("update_balance", router.step_load)
+            pending.setdefault((router.group, router.step_load.device), []).append(router)
+    for (group, _), together in pending.items():
+        # One exchange for all layers.
+        loads = torch.cat([r.step_load for r in together if r.step_load is not None])
+        all_reduced(loads, group)
+        parts = loads.split([r.num_columns for r in together])
+        for router, load in zip(together, parts, strict=True):
+            if router.correction_bias is not None and router.step_load is not None:
+                bias = corrected_bias(router.correction_bias, load, rate)
+                router.correction_bias.copy_(bias)
+                router.step_load.zero_()
+
+
+class SoftmaxRouter(TopKRouter):
+    """Softmax and top-k in either order (Mixtral, Qwen3-MoE, OLMoE, gpt-oss, DeepSeek-V2).
+
+    ``renormalize=True`` is the softmax over the winners' logits, which is the same as keeping the
+    winners of a full softmax and renormalising them; ``False`` keeps the full softmax's values.
+    Other arguments: :class:`TopKRouter`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        renormalize: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            hidden_size, num_experts, top_k, score="softmax", renormalize=renormalize, **options
+        )
+
+
+class SigmoidRouter(TopKRouter):
+    """Sigmoid scores with a correction bias; groups and scale as given (DeepSeek-V3, MiniMax-M2).
+
+    Arguments: :class:`TopKRouter`. DeepSeek-V3 itself is ``SigmoidRouter(7168, 256, 8, scale=2.5,
+    num_groups=8, topk_groups=4, float32_logits=True)``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        correction_bias: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            hidden_size,
+            num_experts,
+            top_k,
+            score="sigmoid",
+            correction_bias=correction_bias,
+            **options,
+        )
+
+
+class SqrtSoftplusRouter(TopKRouter):
+    """``sqrt(softplus(logit))`` scores with a correction bias (DeepSeek-V4).
+
+    Arguments: :class:`TopKRouter`. For its hash-routed layers pass the table's ids as ``ids``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        correction_bias: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            hidden_size,
+            num_experts,
+            top_k,
+            score="sqrt_softplus",
+            correction_bias=correction_bias,
+            **options,
+        )
+
+
+class Top1Router(TopKRouter):
+    """One expert per token, weighted by its probability among all (Switch, arXiv 2101.03961).
+
+    Renormalising a single winner would cut the router off from the gradient, so it is not offered.
+    Other arguments: :class:`TopKRouter`.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, **options: Any) -> None:
+        super().__init__(hidden_size, num_experts, 1, renormalize=False, **options)
+
+
+class NoisyTopKRouter(TopKRouter):
+    """In training, logits plus normal noise of a learned spread, ``softplus(x @ noise.T)``.
+
+    The noise is drawn in float32 and takes part in choice and weights; in eval mode there is none.
+    Arguments: :class:`TopKRouter`.
+
+    Parameters: those of :class:`TopKRouter`, and ``noise_weight`` (C, H), which starts at zero.
+
+    Source: Shazeer et al. (arXiv 1701.06538), section 2.1.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, **options: Any) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **options)
+        self.noise_weight = nn.Parameter(torch.zeros_like(self.weight))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "noise_weight"):
+            nn.init.zeros_(self.noise_weight)
+
+    def compute_logits(self, tokens: Tensor) -> Tensor:
+        logits = super().compute_logits(tokens)
+        if not self.training:
+            return logits
+        spread = F.softplus(router_logits(tokens, self.noise_weight, in_float32=True))
+        return logits + torch.randn_like(spread) * spread

@@ -1,0 +1,214 @@
+"""Balancing beyond one process and one pass: global-batch loss, correction bias, capacity, numbers.
+
+Switch, sequence-wise and z-loss come out of :func:`sonic.routing.route.route` itself. What is here
+works on its sums, on tensors of E elements; nothing waits for the device.
+
+Sizes: T tokens, E columns of the logits, S sequences, ``top_k`` winners.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sonic.plan import RoutingPlan, build_plan
+from sonic.reference.routers import load_shares
+from sonic.runtime.errors import ArgumentError, UnsupportedError
+from sonic.runtime.route import RouteTensors
+
+DROP_RULES = ("position", "score")
+
+
+def is_recomputation() -> bool:
+    """True inside a backward pass: a forward that runs there repeats one that ran before.
+
+    Activation checkpointing does that. Whatever counts tokens must not count them again.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def all_reduced(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum of ``tensor`` over the processes of ``group``, in place; itself without a group."""
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+# ------------------------------------------------------------------------ global-batch loss
+
+
+def local_load(tensors: RouteTensors) -> Tensor:
+    """(E + 1,) int64: winners of each column, and the number of tokens, of one pass."""
+    return torch.cat([tensors.load.sum(dim=0), tensors.live.sum()[None]])
+
+
+def global_batch_loss(
+    tensors: RouteTensors,
+    *,
+    top_k: int,
+    num_null: int = 0,
+    group: dist.ProcessGroup | None = None,
+    earlier_load: Tensor | None = None,
+) -> Tensor:
+    """Switch loss whose loads are those of the whole batch, not of this process's share.
+
+    ``E / (top_k N T) * sum_e load_e prob_e`` with ``load`` and ``N`` summed over processes and
+    earlier micro-batches, ``prob`` and ``T`` over processes. On every process the value is that of
+    the joined batch. Its gradient is this process's part times the number of processes: averaged
+    over processes, as data-parallel training does, it is the gradient of the joined batch, even
+    where processes hold different numbers of tokens.
+
+    Args:
+        tensors: results of one pass with ``balance``.
+        top_k: of that pass. num_null: of that pass.
+        group: the processes that share the batch; None for this one alone.
+        earlier_load: (E + 1,) sum of :func:`local_load` over this process's earlier micro-batches
+            of the same step, or None.
+
+    Returns:
+        () fp32, one for an even load.
+    """
+    num_columns = tensors.load.shape[1]
+    now = local_load(tensors)
+    load = now if earlier_load is None else now + earlier_load
+    prob = tensors.prob_sum.sum(dim=0)
+    # float64 holds every count exactly, so that one exchange serves counts and probabilities.
+    shared = torch.cat([load.double(), prob.detach().double(), now[-1:].double()])
+    shared = all_reduced(shared, group).to(prob.dtype)
+    load, prob_all = shared[:num_columns], shared[num_columns + 1 : -1]
+    tokens, tokens_now = shared[num_columns].clamp(min=1), shared[-1].clamp(min=1)
+    load = load_shares(load, num_columns - num_null, prob.dtype)
+    weight = load * (num_columns / (top_k * tokens * tokens_now))
+    size = 1 if group is None else dist.get_world_size(group)
+    mine = size * (weight * prob).sum()
+    return (weight * prob_all).sum() + (mine - mine.detach())
+
+
+# -------------------------------------------------------------------------- correction bias
+
+
+def corrected_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
+    """``bias + rate * sign(mean(load) - load)``: an overloaded expert loses, an idle one gains.
+
+    Args:
+        bias: (E,) fp32. load: (E,) winners of a step, over all processes. rate: 1e-3 is usual.
+
+    Returns:
+        (E,), ``bias`` itself where there was no load at all.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
+    """
+    load = load.to(torch.float64)
+    return bias + rate * torch.sign(load.mean() - load).to(bias.dtype)
+
+
+def refuse_capture(op: str, tensor: Tensor) -> None:
+    """A step's update must not become part of a CUDA graph, which would repeat it."""
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            f"{op}: called while a CUDA graph is being captured. Allowed: outside of a capture, "
+            "once per optimiser step. Capture forward and backward only, and call it between "
+            "replays."
+        )
+
+
+# ---------------------------------------------------------------------------------- capacity
+
+
+def capacity_of(num_tokens: int, top_k: int, num_experts: int, factor: float) -> int:
+    """Rows an expert takes at most: ``ceil(factor * T * top_k / E)``, at least 1."""
+    if not factor > 0:
+        raise ArgumentError(
+            f"capacity_of: factor={factor} is not positive. Pass a factor such as 1.25, or None "
+            "where the limit is optional."
+        )
+    return max(1, math.ceil(factor * num_tokens * top_k / num_experts))
+
+
+def limit_capacity(
+    ids: Tensor, scores: Tensor, num_experts: int, capacity: int, *, drop: str = "position"
+) -> Tensor:
+    """Ids with the slots beyond each expert's capacity replaced by -1.
+
+    Args:
+        ids: (T, top_k) int32; ids outside ``[0, num_experts)`` are kept as they are.
+        scores: (T, top_k), read for ``drop="score"``.
+        capacity: rows per expert, at least 0.
+        drop: ``"position"`` drops an expert's last slots, ``"score"`` those of lowest score (of
+            equal scores, the last).
+
+    Returns:
+        (T, top_k) int32.
+    """
+    if drop not in DROP_RULES:
+        raise ArgumentError(
+            f"limit_capacity: drop={drop!r} is not one of {', '.join(map(repr, DROP_RULES))}."
+        )
+    flat = ids.reshape(-1)
+    if drop == "position":
+        beyond = _rank_in_expert(flat, num_experts) >= capacity
+    else:
+        order = torch.sort(scores.detach().reshape(-1), descending=True, stable=True).indices
+        late = _rank_in_expert(flat[order], num_experts) >= capacity
+        beyond = torch.empty_like(late).scatter_(0, order, late)
+    return torch.where(beyond, -1, flat).to(ids.dtype).view(ids.shape)
+
+
+def _rank_in_expert(flat: Tensor, num_experts: int) -> Tensor:
+    """(S,) how many earlier slots name the same expert; -1 for ids out of range."""
+    plan = build_plan(flat[:, None], num_experts)
+    row, inside = plan.row_by_slot, plan.row_by_slot >= 0
+    first = plan.offset_by_expert[torch.where(inside, flat, 0).long()]
+    return torch.where(inside, row - first, -1)
+
+
+# -------------------------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """Numbers to watch, as tensors on the device; each property is a few small kernels.
+
+    Attributes:
+        load: (E,) int32 winners of each column, null experts included, before any capacity limit.
+        token_entropy: () mean entropy of a token's scores, or None where there are no logits.
+        num_experts: columns that are experts; the rest are identity and null experts.
+        plan: the plan that the experts run, or None.
+    """
+
+    load: Tensor
+    token_entropy: Tensor | None
+    num_experts: int
+    plan: RoutingPlan | None
+
+    @property
+    def load_entropy(self) -> Tensor:
+        """() entropy of the experts' shares of the load; ``log(E)`` if it is even."""
+        load = self.load[: self.num_experts].double()
+        share = load / load.sum().clamp(min=1)
+        return -torch.special.xlogy(share, share).sum().float()
+
+    @property
+    def max_violation(self) -> Tensor:
+        """() by how much the busiest expert exceeds the mean load; 0 if it is even."""
+        load = self.load[: self.num_experts].double()
+        mean = load.mean()
+        return torch.where(mean > 0, load.max() / mean.clamp(min=1e-9) - 1, 0.0).float()
+
+    @property
+    def idle_experts(self) -> Tensor:
+        """() int64: experts that no token chose."""
+        return (self.load[: self.num_experts] == 0).sum()
+
+    @property
+    def dropped(self) -> Tensor | None:
+        """() share of the slots that no expert's row serves: barred, null, identity, or beyond
+        the capacity."""
+        if self.plan is None:
+            return None
+        slots = max(1, self.plan.num_rows)
+        return 1 - self.plan.offset_by_expert[-1].float() / slots
