@@ -17,7 +17,8 @@ of a flat list, R rows. Shared conventions:
   CUDA graph and traced with ``torch.compile(fullgraph=True)``, and give the same bits on every run.
 * What is saved for the backward pass is listed in ``sonic.autograd``; in a region without gradients
   nothing is.
-* First derivatives only; a second one raises :class:`UnsupportedError`.
+* Reverse-mode first derivatives only. A second one, forward mode and the derivatives of
+  ``torch.func`` raise :class:`UnsupportedError`; :mod:`sonic.reference` has all of them.
 
 Source: SonicMoE (arXiv 2512.14080), section 3.
 """
@@ -25,13 +26,13 @@ Source: SonicMoE (arXiv 2512.14080), section 3.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import sonic.autograd  # noqa: F401  (defines the operators and their gradients)
 from sonic import checks
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
 from sonic.plan import RoutingPlan, build_plan, build_plan_flat
+from sonic.routing.logits import router_logits
 from sonic.routing.token_rounding import rounding_scores, token_rounding_plan
 from sonic.routing.topk import topk_routing
 from sonic.runtime.errors import ArgumentError, ShapeError
@@ -155,6 +156,55 @@ def experts_flat(
     return out
 
 
+def experts_planned(
+    hidden_states: Tensor,
+    weights: Tensor,
+    plan: RoutingPlan,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    activation: str | ActivationType = "swiglu",
+    layout: str | GateUpLayout = "interleaved",
+    impl: str = "auto",
+    main_grads: MainGrads | None = None,
+) -> Tensor:
+    """:func:`experts` by a plan that was made before, such as a router's.
+
+    Args:
+        hidden_states: (T, H), floating point.
+        weights: (T, top_k) for a plan of fixed top-k, (S,) for one of flat lists.
+        plan: of :func:`sonic.build_plan` or :func:`sonic.build_plan_flat`, for T tokens and E
+            experts. Its contents are trusted.
+        w1, w2, b1, b2, activation, layout, impl, main_grads: as in :func:`experts`.
+
+    Returns:
+        (T, H), as :func:`experts`.
+
+    Raises:
+        As :func:`experts`; ShapeError also for a plan of other sizes.
+    """
+    op = "experts_planned"
+    checks.check_hidden_states(op, hidden_states)
+    impl = checks.resolve_impl(op, impl, hidden_states.device)
+    operands = _operands(op, hidden_states, w1, b1, w2, b2, activation, layout, impl, main_grads)
+    sizes = plan.num_tokens, plan.num_experts, plan.num_rows
+    if sizes != (hidden_states.shape[0], w1.shape[0], weights.numel()):
+        raise ShapeError(
+            checks.message(
+                op,
+                f"a plan of {sizes[0]} tokens, {sizes[1]} experts and {sizes[2]} slots came with "
+                f"{hidden_states.shape[0]} tokens, {w1.shape[0]} experts and {weights.numel()} "
+                "weights",
+                "equal sizes",
+                "Build the plan from the ids of these tokens, with num_experts=w1.shape[0].",
+            )
+        )
+    checks.check_num_slots(op, plan.num_rows, impl)
+    return _run(operands, weights, plan)
+
+
 def moe(
     hidden_states: Tensor,
     router_weight: Tensor,
@@ -206,7 +256,7 @@ def moe(
     order = checks.choice(op, "score_order", score_order, ScoreOrder)
     operands = _operands(op, hidden_states, w1, b1, w2, b2, activation, layout, impl, main_grads)
     checks.check_router(op, hidden_states, router_weight, w1.shape[0], top_k, impl)
-    logits = _router_logits(hidden_states, router_weight)
+    logits = router_logits(hidden_states, router_weight)
     if rounding is None:
         scores, ids = topk_routing(logits, top_k, order=order)
         plan = build_plan(ids, w1.shape[0], impl=_PLAN_IMPL[impl])
@@ -478,13 +528,3 @@ def _experts_flat(
         token_ids, expert_ids, hidden_states.shape[0], num_experts, impl=_PLAN_IMPL[impl]
     )
     return _run(operands, weights, plan), plan
-
-
-def _router_logits(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
-    """``hidden_states @ router_weight.T`` in their wider dtype; float32 at least under autocast."""
-    dtype = torch.promote_types(hidden_states.dtype, router_weight.dtype)
-    if _autocast_dtype(hidden_states) is not None:
-        dtype = torch.promote_types(dtype, torch.float32)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return F.linear(hidden_states.to(dtype), router_weight.to(dtype))
-    return F.linear(hidden_states.to(dtype), router_weight.to(dtype))

@@ -5,12 +5,15 @@ Building one touches no GPU and captures no stream; ``device="meta"`` gives shap
 Symbols: T tokens, H hidden size, I intermediate size, E experts.
 """
 
+from collections.abc import Mapping
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from sonic import checks
 from sonic.enums import ActivationType, GateUpLayout, KernelBackendMoE, ScoreOrder
-from sonic.functional import experts, grouped_mm, moe
+from sonic.functional import experts, experts_planned, grouped_mm, moe
 from sonic.reference.routing import load_balancing_loss
 from sonic.routing.token_rounding import RULES as ROUNDING_RULES
 from sonic.runtime.errors import ArgumentError, DeviceError, ShapeError, UnsupportedError
@@ -166,9 +169,14 @@ class MoE(_ExpertsBase):
             routing is top-k.
         rounding: the rule of :func:`sonic.token_rounding`; read with token rounding only.
         tile: the number of rows to round to, ``"auto"`` for the kernels' own; read likewise.
+        router: a module of :mod:`sonic.nn.routers`, or None for a linear map without bias that
+            ``score_order`` and ``routing`` apply to; they are not read with a router.
+        shared_experts: a module from (..., H) to (..., H) whose result is added, such as
+            :class:`sonic.nn.routers.SharedExperts`, or None.
         device, dtype: of the parameters.
 
-    Parameters: those of :class:`Experts`, and ``router.weight`` (E, H).
+    Parameters: those of :class:`Experts`, ``router.weight`` (E, H) or the router's own, and those
+    of ``shared_experts``.
     """
 
     def __init__(
@@ -186,6 +194,8 @@ class MoE(_ExpertsBase):
         routing: str = "top_k",
         rounding: str = "nr",
         tile: int | str = "auto",
+        router: nn.Module | None = None,
+        shared_experts: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -200,24 +210,36 @@ class MoE(_ExpertsBase):
             device=device,
             dtype=dtype,
         )
-        limit = min(checks.MAX_TOP_K, num_experts)
-        checks.check_int(
-            "MoE", "num_experts_per_tok", num_experts_per_tok, 1, limit, "at most 64 and at most E"
-        )
+        if router is None:
+            limit, why = min(checks.MAX_TOP_K, num_experts), "at most 64 and at most E"
+        else:
+            # Identity and null experts may make it more than E.
+            limit, why = checks.MAX_TOP_K, "at most 64"
+        checks.check_int("MoE", "num_experts_per_tok", num_experts_per_tok, 1, limit, why)
         self.top_k = num_experts_per_tok
         self.score_order = checks.choice("MoE", "score_order", score_order, ScoreOrder)
         _check_routing(routing, rounding, tile)
         self.routing = routing
         self.rounding = rounding
         self.tile = tile
-        self.router = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
-        nn.init.normal_(self.router.weight, std=std)
+        self.has_own_router = router is not None
+        self.router: nn.Module
+        if router is None:
+            self.router = nn.Linear(
+                hidden_size, num_experts, bias=False, device=device, dtype=dtype
+            )
+            nn.init.normal_(self.router.weight, std=std)
+        else:
+            _check_router_module(router, hidden_size, num_experts, num_experts_per_tok, routing)
+            self.router = router
+        self.shared_experts = shared_experts
 
     def forward(
         self,
         hidden_states: Tensor,
         kernel_backend_moe: str | KernelBackendMoE = KernelBackendMoE.sonicmoe,
         is_inference_mode: bool = False,
+        router_inputs: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Route each token and run its experts.
 
@@ -225,36 +247,77 @@ class MoE(_ExpertsBase):
             hidden_states: (..., H), floating point.
             kernel_backend_moe: ``sonicmoe`` for the kernels (CUDA), ``torch`` for the reference.
             is_inference_mode: if True, nothing is kept for a backward pass and no loss is computed.
+            router_inputs: keyword arguments for the module given as ``router``, such as ``mask``.
 
         Returns:
             The output, shaped like ``hidden_states``, and the load-balancing loss, a float32 scalar
             that is 1 for an even load (over the tokens of this process), or None in inference mode.
-            The load is that of the rows that the experts receive, after any rounding.
+            The load is that of the rows that the experts receive, after any rounding. With a
+            ``router``, the loss is its ``aux_loss``.
 
         Raises:
             DeviceError: ``sonicmoe`` with a tensor that is not on a CUDA device.
             UnsupportedError: ``scattermoe``, which is not part of this package.
         """
         impl = self._impl(hidden_states, kernel_backend_moe)
-        rounds = self.routing == "token_rounding" and self.training and not is_inference_mode
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference_mode):
-            out, logits, frequency = moe(
-                hidden_states.reshape(-1, self.hidden_size),
-                self.router.weight,
-                self.c_fc.weight,
-                self.c_proj.weight,
-                top_k=self.top_k,
-                score_order=self.score_order,
-                b1=self.c_fc.bias,
-                b2=self.c_proj.bias,
-                activation=self.activation_function,
-                layout=self.layout,
-                impl=impl,
-                rounding=self.rounding if rounds else None,
-                tile=self.tile,
-            )
-            aux_loss = None if is_inference_mode else load_balancing_loss(logits, frequency)
-        return out.view(hidden_states.shape), aux_loss
+            if self.has_own_router:
+                balance = not is_inference_mode
+                out, aux_loss = self._by_own_router(hidden_states, impl, balance, router_inputs)
+            else:
+                out, aux_loss = self._by_linear_router(hidden_states, impl, is_inference_mode)
+            out = out.view(hidden_states.shape)
+            if self.shared_experts is not None:
+                options = {"impl": impl} if isinstance(self.shared_experts, Experts) else {}
+                out = out + self.shared_experts(hidden_states, **options)
+        return out, aux_loss
+
+    def _by_linear_router(
+        self, hidden_states: Tensor, impl: str, is_inference_mode: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        rounds = self.routing == "token_rounding" and self.training and not is_inference_mode
+        out, logits, frequency = moe(
+            hidden_states.reshape(-1, self.hidden_size),
+            cast(Tensor, self.router.weight),
+            self.c_fc.weight,
+            self.c_proj.weight,
+            top_k=self.top_k,
+            score_order=self.score_order,
+            b1=self.c_fc.bias,
+            b2=self.c_proj.bias,
+            activation=self.activation_function,
+            layout=self.layout,
+            impl=impl,
+            rounding=self.rounding if rounds else None,
+            tile=self.tile,
+        )
+        return out, None if is_inference_mode else load_balancing_loss(logits, frequency)
+
+    def _by_own_router(
+        self,
+        hidden_states: Tensor,
+        impl: str,
+        balance: bool,
+        router_inputs: Mapping[str, Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        routed = self.router(hidden_states, balance=balance, **(router_inputs or {}))
+        tokens = hidden_states.reshape(-1, self.hidden_size)
+        out = experts_planned(
+            tokens,
+            routed.topk_weights,
+            routed.plan,
+            self.c_fc.weight,
+            self.c_proj.weight,
+            b1=self.c_fc.bias,
+            b2=self.c_proj.bias,
+            activation=self.activation_function,
+            layout=self.layout,
+            impl=impl,
+        )
+        if routed.identity_weight is not None:
+            # The float32 weight makes the sum float32, which is then rounded once.
+            out = torch.addcmul(out, routed.identity_weight[:, None], tokens).to(out.dtype)
+        return out, routed.aux_loss if balance else None
 
     def _impl(self, hidden_states: Tensor, kernel_backend_moe: str | KernelBackendMoE) -> str:
         backend = checks.choice("MoE", "kernel_backend_moe", kernel_backend_moe, KernelBackendMoE)
@@ -299,6 +362,33 @@ class MoE(_ExpertsBase):
         if self.routing == "token_rounding":
             text += f", routing='token_rounding', rounding={self.rounding!r}, tile={self.tile!r}"
         return text
+
+
+def _check_router_module(
+    router: nn.Module, hidden_size: int, num_experts: int, top_k: int, routing: str
+) -> None:
+    if routing != "top_k":
+        raise ArgumentError(
+            checks.message(
+                "MoE",
+                f"routing={routing!r} came with a router",
+                "routing='top_k' with a router",
+                "Leave the router out: rounding works on the built-in one.",
+            )
+        )
+    wanted = {"hidden_size": hidden_size, "num_experts": num_experts, "top_k": top_k}
+    for name, value in wanted.items():
+        found = getattr(router, name, None)
+        if found != value:
+            raise ArgumentError(
+                checks.message(
+                    "MoE",
+                    f"router.{name}={found!r} came to a layer with {value}",
+                    f"a router with {name}={value}",
+                    "Build both with the same sizes; identity and null experts do not count as "
+                    "experts.",
+                )
+            )
 
 
 def _check_routing(routing: str, rounding: str, tile: int | str) -> None:
