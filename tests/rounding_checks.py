@@ -9,7 +9,14 @@ from sonic.plan import RoutingPlan
 from sonic.reference import plan_oracle_flat
 from sonic.reference.token_rounding import token_rounding_oracle
 from sonic.routing import max_pairs
-from sonic.routing.token_rounding import RULES, _forward_torch
+from sonic.routing.token_rounding import (
+    RULES,
+    _backward_torch,
+    _forward_torch,
+    _winner_softmax_grad_torch,
+    _winner_softmax_torch,
+)
+from sonic.testing import assert_close
 from tests.routing_checks import assert_same_plan
 
 
@@ -99,3 +106,49 @@ def assert_equals_twin(outputs: tuple[Tensor, ...], case: Case, scores: Tensor, 
     assert len(outputs) == len(expected) == 9
     for index, (actual, wanted) in enumerate(zip(outputs, expected, strict=True)):
         assert actual.dtype == wanted.dtype and torch.equal(actual, wanted), f"output {index}"
+
+
+def check_gradient(
+    dweights: Tensor,
+    token_ids: Tensor,
+    expert_ids: Tensor,
+    case: Case,
+    dtype: torch.dtype,
+    rtol: float = 0.0,
+) -> None:
+    """The Triton gradient of the scores equals the twin's: bit for bit, on a GPU."""
+    from sonic.triton.token_rounding import round_tokens_grad
+
+    arguments = (dweights, token_ids, expert_ids, case.tokens, case.experts, dtype)
+    actual, expected = round_tokens_grad(*arguments), _backward_torch(*arguments)
+    assert actual.dtype == dtype and torch.equal(actual != 0, expected != 0) and expected.any()
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=0)
+
+
+def check_winner_softmax(logits: Tensor, top_k: int) -> None:
+    """Scores of all experts and the gradient of the logits, to rounding."""
+    from sonic.triton.token_rounding import winner_softmax, winner_softmax_grad
+
+    actual = winner_softmax(logits, top_k)
+    low = _winner_softmax_torch(logits, top_k)
+    exact = _winner_softmax_torch(logits.double(), top_k)
+    assert actual.dtype == low.dtype == torch.float32
+    # Hardware exp is good to about two units in the last place.
+    assert_close(actual, exact, low, ulps=4.0, name="scores")
+
+    dscores = torch.randn_like(low)
+    gradient = winner_softmax_grad(dscores, low, top_k, logits.dtype)
+    assert gradient.dtype == logits.dtype
+    twins = [
+        _winner_softmax_grad_torch(dscores.to(scores.dtype), scores, top_k, dtype)
+        for scores, dtype in ((exact, torch.float64), (low, logits.dtype))
+    ]
+    assert_close(
+        gradient,
+        *twins,
+        ulps=8.0,
+        # The only expert has score one and gradient zero.
+        allow_zero_reference=logits.shape[1] == 1,
+        magnitude=1.0 if logits.dtype is torch.float32 else 0.0,
+        name="dlogits",
+    )

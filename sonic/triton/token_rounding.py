@@ -30,6 +30,7 @@ GROUP = tl.constexpr(32)  # tokens whose verdicts share a word
 MAX_BLOCK_E = 4096  # experts of a token in one block
 _MAX_HELD = 32768  # keys of a column in registers
 _MAX_CHUNK_T = 16384
+_BALANCE_BLOCK = 1024  # experts whose running error is found at once
 
 
 @triton.jit
@@ -123,7 +124,8 @@ def _keys_kernel(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """keys (E, key_stride). Without ids one block holds whole rows and chooses by itself."""
+    """keys (E, key_stride), the least of keys from T on. Without ids one block holds whole rows and
+    chooses by itself."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask = (token[:, None] < num_tokens) & (expert[None, :] < num_experts)
@@ -139,9 +141,10 @@ def _keys_kernel(
             chosen = chosen | (expert[None, :] == winner[:, None])
     else:
         chosen = _chosen(key, expert, TOP_K)
-    key = tl.trans(tl.where(chosen, key, key | LOWEST))
+    key = tl.where(chosen, key, key | LOWEST)
+    key = tl.trans(tl.where(token[:, None] < num_tokens, key, LOWEST))
     offset = expert.to(tl.int64)[:, None] * key_stride + token[None, :]
-    mask = (expert[:, None] < num_experts) & (token[None, :] < num_tokens)
+    mask = (expert[:, None] < num_experts) & (token[None, :] < key_stride)
     tl.store(keys + offset, key, mask=mask)
 
 
@@ -149,27 +152,28 @@ def _keys_kernel(
 
 
 @triton.jit
-def _load_keys(column, start, num_tokens, BLOCK: tl.constexpr):
+def _load_keys(column, start, length, BLOCK: tl.constexpr):
+    # The length is a multiple of 16, so that keys move in whole vectors. What pads the column ranks
+    # with the least of real keys, and behind it by its index.
     token = start + tl.arange(0, BLOCK)
-    # What pads the column ranks with the least of real keys, and behind it by its index.
-    return tl.load(column + token, mask=token < num_tokens, other=LOWEST)
+    return tl.load(column + token, mask=token < length, other=LOWEST)
 
 
 @triton.jit
-def _count_from(column, held, bound, num_tokens, BLOCK: tl.constexpr, HELD: tl.constexpr):
+def _count_from(column, held, bound, length, BLOCK: tl.constexpr, HELD: tl.constexpr):
     """How many keys are at least ``bound``, which exceeds the least key."""
     if HELD:
         return tl.sum((held >= bound).to(tl.int32), axis=0)
     else:
         count = 0
-        for start in range(0, num_tokens, BLOCK):
-            key = _load_keys(column, start, num_tokens, BLOCK)
+        for start in range(0, length, BLOCK):
+            key = _load_keys(column, start, length, BLOCK)
             count += tl.sum((key >= bound).to(tl.int32), axis=0)
         return count
 
 
 @triton.jit
-def _threshold(column, held, want, frequency, num_tokens, BLOCK: tl.constexpr, HELD: tl.constexpr):
+def _threshold(column, held, want, frequency, length, BLOCK: tl.constexpr, HELD: tl.constexpr):
     """``(v, n)``: the first ``want`` tokens are those with keys above v, and the first n equal to
     v."""
     in_chosen = want <= frequency
@@ -181,7 +185,7 @@ def _threshold(column, held, want, frequency, num_tokens, BLOCK: tl.constexpr, H
     exact = want == frequency
     while (high - low > 1) & (exact == 0):
         middle = (low + high) >> 1
-        count = _count_from(column, held, middle.to(tl.int32), num_tokens, BLOCK, HELD)
+        count = _count_from(column, held, middle.to(tl.int32), length, BLOCK, HELD)
         enough = count >= want
         exact = count == want
         low = tl.where(enough, middle, low)
@@ -191,12 +195,12 @@ def _threshold(column, held, want, frequency, num_tokens, BLOCK: tl.constexpr, H
 
 
 @triton.jit
-def _mass_between(column, low, high, num_tokens, BLOCK: tl.constexpr):
+def _mass_between(column, low, high, length, BLOCK: tl.constexpr):
     """Sum of the scores whose keys lie strictly between two keys, and how many there are."""
     mass = tl.zeros([], tl.float64)
     count = 0
-    for start in range(0, num_tokens, BLOCK):
-        key = _load_keys(column, start, num_tokens, BLOCK)
+    for start in range(0, length, BLOCK):
+        key = _load_keys(column, start, length, BLOCK)
         inside = (key > low) & (key < high)
         mass += tl.sum(tl.where(inside, _score_of(key), 0.0).to(tl.float64), axis=0)
         count += tl.sum(inside.to(tl.int32), axis=0)
@@ -204,9 +208,9 @@ def _mass_between(column, low, high, num_tokens, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _mass_to_the_threshold(column, low, high, threshold, size, num_tokens, BLOCK: tl.constexpr):
+def _mass_to_the_threshold(column, low, high, threshold, size, length, BLOCK: tl.constexpr):
     """As ``_mass_between``, with as many scores of the threshold's key as make ``size`` of them."""
-    mass, count = _mass_between(column, low, high, num_tokens, BLOCK)
+    mass, count = _mass_between(column, low, high, length, BLOCK)
     rest = size - count
     return mass + tl.where(rest > 0, rest.to(tl.float64) * _score_of(threshold), 0.0)
 
@@ -240,17 +244,17 @@ def _select_kernel(
     the count is read instead of written. HELD: one block holds the column."""
     expert = tl.program_id(0)
     column = keys + expert.to(tl.int64) * key_stride
-    held = _load_keys(column, 0, num_tokens, BLOCK)
-    frequency = _count_from(column, held, 0, num_tokens, BLOCK, HELD)
+    held = _load_keys(column, 0, key_stride, BLOCK)
+    frequency = _count_from(column, held, 0, key_stride, BLOCK, HELD)
     lower, upper = _reachable(frequency, num_tokens, tile)
     if RULE == "nr-s":
-        below, ties_below = _threshold(column, held, lower, frequency, num_tokens, BLOCK, HELD)
-        above, ties_above = _threshold(column, held, upper, frequency, num_tokens, BLOCK, HELD)
+        below, ties_below = _threshold(column, held, lower, frequency, key_stride, BLOCK, HELD)
+        above, ties_above = _threshold(column, held, upper, frequency, key_stride, BLOCK, HELD)
         last = _mass_to_the_threshold(
-            column, -1, below, below, frequency - lower, num_tokens, BLOCK
+            column, -1, below, below, frequency - lower, key_stride, BLOCK
         )
         added = _mass_to_the_threshold(
-            column, above, 0, above, upper - frequency, num_tokens, BLOCK
+            column, above, 0, above, upper - frequency, key_stride, BLOCK
         )
         goes_up = tl.load(uniform + expert).to(tl.float64) * (last + added) < last
         count = tl.where(goes_up, upper, lower)
@@ -271,15 +275,15 @@ def _select_kernel(
             draw = tl.load(uniform + expert).to(tl.float64)
             goes_up = draw * (upper - lower).to(tl.float64) < (frequency - lower).to(tl.float64)
             count = tl.where(goes_up, upper, lower)
-        threshold, ties = _threshold(column, held, count, frequency, num_tokens, BLOCK, HELD)
+        threshold, ties = _threshold(column, held, count, frequency, key_stride, BLOCK, HELD)
     if RULE != "given":
         tl.store(count_by_expert + expert, count)
 
     lane = tl.arange(0, GROUP)
     ties_before = 0
     kept_before = 0
-    for start in range(0, num_tokens, CHUNK):
-        key = _load_keys(column, start, num_tokens, CHUNK)
+    for start in range(0, key_stride, CHUNK):
+        key = _load_keys(column, start, key_stride, CHUNK)
         keep = key > threshold
         if ties > 0:
             tied = (key == threshold).to(tl.int32)
@@ -299,11 +303,11 @@ def _select_kernel(
 # --- counts that depend on one another ------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _frequency_kernel(keys, frequency, num_tokens, key_stride, BLOCK: tl.constexpr):
+@triton.jit
+def _frequency_kernel(keys, frequency, key_stride, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
     column = keys + expert.to(tl.int64) * key_stride
-    count = _count_from(column, 0, 0, num_tokens, BLOCK, False)
+    count = _count_from(column, 0, 0, key_stride, BLOCK, False)
     tl.store(frequency + expert, count)
 
 
@@ -529,7 +533,6 @@ def winner_softmax_grad(
 
 def _column_keys(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     num_tokens, num_experts = scores.shape
-    # Columns start at a vector, and the stride is a multiple of 16 whatever T is.
     key_stride = triton.cdiv(num_tokens, 16) * 16
     keys = torch.empty(num_experts, key_stride, dtype=torch.int32, device=scores.device)
     block_e = triton.next_power_of_2(num_experts)
@@ -538,7 +541,7 @@ def _column_keys(scores: torch.Tensor, top_k: int) -> torch.Tensor:
         _, ids = topk_scores(scores.clamp(min=0), top_k, ScoreOrder.SOFTMAX_OVER_TOPK)
         block_e = 128
     rows = _rows_of(block_e)
-    _keys_kernel[(triton.cdiv(num_tokens, rows), triton.cdiv(num_experts, block_e))](
+    _keys_kernel[(triton.cdiv(key_stride, rows), triton.cdiv(num_experts, block_e))](
         scores,
         ids,
         keys,
@@ -560,9 +563,9 @@ def _balanced_counts(keys: torch.Tensor, num_tokens: int, tile: int, block: int)
     frequency = torch.empty(num_experts, dtype=torch.int32, device=keys.device)
     counts = torch.empty_like(frequency)
     _frequency_kernel[(num_experts,)](
-        keys, frequency, num_tokens, key_stride, BLOCK=block, num_warps=max(4, block // 1024)
+        keys, frequency, key_stride, BLOCK=block, num_warps=max(4, block // 1024)
     )
-    block = min(triton.next_power_of_2(num_experts), 1024)
+    block = min(triton.next_power_of_2(num_experts), _BALANCE_BLOCK)
     _balance_kernel[(1,)](
         frequency, counts, num_tokens, num_experts, tile, BLOCK=block, num_warps=4
     )

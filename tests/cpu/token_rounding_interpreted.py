@@ -1,0 +1,107 @@
+"""Token rounding's Triton kernels run by Triton's interpreter on CPU tensors.
+
+Not collected on its own: ``test_token_rounding_triton.py`` runs it in a process of its own with
+``TRITON_INTERPRET=1``, which must be set before triton is first imported.
+"""
+
+import pytest
+import torch
+
+import sonic.triton.token_rounding as kernels
+from sonic.routing.token_rounding import RULES
+from tests import rounding_checks as checks
+
+# Importing it skips this module where the interpreter does not work.
+from tests.cpu import triton_interpreted  # noqa: F401
+from tests.rounding_checks import Case
+
+every_rule = pytest.mark.parametrize("rule", RULES)
+
+
+def check(case, guarded, seed=0):
+    """Against the oracle, and against the twin; the scores are returned for further use."""
+    scores, uniform = checks.scores_of(case, seed), checks.uniform_of(case, seed)
+    outputs = kernels.round_tokens(
+        guarded.copy_of(scores),
+        guarded.copy_of(uniform),
+        case.top_k,
+        case.tile,
+        case.rule,
+        case.num_pairs,
+    )
+    checks.assert_equals_oracle(outputs, case, scores, uniform)
+    checks.assert_equals_twin(outputs, case, scores, uniform)
+    return outputs
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_cases(seed, guarded):
+    check(checks.random_case(seed), guarded, seed)
+
+
+@every_rule
+def test_several_groups_and_blocks_of_experts(rule, guarded):
+    check(Case(150, 70, 4, 8, rule), guarded)
+
+
+@every_rule
+def test_columns_that_no_block_holds(rule, guarded, monkeypatch):
+    """Four passes over every column, and ties that one chunk starts and another ends."""
+    monkeypatch.setattr(kernels, "_MAX_HELD", 0)
+    monkeypatch.setattr(kernels, "_MAX_CHUNK_T", 64)
+    for kind in ("softmax", "ties"):
+        check(Case(200, 3, 1, 32, rule, kind), guarded)
+
+
+@pytest.mark.parametrize("kind", ["ties", "negative"])
+def test_rows_that_no_block_holds(kind, guarded, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_BLOCK_E", 8)
+    check(Case(40, 140, 3, 4, "nr", kind), guarded)
+
+
+@pytest.mark.parametrize("tokens", [40, 45, 7])
+def test_balance_in_blocks_of_experts(tokens, guarded, monkeypatch):
+    """45 tokens: experts that can round up to 45 but to no multiple of 8 break the prefix sum."""
+    monkeypatch.setattr(kernels, "_BALANCE_BLOCK", 4)
+    for seed, kind in enumerate(("hot", "softmax", "ties")):
+        check(Case(tokens, 11, 3, 8, "balance-f", kind), guarded, seed)
+
+
+@every_rule
+def test_scores_that_are_no_numbers(rule):
+    """Whatever the scores, pairs are in range and counts are what they should be."""
+    case = Case(60, 6, 2, 8, rule)
+    scores, uniform = checks.scores_of(case), checks.uniform_of(case)
+    scores[torch.rand(scores.shape) < 0.2] = torch.nan
+    scores[torch.rand(scores.shape) < 0.1] = torch.inf
+    outputs = kernels.round_tokens(scores, uniform, 2, 8, rule, case.num_pairs)
+    expected = checks._forward_torch(scores, uniform, 2, 8, rule)
+    assert torch.equal(outputs[0].nan_to_num(7.0), expected[0].nan_to_num(7.0))
+    for actual, wanted in zip(outputs[1:], expected[1:], strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_strided_scores(guarded):
+    case = Case(30, 9, 2, 4, "nr")
+    wide = torch.rand(60, 30)
+    for scores in (wide[::2, 5:14], wide.t()[:, :9][:30]):
+        outputs = kernels.round_tokens(scores, None, 2, 4, "nr", case.num_pairs)
+        checks.assert_equals_oracle(outputs, case, scores, torch.zeros(9))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_gradient(dtype, guarded):
+    case = Case(70, 9, 2, 16, "up")
+    _, token_ids, expert_ids, *_ = check(case, guarded)
+    dweights = guarded.copy_of(torch.randn(case.num_pairs))
+    # The interpreter cuts bits off where a GPU rounds to nearest.
+    rtol = 2.0**-7 if dtype is torch.bfloat16 else 0.0
+    checks.check_gradient(dweights, token_ids, expert_ids, case, dtype, rtol)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", [(9, 8, 2), (70, 60, 4), (3, 1, 1), (5, 5, 5), (0, 4, 1)])
+def test_winner_softmax(sizes, dtype, guarded):
+    tokens, experts, top_k = sizes
+    logits = guarded.copy_of((2 * torch.randn(tokens, experts)).to(dtype))
+    checks.check_winner_softmax(logits, top_k)

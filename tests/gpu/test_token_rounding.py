@@ -1,0 +1,244 @@
+"""Token rounding's kernels on a GPU: against oracle and twin, in graphs, without a host wait."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+pytest.importorskip("triton")
+
+import sonic
+from sonic.enums import ScoreOrder
+from sonic.plan import build_plan_flat
+from sonic.routing import rounding_scores, token_rounding, token_rounding_plan
+from sonic.routing.token_rounding import RULES
+from tests import rounding_checks as checks
+from tests.rounding_checks import Case
+from tests.routing_checks import PLAN_TENSORS, assert_same_plan
+
+CUDA = torch.device("cuda")
+every_rule = pytest.mark.parametrize("rule", RULES)
+
+
+@contextlib.contextmanager
+def no_synchronization() -> Iterator[None]:
+    """Any wait of the host for the device that torch knows of is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def run(case, scores, uniform):
+    return torch.ops.sonic.token_rounding(scores, uniform, case.top_k, case.tile, case.rule)
+
+
+def test_random_cases_equal_the_oracle(poisoned):
+    for seed in range(300):
+        case = checks.random_case(seed, tokens=90, experts=20)
+        scores = checks.scores_of(case, seed, CUDA)
+        uniform = checks.uniform_of(case, seed, CUDA)
+        with no_synchronization():
+            outputs = run(case, scores, uniform)
+        on_cpu = tuple(output.cpu() for output in outputs)
+        checks.assert_equals_oracle(on_cpu, case, scores.cpu(), uniform.cpu())
+
+
+SIZES = [
+    # tokens, experts, top_k, tile
+    (1, 1, 1, 1),
+    (31, 7, 2, 128),
+    (1000, 60, 4, 128),
+    (4097, 128, 8, 128),
+    (16384, 128, 2, 128),
+    (16384, 256, 4, 128),
+    (16384, 512, 8, 128),
+    (24576, 64, 8, 256),
+    (40000, 33, 3, 192),
+    (3000, 5000, 6, 16),
+]
+
+
+@every_rule
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_every_size_equals_the_twin(sizes, rule, guarded):
+    for kind in ("softmax", "ties", "hot"):
+        case = Case(*sizes, rule, kind)
+        scores, uniform = checks.scores_of(case, 1, CUDA), checks.uniform_of(case, 1, CUDA)
+        given = guarded.copy_of(scores), guarded.copy_of(uniform)
+        with no_synchronization():
+            outputs = run(case, *given)
+        checks.assert_equals_twin(outputs, case, scores, uniform)
+        counts = outputs[3].diff()
+        assert ((counts % case.tile == 0) | (counts == case.tokens)).all()
+
+
+@every_rule
+def test_scores_that_are_no_numbers(rule, poisoned):
+    case = Case(3000, 64, 4, 128, rule)
+    scores, uniform = checks.scores_of(case, 0, CUDA), checks.uniform_of(case, 0, CUDA)
+    scores[torch.rand(scores.shape, device=CUDA) < 0.1] = torch.nan
+    scores[torch.rand(scores.shape, device=CUDA) < 0.1] = torch.inf
+    outputs, expected = (
+        run(case, scores, uniform),
+        checks._forward_torch(scores, uniform, 4, 128, rule),
+    )
+    for actual, wanted in zip(outputs[1:], expected[1:], strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_gradient(dtype, guarded):
+    case = Case(5000, 70, 4, 128, "nr")
+    scores = checks.scores_of(case, 0, CUDA)
+    _, token_ids, expert_ids, *_ = run(case, scores, None)
+    dweights = guarded.copy_of(torch.randn(case.num_pairs, device=CUDA))
+    checks.check_gradient(dweights, token_ids, expert_ids, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1000, 60, 4), (4097, 512, 10), (300, 4096, 33)])
+def test_winner_softmax(sizes, dtype, guarded):
+    tokens, experts, top_k = sizes
+    logits = (2 * torch.randn(tokens, experts, device=CUDA)).to(dtype)
+    checks.check_winner_softmax(guarded.copy_of(logits), top_k)
+
+
+def _everything(logits, rule):
+    """Scores, pairs, weights, plan and the logits' gradient."""
+    results = []
+    for order in (ScoreOrder.SOFTMAX_OVER_TOPK, ScoreOrder.TOPK_OVER_SOFTMAX):
+        leaf = logits.detach().requires_grad_()
+        scores = rounding_scores(leaf, 4, order=order)
+        weights, plan = token_rounding_plan(scores, 4, 128, rule)
+        (gradient,) = torch.autograd.grad(weights, leaf, 1 + weights.detach())
+        plan_tensors = [getattr(plan, name) for name in PLAN_TENSORS]
+        results += [scores.detach(), weights.detach(), gradient, *plan_tensors]
+    return results
+
+
+def _assert_equal(actual, expected):
+    assert len(actual) == len(expected)
+    for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.equal(ours, theirs), f"result {index}"
+        assert theirs.any(), f"result {index} is zero everywhere"
+
+
+def _logits(tokens=5000, experts=64):
+    return torch.randn(tokens, experts, device=CUDA).bfloat16()
+
+
+@every_rule
+def test_ten_repeats_agree_bit_for_bit(rule, poisoned):
+    logits = _logits()
+    torch.manual_seed(1)
+    first = _everything(logits, rule)
+    for _ in range(9):
+        torch.manual_seed(1)
+        _assert_equal(_everything(logits, rule), first)
+
+
+@every_rule
+def test_no_host_synchronization(rule, poisoned):
+    logits = _logits()
+    generator = torch.Generator(CUDA).manual_seed(1)
+    _everything(logits, rule)
+    with no_synchronization():
+        _everything(logits, rule)
+        token_rounding(logits.softmax(1), 4, 128, rule, generator)
+
+
+@every_rule
+def test_cuda_graph(rule):
+    """Captured once, replayed on other logits; random rules draw anew at every replay."""
+    logits = _logits()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _everything(logits, rule)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _everything(logits, rule)
+    for skew in (0.0, 4.0):
+        logits.copy_(torch.randn_like(logits))
+        logits[:, 3] += skew
+        torch.manual_seed(5)
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        torch.manual_seed(5)
+        _assert_equal(replayed, _everything(logits.clone(), rule))
+    if rule in ("sr", "nr-s"):
+        graph.replay()
+        first = [tensor.clone() for tensor in captured]
+        graph.replay()
+        assert not torch.equal(first[3], captured[3])  # offset_by_expert
+
+
+@pytest.mark.parametrize("rule", ["sr", "nr-s"])
+def test_a_generator_decides(rule):
+    scores = _logits().float().softmax(1)
+
+    def seeded(seed):
+        return token_rounding(scores, 4, 128, rule, torch.Generator(CUDA).manual_seed(seed))
+
+    assert all(torch.equal(a, b) for a, b in zip(seeded(1), seeded(1), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(seeded(1), seeded(2), strict=True))
+
+
+def test_under_compile():
+    compiled = torch.compile(token_rounding, fullgraph=True)
+    scores = _logits().float().softmax(1)
+    for actual, expected in zip(
+        compiled(scores, 4, 128, "nr"), token_rounding(scores, 4, 128, "nr"), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@every_rule
+def test_the_layer_equals_its_flat_form(rule):
+    """One call, and the same pairs through general routing: same plan, so the same bits."""
+    tokens, hidden, inner, experts = 2000, 256, 128, 16
+    x = torch.randn(tokens, hidden, device=CUDA).bfloat16().requires_grad_()
+    router = (torch.randn(experts, hidden, device=CUDA) / 16).bfloat16().requires_grad_()
+    w1 = (torch.randn(experts, 2 * inner, hidden, device=CUDA) / 16).bfloat16().requires_grad_()
+    w2 = (torch.randn(experts, hidden, inner, device=CUDA) / 11).bfloat16().requires_grad_()
+    leaves = (x, router, w1, w2)
+    torch.manual_seed(2)
+    out, _, frequency = sonic.moe(x, router, w1, w2, top_k=2, rounding=rule)
+    assert (frequency % 128 == 0).all() and frequency.any()
+    logits = torch.nn.functional.linear(x, router)
+    torch.manual_seed(2)
+    token_ids, expert_ids, weights = token_rounding(rounding_scores(logits, 2), 2, "auto", rule)
+    flat = sonic.experts_flat(x, token_ids, expert_ids, weights, w1, w2)
+    plan = build_plan_flat(token_ids, expert_ids, tokens, experts)
+    torch.manual_seed(2)
+    _, own = token_rounding_plan(rounding_scores(logits, 2), 2, "auto", rule)
+    assert_same_plan(own, plan)
+    dout = torch.randn_like(out)
+    assert torch.equal(out, flat) and out.any()
+    actual = torch.autograd.grad(out, leaves, dout)
+    expected = torch.autograd.grad(flat, leaves, dout)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs) and theirs.any()
+
+
+def test_scores_beyond_2_31_elements():
+    """The last tokens of a table that 32-bit addresses do not reach."""
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of free GPU memory")
+    tokens, experts = 33000, 65536
+    scores = torch.empty(tokens, experts, device=CUDA, dtype=torch.bfloat16).uniform_()
+    weights, token_ids, expert_ids, *plan = run(Case(tokens, experts, 2, 4, "down"), scores, None)
+    live = token_ids < tokens
+    tokens_kept, experts_kept = token_ids[live].long(), expert_ids[live].long()
+    assert (tokens_kept.diff() >= 0).all() and int(tokens_kept[-1]) > 32900
+    assert torch.equal(weights[live], scores[tokens_kept, experts_kept].float())
+    counts = plan[0].diff()
+    assert (counts % 4 == 0).all() and int(counts.sum()) == int(live.sum()) > 0
+    assert torch.equal(torch.bincount(experts_kept, minlength=experts).int(), counts)
