@@ -19,7 +19,7 @@ from sonic.runtime.errors import (
     MissingPackageError,
     ShapeError,
 )
-from sonic.runtime.limits import MAX_EXPERTS, MAX_SLOTS
+from sonic.runtime.limits import MAX_EXPERTS, MAX_SLOTS, message
 
 _IMPLS = ("auto", "triton", "torch")
 
@@ -91,8 +91,12 @@ def build_plan(topk_ids: torch.Tensor, num_experts: int, impl: str = "auto") -> 
     """
     if topk_ids.dim() != 2 or topk_ids.shape[1] < 1:
         raise ShapeError(
-            f"build_plan: topk_ids has shape {tuple(topk_ids.shape)}, expected (T, top_k) with "
-            "top_k of at least 1."
+            message(
+                "build_plan",
+                f"topk_ids has shape {tuple(topk_ids.shape)}",
+                "(T, top_k) with top_k of at least 1",
+                "Pass one row of expert ids per token, or use build_plan_flat for a list of pairs.",
+            )
         )
     _check("build_plan", num_experts, impl, topk_ids=topk_ids)
     offset_by_expert, token_by_row, slot_by_row, row_by_slot = torch.ops.sonic.build_plan(
@@ -133,21 +137,36 @@ def build_plan_flat(
     Raises:
         As :func:`build_plan`.
     """
+    op = "build_plan_flat"
     if token_ids.dim() != 1 or token_ids.shape != expert_ids.shape:
         raise ShapeError(
-            f"build_plan_flat: token_ids has shape {tuple(token_ids.shape)} and expert_ids "
-            f"{tuple(expert_ids.shape)}, expected the same (S,)."
+            message(
+                op,
+                f"token_ids has shape {tuple(token_ids.shape)} and expert_ids "
+                f"{tuple(expert_ids.shape)}",
+                "one shape (S,) for both, entry i saying that a token visits an expert",
+                "Build both lists from the same pairs, and flatten them.",
+            )
         )
     if token_ids.device != expert_ids.device:
         raise DeviceError(
-            f"build_plan_flat: token_ids is on {token_ids.device} and expert_ids on "
-            f"{expert_ids.device}; both must be on one device."
+            message(
+                op,
+                f"token_ids is on {token_ids.device} and expert_ids on {expert_ids.device}",
+                "one device for both",
+                f"Move expert_ids to {token_ids.device}.",
+            )
         )
     if not 0 <= num_tokens <= MAX_SLOTS - 1:
         raise ArgumentError(
-            f"build_plan_flat: num_tokens={num_tokens} is outside 0 .. {MAX_SLOTS - 1}."
+            message(
+                op,
+                f"num_tokens={num_tokens} is out of range",
+                f"0 to {MAX_SLOTS - 1}, since token ids are int32",
+                "Pass the number of rows of hidden_states, or split the tokens.",
+            )
         )
-    _check("build_plan_flat", num_experts, impl, token_ids=token_ids, expert_ids=expert_ids)
+    _check(op, num_experts, impl, token_ids=token_ids, expert_ids=expert_ids)
     rows = torch.ops.sonic.build_plan_flat(token_ids, expert_ids, num_tokens, num_experts, impl)
     offset_by_expert, token_by_row, slot_by_row, row_by_slot, offset_by_token, slot_by_position = (
         rows
@@ -167,15 +186,37 @@ def build_plan_flat(
 def _check(op: str, num_experts: int, impl: str, **ids: torch.Tensor) -> None:
     for name, tensor in ids.items():
         if tensor.dtype not in (torch.int32, torch.int64):
-            raise DTypeError(f"{op}: {name} has dtype {tensor.dtype}, expected int32 or int64.")
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise DTypeError(
+                message(op, f"{name} is {dtype}", "int32, int64", f"Cast it: {name}.int().")
+            )
         if tensor.numel() > MAX_SLOTS:
             raise ShapeError(
-                f"{op}: {name} has {tensor.numel()} slots; int32 rows allow {MAX_SLOTS}."
+                message(
+                    op,
+                    f"{name} has {tensor.numel()} slots",
+                    f"at most {MAX_SLOTS}, since row indices are int32",
+                    "Split the tokens over several plans.",
+                )
             )
     if not 1 <= num_experts <= MAX_EXPERTS:
-        raise ArgumentError(f"{op}: num_experts={num_experts} is outside 1 .. {MAX_EXPERTS}.")
+        raise ArgumentError(
+            message(
+                op,
+                f"num_experts={num_experts} is out of range",
+                f"1 to {MAX_EXPERTS}",
+                "Pass the number of experts of the layer.",
+            )
+        )
     if impl not in _IMPLS:
-        raise ArgumentError(f"{op}: impl={impl!r} is not one of {', '.join(_IMPLS)}.")
+        raise ArgumentError(
+            message(
+                op,
+                f"impl={impl!r} is not known",
+                ", ".join(repr(known) for known in _IMPLS),
+                'Pass impl="auto" to let the device decide.',
+            )
+        )
 
 
 def _plan_torch(
@@ -218,8 +259,12 @@ def _plan_rows(
         from sonic.triton import plan as triton_plan
     except ModuleNotFoundError as error:
         raise MissingPackageError(
-            f"build_plan: impl={impl!r} on {expert_ids.device} needs triton, which is not "
-            "installed. Install it, or pass impl='torch'."
+            message(
+                "build_plan",
+                f"impl={impl!r} on {expert_ids.device} needs triton, which is not installed",
+                'impl="torch" without triton',
+                'Install triton, or pass impl="torch".',
+            )
         ) from error
     if triton_plan.method_for(expert_ids.numel(), num_experts) == "sorted":
         return _plan_torch(expert_ids, token_ids, num_experts, num_tokens, top_k)

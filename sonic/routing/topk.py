@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sonic.enums import ScoreOrder
 from sonic.runtime.errors import ArgumentError, DTypeError, MissingPackageError, ShapeError
-from sonic.runtime.limits import MAX_EXPERTS, MAX_TOP_K
+from sonic.runtime.limits import MAX_EXPERTS, MAX_TOP_K, message
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -59,27 +59,52 @@ def topk_routing(
         >>> scores.tolist(), ids.tolist()
         ([[0.5, 0.5]], [[1, 2]])
     """
+    op = "topk_routing"
     if logits.dim() != 2:
         raise ShapeError(
-            f"topk_routing: logits has shape {tuple(logits.shape)}, expected (T, E). "
-            "Flatten the leading axes."
+            message(
+                op,
+                f"logits has shape {tuple(logits.shape)}",
+                "2 axes, (T, E)",
+                "Flatten the leading axes: logits.reshape(-1, logits.shape[-1]).",
+            )
         )
     num_experts = logits.shape[1]
     if not 1 <= num_experts <= MAX_EXPERTS:
-        raise ShapeError(f"topk_routing: {num_experts} experts; 1 to {MAX_EXPERTS} are allowed.")
+        raise ShapeError(
+            message(
+                op,
+                f"logits of {num_experts} experts",
+                f"1 to {MAX_EXPERTS}",
+                "Give one column of logits per expert.",
+            )
+        )
     if logits.dtype not in _DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise DTypeError(f"topk_routing: logits has dtype {logits.dtype}, expected {allowed}.")
+        dtype = str(logits.dtype).removeprefix("torch.")
+        raise DTypeError(message(op, f"logits is {dtype}", allowed, "Cast it: logits.float()."))
     if not 1 <= top_k <= min(MAX_TOP_K, num_experts):
         raise ArgumentError(
-            f"topk_routing: top_k={top_k} with {num_experts} experts; "
-            f"1 to {min(MAX_TOP_K, num_experts)} are allowed."
+            message(
+                op,
+                f"top_k={top_k} came with {num_experts} experts",
+                f"1 to {min(MAX_TOP_K, num_experts)} "
+                f"(at most {MAX_TOP_K} and at most E={num_experts})",
+                "Pass top_k inside that range.",
+            )
         )
     try:
         order = ScoreOrder(order)
     except ValueError as error:
         allowed = ", ".join(repr(member.value) for member in ScoreOrder)
-        raise ArgumentError(f"topk_routing: order={order!r} is not one of {allowed}.") from error
+        raise ArgumentError(
+            message(
+                op,
+                f"order={order!r} is not known",
+                allowed,
+                "Pass one of these strings, or a member of sonic.ScoreOrder.",
+            )
+        ) from error
     scores, ids = torch.ops.sonic.topk_routing(logits, top_k, order.value)
     return scores, ids
 
@@ -101,8 +126,12 @@ def _forward_cuda(logits: Tensor, top_k: int, order: str) -> tuple[Tensor, Tenso
         from sonic.triton.topk import topk_scores
     except ModuleNotFoundError as error:
         raise MissingPackageError(
-            f"topk_routing: logits on {logits.device} need triton, which is not installed. "
-            "Install it, or route on the CPU."
+            message(
+                "topk_routing",
+                f"logits on {logits.device} need triton, which is not installed",
+                "CPU logits without triton",
+                "Install triton, or route on the CPU.",
+            )
         ) from error
     return topk_scores(logits, top_k, ScoreOrder(order))
 

@@ -98,6 +98,20 @@ def upstream_general(**changes):
     sonic.moe_general_routing_inputs(**arguments | changes)
 
 
+def build_plan(**changes):
+    sonic.build_plan(**{"topk_ids": z(T, K, dtype=torch.int32), "num_experts": E} | changes)
+
+
+def build_plan_flat(**changes):
+    ids = z(7, dtype=torch.int32)
+    arguments = {"token_ids": ids, "expert_ids": ids, "num_tokens": T, "num_experts": E}
+    sonic.build_plan_flat(**arguments | changes)
+
+
+def topk_routing(**changes):
+    sonic.topk_routing(**{"logits": z(T, E), "top_k": K} | changes)
+
+
 class Case(NamedTuple):
     name: str
     call: object
@@ -264,6 +278,35 @@ CASES = [
          {"rows": m(9, 12), "weight": m(E, 8, 12), "impl": "cute",
           "offset_by_expert": m(E + 1, dtype=torch.int32)}, ShapeError,
          "the reduction size K=12", "multiples of 8", "Pad it to 16"),
+    # plans and top-k
+    Case("plan rank", build_plan, {"topk_ids": z(T, dtype=torch.int32)}, ShapeError,
+         "topk_ids has shape (5,)", "(T, top_k)", "build_plan_flat"),
+    Case("plan without columns", build_plan, {"topk_ids": z(T, 0, dtype=torch.int32)}, ShapeError,
+         "topk_ids has shape (5, 0)", "top_k of at least 1", "one row of expert ids"),
+    Case("plan dtype", build_plan, {"topk_ids": z(T, K)}, DTypeError,
+         "topk_ids is float32", "int32, int64", "topk_ids.int()"),
+    Case("plan experts", build_plan, {"num_experts": 65537}, ArgumentError,
+         "num_experts=65537", "1 to 65536", "of the layer"),
+    Case("plan impl", build_plan, {"impl": "cute"}, ArgumentError,
+         "impl='cute'", "'auto', 'triton', 'torch'", 'impl="auto"'),
+    Case("plan of too many slots", build_plan, {"topk_ids": m(2**30, 2, dtype=torch.int32)},
+         ShapeError, "topk_ids has 2147483648 slots", "2147483647", "Split the tokens"),
+    Case("flat plan shapes", build_plan_flat, {"expert_ids": z(6, dtype=torch.int32)}, ShapeError,
+         "token_ids has shape (7,) and expert_ids (6,)", "one shape (S,)", "same pairs"),
+    Case("flat plan devices", build_plan_flat, {"expert_ids": m(7, dtype=torch.int32)},
+         DeviceError, "token_ids is on cpu and expert_ids on meta", "one device", "to cpu"),
+    Case("flat plan tokens", build_plan_flat, {"num_tokens": -1}, ArgumentError,
+         "num_tokens=-1", "0 to 2147483646", "number of rows"),
+    Case("logits rank", topk_routing, {"logits": z(E)}, ShapeError,
+         "logits has shape (4,)", "2 axes, (T, E)", "logits.reshape(-1"),
+    Case("logits dtype", topk_routing, {"logits": z(T, E, dtype=torch.int32)}, DTypeError,
+         "logits is int32", "bfloat16, float16, float32, float64", "logits.float()"),
+    Case("logits of no expert", topk_routing, {"logits": z(T, 0)}, ShapeError,
+         "0 experts", "1 to 65536", "one column"),
+    Case("winners", topk_routing, {"top_k": 5}, ArgumentError,
+         "top_k=5 came with 4 experts", "1 to 4 (at most 64 and at most E=4)", "inside that range"),
+    Case("order", topk_routing, {"order": "softmax"}, ArgumentError,
+         "order='softmax'", "'topk_over_softmax_norm'", "sonic.ScoreOrder"),
     # names known to users
     Case("two flags for three orders", upstream_topk, {"norm_topk_probs": True}, ArgumentError,
          "norm_topk_probs=True", "is_softmax_over_topk=False", "Drop norm_topk_probs"),
@@ -288,7 +331,19 @@ def test_text_says_what_came_what_is_allowed_and_what_to_do(case):
 
 
 @pytest.mark.parametrize(
-    "call", [experts, kernels, flat, moe, grouped_mm, upstream_topk, upstream_general]
+    "call",
+    [
+        experts,
+        kernels,
+        flat,
+        moe,
+        grouped_mm,
+        build_plan,
+        build_plan_flat,
+        topk_routing,
+        upstream_topk,
+        upstream_general,
+    ],
 )
 def test_the_unchanged_calls_are_accepted(call):
     """Without this, a case above could be refused for a reason of its own making."""

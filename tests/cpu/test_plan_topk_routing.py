@@ -124,13 +124,13 @@ WIDE = torch.empty(1, 65537, device="meta")
 @pytest.mark.parametrize(
     "error, text, call",
     [
-        (ShapeError, r"\(6,\), expected \(T, E\)", lambda: topk_routing(LOGITS[0], 1)),
+        (ShapeError, r"\(6,\).*\(T, E\)", lambda: topk_routing(LOGITS[0], 1)),
         (ShapeError, "0 experts", lambda: topk_routing(LOGITS[:, :0], 1)),
         (ShapeError, "65537 experts", lambda: topk_routing(WIDE, 1)),
         (DTypeError, "int64", lambda: topk_routing(LOGITS.long(), 1)),
         (DTypeError, "float8", lambda: topk_routing(LOGITS.to(torch.float8_e4m3fn), 1)),
-        (ArgumentError, "top_k=0 with 6 experts; 1 to 6", lambda: topk_routing(LOGITS, 0)),
-        (ArgumentError, "top_k=7 with 6 experts", lambda: topk_routing(LOGITS, 7)),
+        (ArgumentError, "top_k=0 .*1 to 6", lambda: topk_routing(LOGITS, 0)),
+        (ArgumentError, "top_k=7 .*6 experts", lambda: topk_routing(LOGITS, 7)),
         (ArgumentError, "top_k=65 .*1 to 64", lambda: topk_routing(torch.zeros(1, 100), 65)),
         (ArgumentError, "order='sigmoid'", lambda: topk_routing(LOGITS, 1, order="sigmoid")),
     ],
