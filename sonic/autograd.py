@@ -27,17 +27,24 @@ router logits                    belong to the router's own operator
 ===============================  ===================================================================
 
 ``sonic.memory`` states the sum of the first table as a function; a test counts the saved tensors.
-Gradients of gradients are not implemented and raise :class:`UnsupportedError`.
+Gradients of gradients, forward mode and the transforms of ``torch.func`` are not implemented and
+raise :class:`UnsupportedError`.
 
 Source: SonicMoE (arXiv 2512.14080), section 3.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sonic.ops import LIBRARY
+from sonic.runtime.derivatives import (
+    below_autograd,
+    differentiable_function,
+    register_gradient,
+)
 from sonic.runtime.errors import ArgumentError, UnsupportedError
 
 _NUM_DIFFERENTIABLE = 6  # x, w1, b1, w2, b2, scores: the first inputs of sonic::experts_forward
@@ -46,7 +53,7 @@ _NUM_DIFFERENTIABLE = 6  # x, w1, b1, w2, b2, scores: the first inputs of sonic:
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        out, h = _below_autograd(torch.ops.sonic.experts_forward.default, inputs)
+        out, h = below_autograd(torch.ops.sonic.experts_forward.default, inputs)
         x, w1, _, w2, b2, scores, *plan = inputs[:12]
         top_k, activation, layout, impl, store_preact, w1_main_grad, w2_main_grad = inputs[12:]
         ctx.mark_non_differentiable(h)
@@ -97,7 +104,7 @@ class _GroupedMM(torch.autograd.Function):
         ctx.needs = list(ctx.needs_input_grad[:3])
         ctx.impl = impl
         ctx.save_for_backward(rows if ctx.needs[1] else None, weight, offset_by_expert)
-        out: Tensor = _below_autograd(torch.ops.sonic.grouped_mm.default, inputs)
+        out: Tensor = below_autograd(torch.ops.sonic.grouped_mm.default, inputs)
         return out
 
     @staticmethod
@@ -113,38 +120,29 @@ def _only(gradients: tuple[Tensor, ...], wanted: list[bool]) -> tuple[Tensor | N
     return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
 
 
-def _below_autograd(op: Any, inputs: tuple[Any, ...]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*inputs)
+def _no_double_backward(reference: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *_: Any) -> Any:
+        raise UnsupportedError(
+            "sonic: a second derivative was asked for (backward through a backward), got a graph "
+            "made with create_graph=True. Allowed: first derivatives. Differentiate once, or "
+            f"differentiate {reference}, which is made of plain torch operations, twice."
+        )
+
+    return refuse
 
 
-def _register(op: Any, function: type[torch.autograd.Function]) -> None:
-    """Differentiate ``op`` by ``function``.
+_EXPERTS_REFERENCE = "sonic.reference.experts_reference"
+_GROUPED_MM_REFERENCE = "sonic.reference.grouped_mm_reference"
 
-    Not by ``torch.library.register_autograd``: for an operator of 19 arguments its bookkeeping
-    took about 100 of the 160 microseconds of a forward call whose stages did nothing (torch 2.13,
-    one EPYC core, 2026-11).
-    """
-
-    def kernel(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(value, Tensor) and value.requires_grad for value in inputs
-        ):
-            return function.apply(*inputs)
-        return _below_autograd(op, inputs)
-
-    LIBRARY.impl(op, kernel, "Autograd")
-
-
-def _no_double_backward(ctx: Any, *_: Any) -> Any:
-    raise UnsupportedError(
-        "sonic: a second derivative was asked for (backward through a backward), got a graph made "
-        "with create_graph=True. Allowed: first derivatives. Differentiate once, or run the layer "
-        "as plain torch operations, for instance sonic.reference.layer, for second derivatives."
-    )
-
-
-_register(torch.ops.sonic.experts_forward.default, _Experts)
-_register(torch.ops.sonic.grouped_mm.default, _GroupedMM)
-for _name in ("experts_backward", "grouped_mm_backward"):
-    torch.library.register_autograd(f"sonic::{_name}", _no_double_backward, lib=LIBRARY)
+for _name, _function, _reference in (
+    ("experts_forward", _Experts, _EXPERTS_REFERENCE),
+    ("grouped_mm", _GroupedMM, _GROUPED_MM_REFERENCE),
+):
+    register_gradient(LIBRARY, getattr(torch.ops.sonic, _name).default, _function, _reference)
+for _name, _reference in (
+    ("experts_backward", _EXPERTS_REFERENCE),
+    ("grouped_mm_backward", _GROUPED_MM_REFERENCE),
+):
+    _op = getattr(torch.ops.sonic, _name).default
+    _once = differentiable_function(_op, _no_double_backward(_reference))
+    register_gradient(LIBRARY, _op, _once, _reference)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sonic.runtime.derivatives import differentiable_function, register_gradient
 from sonic.runtime.errors import ArgumentError, DTypeError, MissingPackageError, ShapeError
 from sonic.runtime.limits import MAX_EXPERTS, MAX_TOP_K
 
@@ -133,6 +134,10 @@ _LIBRARY.impl("product_key_routing_backward", _backward, "CPU")
 _LIBRARY.impl("product_key_routing_backward", _backward, "CUDA")
 torch.library.register_fake("sonic::product_key_routing", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("sonic::product_key_routing_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "sonic::product_key_routing", _autograd, setup_context=_setup_context, lib=_LIBRARY
+_PRODUCT_KEY_ROUTING = torch.ops.sonic.product_key_routing.default
+register_gradient(
+    _LIBRARY,
+    _PRODUCT_KEY_ROUTING,
+    differentiable_function(_PRODUCT_KEY_ROUTING, _autograd, _setup_context),
+    "sonic.reference.product_key.product_key_reference",
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sonic.plan import RoutingPlan, build_plan
+from sonic.runtime.derivatives import differentiable_function, register_gradient
 from sonic.runtime.errors import (
     ArgumentError,
     DeviceError,
@@ -99,8 +100,9 @@ def route(
         balance=balance,
     )
     _check(logits, bias, mask, ids, options, num_null)
-    if mask is not None and mask.dim() == 1:
-        mask = mask[None]
+    bias = None if bias is None else bias.detach()
+    if mask is not None:
+        mask = mask.detach().view(-1, mask.shape[-1])
     results = torch.ops.sonic.route(logits, bias, mask, ids, *_flat(options))
     return RouteTensors(*results)
 
@@ -455,6 +457,10 @@ _LIBRARY.impl("route_backward", _backward, "CPU")
 _LIBRARY.impl("route_backward", _backward, "CUDA")
 torch.library.register_fake("sonic::route", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("sonic::route_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "sonic::route", _autograd, setup_context=_setup_context, lib=_LIBRARY
+_ROUTE = torch.ops.sonic.route.default
+register_gradient(
+    _LIBRARY,
+    _ROUTE,
+    differentiable_function(_ROUTE, _autograd, _setup_context),
+    "sonic.reference.routers.route_reference",
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from sonic.enums import ScoreOrder
 from sonic.plan import MAX_EXPERTS, MAX_SLOTS, RoutingPlan
 from sonic.routing.topk import MAX_TOP_K
+from sonic.runtime.derivatives import differentiable_function, register_gradient
 from sonic.runtime.errors import (
     ArgumentError,
     DeviceError,
@@ -504,8 +505,12 @@ _LIBRARY.impl("token_rounding_backward", _backward_torch, "CPU")
 _LIBRARY.impl("token_rounding_backward", _backward_cuda, "CUDA")
 torch.library.register_fake("sonic::token_rounding", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("sonic::token_rounding_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "sonic::token_rounding", _backward, setup_context=_setup_context, lib=_LIBRARY
+_TOKEN_ROUNDING = torch.ops.sonic.token_rounding.default
+register_gradient(
+    _LIBRARY,
+    _TOKEN_ROUNDING,
+    differentiable_function(_TOKEN_ROUNDING, _backward, _setup_context),
+    "a plain gather of the weights",
 )
 
 _LIBRARY.define(
@@ -523,9 +528,10 @@ torch.library.register_fake("sonic::winner_softmax", _winner_softmax_fake, lib=_
 torch.library.register_fake(
     "sonic::winner_softmax_backward", _winner_softmax_grad_fake, lib=_LIBRARY
 )
-torch.library.register_autograd(
-    "sonic::winner_softmax",
-    _winner_softmax_backward,
-    setup_context=_winner_softmax_setup,
-    lib=_LIBRARY,
+_WINNER_SOFTMAX = torch.ops.sonic.winner_softmax.default
+register_gradient(
+    _LIBRARY,
+    _WINNER_SOFTMAX,
+    differentiable_function(_WINNER_SOFTMAX, _winner_softmax_backward, _winner_softmax_setup),
+    "torch.softmax",
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sonic.enums import ScoreOrder
+from sonic.runtime.derivatives import differentiable_function, register_gradient
 from sonic.runtime.errors import ArgumentError, DTypeError, MissingPackageError, ShapeError
 from sonic.runtime.limits import MAX_EXPERTS, MAX_TOP_K, message
 
@@ -237,6 +238,10 @@ _LIBRARY.impl("topk_routing_backward", _backward_torch, "CPU")
 _LIBRARY.impl("topk_routing_backward", _backward_cuda, "CUDA")
 torch.library.register_fake("sonic::topk_routing", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("sonic::topk_routing_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "sonic::topk_routing", _backward, setup_context=_setup_context, lib=_LIBRARY
+_TOPK_ROUTING = torch.ops.sonic.topk_routing.default
+register_gradient(
+    _LIBRARY,
+    _TOPK_ROUTING,
+    differentiable_function(_TOPK_ROUTING, _backward, _setup_context),
+    "sonic.reference.topk_scores",
 )
