@@ -6,7 +6,10 @@ and the same specialisation on alignment and on sizes.
 """
 
 import contextlib
+import importlib
+import pkgutil
 import re
+import subprocess
 
 import pytest
 import torch
@@ -14,14 +17,21 @@ import torch
 pytest.importorskip("triton")
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+import sonic.triton
 from sonic.enums import ScoreOrder
 from sonic.plan import build_plan, build_plan_flat
-from sonic.triton import bias_grad, combine, plan, score_grad, topk
+from sonic.runtime.route import Route
+from sonic.triton import bias_grad, combine, score_grad, tail, topk
 
-MODULES = (bias_grad, combine, plan, score_grad, topk)
+# By walking the package, so that a kernel that no function below launches makes the test fail.
+MODULES = {
+    info.name: importlib.import_module(f"{sonic.triton.__name__}.{info.name}")
+    for info in pkgutil.iter_modules(sonic.triton.__path__)
+}
 
 pytestmark = pytest.mark.skipif(
     bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set: nothing compiles"
@@ -47,20 +57,23 @@ class _Driver:
 
 @pytest.fixture
 def compiled(request, monkeypatch):
-    """PTX of every kernel launched in the test, by kernel name."""
-    texts: dict[str, list[str]] = {}
+    """Every kernel compiled in the test, by name; each once."""
+    kernels: dict[str, list] = {}
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        texts.setdefault(self.__name__, []).append(kernel.asm["ptx"])
+        variants = kernels.setdefault(self.__name__, [])
+        if not any(kernel is known for known in variants):
+            variants.append(kernel)
         return kernel
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    for module in MODULES:
-        monkeypatch.setattr(module, "device_of", lambda tensor: contextlib.nullcontext())
+    for module in MODULES.values():
+        if hasattr(module, "device_of"):
+            monkeypatch.setattr(module, "device_of", lambda tensor: contextlib.nullcontext())
     monkeypatch.setattr(triton.runtime.driver, "_active", _Driver(getattr(request, "param", 90)))
-    return texts
+    return kernels
 
 
 every_architecture = pytest.mark.parametrize(
@@ -72,7 +85,54 @@ def _ids(*shape, dtype=torch.int32):
     return torch.zeros(shape, dtype=dtype)
 
 
+def _launch_token_rounding(module) -> None:
+    for tokens, experts in ((300, 128), (40_000, 128), (300, 8192)):
+        scores = torch.zeros(tokens, experts)
+        for rule in ("nr", "up", "down", "sr", "nr-s", "balance-f"):
+            rounded = module.round_tokens(scores, torch.zeros(experts), 8, 128, rule, 4096)
+        module.round_tokens_grad(*rounded[:3], tokens, experts, torch.bfloat16)
+    for logits in (torch.zeros(64, 128), torch.zeros(64, 4096, dtype=torch.bfloat16)):
+        scores = module.winner_softmax(logits, 8)
+        module.winner_softmax_grad(scores, scores, 8, logits.dtype)
+
+
+def _launch_routers(module) -> None:
+    balance, grad = MODULES["balance"], MODULES["router_grad"]
+    tokens, experts, top_k, sequences = 4096, 256, 8, 2
+    logits, bias = torch.zeros(tokens, experts, dtype=torch.bfloat16), torch.zeros(experts)
+    for score, groups, given in (("softmax", 1, None), ("sigmoid", 8, bias)):
+        route = Route(top_k, score, True, 2.5, groups, 4 if groups > 1 else 1, 2, experts,
+                      experts, sequences, True)  # fmt: skip
+        result = module.route_fused(logits, given, None, route)
+        scores, ids, lse, norm, _ = module.route_rows(logits, given, None, None, route)
+        balance.column_sums(logits, None, lse, norm, route)
+        one = torch.zeros(())
+        weight, dz_sum = balance.loss_weights(
+            result.prob_sum, one, one, one, result.load, result.live, route
+        )
+        grad.route_grad(scores, weight, dz_sum, logits, None, scores, ids, lse, route)
+
+
+def _launch_product_key(module) -> None:
+    logits = torch.zeros(64, 2, 128, dtype=torch.bfloat16)
+    for renormalize in (True, False):
+        scores, ids, lse = module.product_key(logits, 8, renormalize)
+        module.product_key_grad(scores, logits, scores, ids, lse, renormalize)
+
+
+_LAUNCHES = {
+    "product_key": _launch_product_key,
+    "router": _launch_routers,
+    "token_rounding": _launch_token_rounding,
+}
+
+
 def _launch_all() -> None:
+    for name, launch in _LAUNCHES.items():
+        if name in MODULES:
+            launch(MODULES[name])
+    for rows in (torch.zeros(300, 4096, dtype=torch.bfloat16), torch.zeros(300, 100)):
+        tail.zero_tail(rows, _ids(9))
     for tokens, experts in ((64, 128), (4000, 128), (64, 1), (2000, 1), (70, 65536)):
         build_plan(_ids(tokens, 8), experts, impl="triton")
     for slots in (100, 9000):
@@ -108,19 +168,58 @@ def test_every_kernel_compiles(compiled):
     _launch_all()
     kernels = {
         name
-        for module in MODULES
+        for module in MODULES.values()
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
     assert len(kernels) > 10 and set(compiled) == kernels
-    for name, texts in compiled.items():
-        for text in texts:
+    for name, variants in compiled.items():
+        for kernel in variants:
             # The order in which atomics land would decide the result.
-            assert not re.search(r"\b(atom|red)\.(global|shared|relaxed|gpu)", text), name
+            assert not re.search(r"\b(atom|red)\.(global|shared|relaxed|gpu)", kernel.asm["ptx"]), (
+                name
+            )
 
 
-def _vector_loads(text: str) -> int:
-    return len(re.findall(r"ld\.global[\w.:]*\.v4", text))
+def test_no_kernel_spills(compiled, tmp_path):
+    """On the architecture that sonic has kernels for."""
+    _launch_all()
+    spilled = [
+        f"{name}, {kernel.metadata.num_warps} warps"
+        for name, variants in compiled.items()
+        for kernel in variants
+        if _spills(kernel, tmp_path)
+    ]
+    assert compiled and not spilled
+
+
+@triton.jit
+def _greedy_kernel(x, N: tl.constexpr):
+    address = x + tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    value = tl.load(address)
+    tl.store(address, value * tl.sum(value, axis=0)[None, :])
+
+
+def test_a_spill_is_noticed(compiled, tmp_path):
+    _greedy_kernel[(1,)](torch.zeros(1), N=256, num_warps=4)
+    assert _spills(compiled["_greedy_kernel"][0], tmp_path)
+
+
+def _spills(kernel, folder) -> bool:
+    """Whether registers that do not fit are kept in a thread's local memory."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ((stack, local),) = re.findall(r"REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if stack == local == "0":
+        return False
+    # A stack frame need not be used; disassembling takes ten times as long as the question above.
+    return bool(re.search(r"\b(STL|LDL)\b", kernel.asm["sass"]))
+
+
+def _vector_loads(kernels) -> int:
+    return len(re.findall(r"ld\.global[\w.:]*\.v4", kernels[0].asm["ptx"]))
 
 
 def test_rows_move_in_16_byte_pieces(compiled):
@@ -132,11 +231,11 @@ def test_rows_move_in_16_byte_pieces(compiled):
     bias_grad.bias_grad_rows(rows, offset)
     score_grad.score_grad(torch.zeros(3, 64), slots, rows, rows[:8], slots, offset)
     topk.topk_scores(torch.zeros(4, 128, dtype=torch.bfloat16), 8, ScoreOrder.SOFTMAX_OVER_TOPK)
-    assert _vector_loads(compiled["_combine_kernel"][0]) == 8
-    assert _vector_loads(compiled["_combine_ragged_kernel"][0]) == 4
-    assert _vector_loads(compiled["_segment_sum_kernel"][0]) == 4
-    assert _vector_loads(compiled["_score_grad_kernel"][0]) >= 8
-    assert _vector_loads(compiled["_topk_kernel"][0]) >= 1
+    assert _vector_loads(compiled["_combine_kernel"]) == 8
+    assert _vector_loads(compiled["_combine_ragged_kernel"]) == 4
+    assert _vector_loads(compiled["_segment_sum_kernel"]) == 4
+    assert _vector_loads(compiled["_score_grad_kernel"]) >= 8
+    assert _vector_loads(compiled["_topk_kernel"]) >= 1
 
 
 def test_the_number_of_tokens_does_not_recompile(compiled):
@@ -153,5 +252,5 @@ def test_the_number_of_tokens_does_not_recompile(compiled):
         score_grad.score_grad(torch.zeros(2, 8 * tokens), slots)
         score_grad.gather_scores(slots.float(), slots)
         bias_grad.bias_grad_rows(rows, _ids(17))
-    for name, texts in compiled.items():
-        assert len(set(texts)) == 1, name
+    for name, variants in compiled.items():
+        assert len(variants) == 1, name
