@@ -387,7 +387,9 @@ def compile_in_process(directory, log, start, results):
 
 
 def spawn(target, *arguments):
-    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+    context = multiprocessing.get_context("spawn")
+    # A daemon, so that a failed test does not wait for it at the end.
+    process = context.Process(target=target, args=arguments, daemon=True)
     process.start()
     return process
 
