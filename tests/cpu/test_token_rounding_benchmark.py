@@ -1,0 +1,128 @@
+"""The token rounding benchmark: what it checks, counts, refuses and writes."""
+
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import sonic
+from benchmarks import rounding
+from benchmarks.layer import LayerOptions, make_layer
+from benchmarks.rounding import Load, RoundedShape, Rounding, check_rounded_layer, load_of
+from benchmarks.shapes import Shape
+from sonic.enums import ScoreOrder
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+TINY = Shape(48, 24, 16, 5, 2)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script, with a clock that does not wait."""
+    path = ROOT / "benchmarks" / "moe-token-rounding.py"
+    spec = importlib.util.spec_from_file_location("moe_token_rounding", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    clock = itertools.count(1.0, 0.25)
+
+    def once(function, *_, **__):
+        function()
+        return next(clock)
+
+    monkeypatch.setattr(module, "sustained_ms", once)
+    return module
+
+
+def tiny_layer(**options):
+    return make_layer(TINY, LayerOptions(device=CPU, impl="reference", **options))
+
+
+@pytest.mark.parametrize("routing", rounding.ROUTINGS)
+def test_every_routing_is_checked_timed_and_counted(script, capsys, tmp_path, routing):
+    path = tmp_path / "result.json"
+    flags = ["--thiekq", "48,24,16,5,2,8", "--device", "cpu", "--rep", "1", "--json", str(path)]
+    assert script.main([*flags, "--routing", routing]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("drouter_w", "forward + backward", "TFLOPS", "of which routing ms", "waste"):
+        assert expected in printed
+    rows = {
+        (row["metric"], row["unit"]): row["value"]
+        for row in json.loads(path.read_text())["rows"]
+        if row["provider"] == "sonic_reference"
+    }
+    prefix = f"token rounding/{routing}/q8"
+    routed, hardware = (
+        rows[f"{prefix}/routed pairs", "count"],
+        rows[f"{prefix}/hardware tokens", "count"],
+    )
+    ms = rows[f"{prefix}/forward", "ms"]
+    assert rows[f"{prefix}/forward", "TFLOPS"] == pytest.approx(6 * routed * 24 * 16 / ms * 1e-9)
+    assert rows[f"{prefix}/waste", "%"] == pytest.approx(100 * (1 - routed / hardware))
+    assert rows[f"{prefix}/forward/routing", "ms"] > 0
+    if routing == "top_k":
+        assert routed == 96 < hardware
+    else:
+        assert routed == hardware and routed % 8 == 0
+
+
+def test_the_tile_is_used():
+    """The last number decides both the rounding and the counting."""
+    layer = tiny_layer()
+    loads = {q: load_of(layer, Rounding.make("up", q, CPU)) for q in (1, 4, 16)}
+    assert loads[1] == Load(96, 96)
+    assert 96 < loads[4].routed < loads[16].routed
+    assert all(load.routed == load.hardware and load.waste == 0 for load in loads.values())
+    plain = {q: load_of(layer, Rounding.make("top_k", q, CPU)) for q in (1, 16)}
+    assert plain[1] == Load(96, 96) and plain[16].routed == 96 and plain[16].waste > 0
+
+
+def test_several_sizes_and_flags_in_one_run(script, capsys):
+    flags = ["--thiekq", "24,16,8,4,2,4", "20,16,8,3,1,8", "--routing", "nr", "top_k"]
+    options = ["--dtype", "Float16", "--add_bias", "--concat_layout", "--device", "cpu"]
+    assert script.main([*flags, *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("hardware tokens") == 4 and "db2" in printed
+    assert script.main([*flags, *options, "--skip_test"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("hardware tokens") == 4 and "drouter_w" not in printed
+
+
+@pytest.mark.parametrize("order", ScoreOrder, ids=lambda order: order.value)
+def test_the_check_knows_every_score_order(order):
+    layer = tiny_layer(score_order=order, add_bias=True)
+    findings = check_rounded_layer(layer, Rounding.make("nr", 16, CPU))
+    assert all(finding.passed for finding in findings), findings
+    found = {(finding.run, finding.tensor) for finding in findings}
+    gradients = {"out", "dx", "dw1", "dw2", "db1", "db2"}
+    assert {("flat", name) for name in gradients | {"dtopk_weights"}} <= found
+    assert {("moe", name) for name in gradients | {"drouter_w"}} <= found
+    assert ("routing", "pairs") in found
+
+
+def test_wrong_pairs_are_found_and_nothing_is_timed(script, capsys, monkeypatch):
+    def shifted(*arguments, **options):
+        token_ids, expert_ids, weights = right(*arguments, **options)
+        return token_ids, (expert_ids + 1) % 5, weights
+
+    right = sonic.routing.token_rounding
+    monkeypatch.setattr(sonic.routing, "token_rounding", shifted)
+    monkeypatch.setattr(script, "measure", lambda *_: pytest.fail("a wrong layer was timed"))
+    flags = ["--thiekq", "48,24,16,5,2,8", "--device", "cpu", "--routing", "nr"]
+    assert script.main(flags) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["1,2,3,4,5", "8,8,8,4,2,0", "8,8,8,4,2,x", "8,8,8,2,3,4", ""])
+def test_malformed_sizes_are_refused(text):
+    with pytest.raises(ValueError, match=r"six positive integers|exceeds"):
+        RoundedShape.parse(text)
+
+
+def test_too_large_for_a_cpu_is_refused(script):
+    with pytest.raises(SystemExit, match="too large"):
+        flags = ["--thiekq", "16384,4096,1024,256,8,128", "--device", "cpu"]
+        script.main([*flags, "--impl", "reference"])
