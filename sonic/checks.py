@@ -7,6 +7,7 @@ architecture, a missing package) is raised by ``sonic.runtime.backend`` when an 
 Symbols: T tokens, H hidden size, I intermediate size, E experts, S slots of a flat list, R rows.
 """
 
+import math
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -130,6 +131,47 @@ def check_int(op: str, name: str, value: Any, low: int, high: int, why: str) -> 
                 f"Pass {name} inside that range.",
             )
         )
+
+
+def check_bool(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ArgumentError(
+            message(op, f"{name}={value!r}", "True or False", f"Pass {name} as a Python bool.")
+        )
+
+
+def check_std(op: str, std: Any) -> None:
+    """A standard deviation: a finite number, at least 0."""
+    if isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 <= std < math.inf:
+        raise ArgumentError(
+            message(op, f"std={std!r}", "a finite number, 0 or above", "0.02 is usual.")
+        )
+
+
+def check_dtype_option(op: str, dtype: Any, name: str = "dtype") -> None:
+    """None, or a dtype that the layer computes in."""
+    if dtype is None or dtype in FLOAT_DTYPES:
+        return
+    raise DTypeError(
+        message(op, f"{name}={dtype!r}", _names(FLOAT_DTYPES), "Pass torch.bfloat16, for instance.")
+    )
+
+
+def check_device_option(op: str, device: Any) -> None:
+    """None, or something that ``torch.device`` accepts."""
+    try:
+        if device is not None:
+            torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DeviceError(
+            message(
+                op,
+                f"device={device!r} is no device ({reason})",
+                'a torch.device or its name, such as "cuda", "cuda:1", "cpu" or "meta"',
+                "Pass one of these.",
+            )
+        ) from None
 
 
 def check_num_experts(op: str, name: str, value: Any) -> None:

@@ -46,6 +46,11 @@ class ExpertLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        op = type(self).__name__
+        checks.check_num_experts(op, "num_experts", num_experts)
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            checks.check_int(op, name, size, 1, 2**31 - 1, "a size")
+        _check_parameters(op, add_bias, std, device, dtype)
         self.std = std
         shape = (num_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -73,6 +78,25 @@ class ExpertLinear(nn.Module):
         )
 
 
+class NormalLinear(nn.Linear):
+    """``nn.Linear`` without bias whose ``reset_parameters`` gives N(0, std)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        std: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.std = std  # ahead of nn.Linear's constructor, which resets the parameters
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+
 class _ExpertsBase(nn.Module):
     """Parameters and options that :class:`Experts` and :class:`MoE` share."""
 
@@ -94,6 +118,7 @@ class _ExpertsBase(nn.Module):
         checks.check_num_experts(op, "num_experts", num_experts)
         for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
             checks.check_int(op, name, size, 1, 2**31 - 1, "a size")
+        _check_parameters(op, add_bias, std, device, dtype)
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -108,6 +133,12 @@ class _ExpertsBase(nn.Module):
         self.c_proj = ExpertLinear(
             num_experts, intermediate_size, hidden_size, add_bias, std, device=device, dtype=dtype
         )
+
+    def reset_parameters(self) -> None:
+        """Initialise every part anew; what to call after ``to_empty`` on a meta module."""
+        for part in self.children():
+            if callable(reset := getattr(part, "reset_parameters", None)):
+                reset()
 
     def extra_repr(self) -> str:
         return (
@@ -225,10 +256,7 @@ class MoE(_ExpertsBase):
         self.has_own_router = router is not None
         self.router: nn.Module
         if router is None:
-            self.router = nn.Linear(
-                hidden_size, num_experts, bias=False, device=device, dtype=dtype
-            )
-            nn.init.normal_(self.router.weight, std=std)
+            self.router = NormalLinear(hidden_size, num_experts, std, device=device, dtype=dtype)
         else:
             _check_router_module(router, hidden_size, num_experts, num_experts_per_tok, routing)
             self.router = router
@@ -362,6 +390,19 @@ class MoE(_ExpertsBase):
         if self.routing == "token_rounding":
             text += f", routing='token_rounding', rounding={self.rounding!r}, tile={self.tile!r}"
         return text
+
+
+def _check_parameters(
+    op: str,
+    add_bias: bool,
+    std: float,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
+    checks.check_bool(op, "add_bias", add_bias)
+    checks.check_std(op, std)
+    checks.check_device_option(op, device)
+    checks.check_dtype_option(op, dtype)
 
 
 def _check_router_module(

@@ -10,8 +10,15 @@ from torch import nn
 import sonic
 from sonic import ActivationType, Experts, KernelBackendMoE, MoE
 from sonic.nn import ExpertLinear
+from sonic.nn.routers import SharedExperts
 from sonic.reference import load_balancing_loss, merge_gate_up_rows, moe_reference
-from sonic.runtime.errors import ArgumentError, DeviceError, ShapeError, UnsupportedError
+from sonic.runtime.errors import (
+    ArgumentError,
+    DeviceError,
+    DTypeError,
+    ShapeError,
+    UnsupportedError,
+)
 
 T, H, I, E, K = 10, 16, 12, 6, 2  # noqa: E741 (the names of sizes throughout)
 TORCH = KernelBackendMoE.torch
@@ -128,6 +135,93 @@ def test_meta_construction_and_materialisation():
     module.to_empty(device="cpu")
     module.c_fc.reset_parameters()
     assert module.c_fc.weight.any() and not module.c_fc.bias.any()
+
+
+def distances(module):
+    """By how much the standard deviation of each weight differs from the one asked for."""
+    weights = [module.router.weight, module.c_fc.weight, module.c_proj.weight]
+    return [abs(weight.std().item() / 0.02 - 1) for weight in weights]
+
+
+@pytest.mark.parametrize("recipe", ["each submodule", "the layer"])
+def test_a_layer_made_on_meta_is_initialised_like_any_other(recipe):
+    module = MoE(64, 2, 64, 64, "swiglu", True, 0.02, device="meta")
+    names = list(module.state_dict())
+    module.to_empty(device="cpu")
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, float("nan"))
+    if recipe == "the layer":
+        module.reset_parameters()
+    else:  # as FSDP does
+        for part in module.modules():
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+    assert max(distances(module)) < 0.1
+    assert not module.c_fc.bias.any() and not module.c_proj.bias.any()
+    assert list(module.state_dict()) == names
+    assert isinstance(module.router, nn.Linear) and module.router.bias is None
+    with torch.no_grad():
+        module.router.weight.fill_(5.0)
+    module.router.reset_parameters()
+    assert max(distances(module)) < 0.1
+
+
+def test_the_gate_of_shared_experts_is_reset_too():
+    module = SharedExperts(1024, 8, gated=True, std=0.02, device="meta").to_empty(device="cpu")
+    module.reset_parameters()
+    assert abs(module.gate.weight.std().item() / 0.02 - 1) < 0.2
+
+
+def test_experts_reset_too():
+    module = Experts(8, 32, 32, "relu", True, 0.02, device="meta").to_empty(device="cpu")
+    module.reset_parameters()
+    assert abs(module.c_fc.weight.std().item() / 0.02 - 1) < 0.1 and not module.c_proj.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"std": -0.1}, ArgumentError, "std=-0.1"),
+        ({"std": float("nan")}, ArgumentError, "std=nan"),
+        ({"std": float("inf")}, ArgumentError, "std=inf"),
+        ({"std": "0.02"}, ArgumentError, "std='0.02'"),
+        ({"std": None}, ArgumentError, "std=None"),
+        ({"add_bias": "no"}, ArgumentError, "add_bias='no'"),
+        ({"dtype": torch.int8}, DTypeError, "dtype=torch.int8"),
+        ({"dtype": torch.complex64}, DTypeError, "dtype=torch.complex64"),
+        ({"dtype": "bfloat16"}, DTypeError, "dtype='bfloat16'"),
+        ({"device": "banana"}, DeviceError, "device='banana'"),
+        ({"device": 1.5}, DeviceError, "device=1.5"),
+        ({"hidden_size": 0}, ArgumentError, "hidden_size=0"),
+        ({"intermediate_size": -4}, ArgumentError, "intermediate_size=-4"),
+        ({"hidden_size": 64.0}, ArgumentError, "hidden_size=64.0"),
+        ({"num_experts": True}, ArgumentError, "num_experts=True"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("cls", [MoE, Experts])
+def test_constructors_refuse(cls, changes, error, says):
+    options = {
+        "num_experts": E,
+        "hidden_size": H,
+        "intermediate_size": I,
+        "activation_function": "swiglu",
+        "add_bias": False,
+        "std": 0.02,
+    }
+    if cls is MoE:
+        options["num_experts_per_tok"] = K
+    cls(**options)
+    with pytest.raises(error, match=f"{cls.__name__}: {says}.*Allowed: "):
+        cls(**{**options, **changes})
+
+
+def test_expert_linear_refuses_sizes_and_std():
+    for sizes in ((0, 4, 4), (4, 0, 4), (4, 4, 0), (4, 4.0, 4)):
+        with pytest.raises(ArgumentError, match="ExpertLinear: .*Allowed: "):
+            ExpertLinear(*sizes, False, 0.02)
+    with pytest.raises(ArgumentError, match="std=-1"):
+        ExpertLinear(4, 4, 4, False, -1)
 
 
 def test_construction_touches_no_gpu(monkeypatch):

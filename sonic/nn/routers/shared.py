@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sonic.enums import ActivationType, GateUpLayout
-from sonic.nn.moe import Experts
+from sonic.nn.moe import Experts, NormalLinear
 
 
 class SharedExperts(Experts):
@@ -49,8 +49,7 @@ class SharedExperts(Experts):
         )
         self.gate = None
         if gated:
-            self.gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
-            nn.init.normal_(self.gate.weight, std=std)
+            self.gate = NormalLinear(hidden_size, 1, std, device=device, dtype=dtype)
 
     def forward(self, hidden_states: Tensor, impl: str = "auto") -> Tensor:  # type: ignore[override]
         """``hidden_states`` (..., H) to the same shape; see :func:`sonic.experts` for ``impl``."""
