@@ -1,6 +1,4 @@
-"""Runs compiled CuTeDSL kernels on a CPU: PTX executed adversarially, host code unmodified. See
-README.md.
-"""
+"""Runs compiled CuTeDSL kernels on a CPU, host code and all. See README.md."""
 
 from .host import STREAM
 from .memory import Fault

@@ -278,9 +278,7 @@ def cell_at(M, w, addr, space, nbytes, ins):
 
 @instruction("st.async", "weak shared::cluster mbarrier::complete_tx::bytes v2 v4")
 def store_async(b, ins):
-    """9.7.9.12: a store to another CTA of the cluster that completes on an mbarrier there, some
-    time later.
-    """
+    """9.7.9.12: a store to a CTA of the cluster that completes on an mbarrier there, later."""
     _, _, size = b.type_of(ins)
     dst, value, bar = ins.operands
     src = [b.get(x, f"u{size}") for x in b.vector(value)]

@@ -1,5 +1,4 @@
-"""Register-only PTX instructions as generated Python source over 32-lane numpy arrays (PTX ISA
-9.7.1-9.7.9).
+"""Register-only instructions as generated source over 32-lane arrays (PTX ISA 9.7.1-9.7.9).
 
 A run of such instructions becomes one function f(r, m): r is the warp's register list, m the mask
 of active lanes. A second version without the masking serves the common case that all 32 lanes are
@@ -50,9 +49,7 @@ BITS = {"?": 1, "u1": 8, "i1": 8, "u2": 16, "i2": 16, "f2": 16, "u4": 32, "i4": 
 
 
 class Codegen:
-    """Emits source lines for the register-only instructions of one kernel; constants are collected
-    in `names`.
-    """
+    """Emits source for the register-only instructions of a kernel; `names` has the constants."""
 
     def __init__(self, symbol_value):
         self.symbol_value = symbol_value

@@ -96,9 +96,7 @@ def cluster_wait(b, ins):
 
 
 def publish_inits(w):
-    """Makes the mbarriers that this warp initialised usable by other CTAs and by asynchronous
-    units.
-    """
+    """Lets other CTAs and asynchronous units use the mbarriers that this warp initialised."""
     for mb in w.cta.mbars.values():
         if mb.init_warp is w:
             mb.published = True

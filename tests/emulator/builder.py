@@ -1,5 +1,4 @@
-"""From an instruction to a Python function: the table of instructions and what their builders
-share.
+"""The table of instructions, and what their builders share.
 
 A builder gets (Builder, Instr) and returns f(machine, warp, fragment, mask). The result None means
 done, BLOCK means try again when woken, SOFT means done but sleep until something changes (a failed
@@ -20,9 +19,7 @@ STORE_NP = {w: NP[k] for w, k in STORE.items()}
 
 
 def instruction(name, allow=""):
-    """Registers the builder of the instructions starting with `name`; other modifiers must be among
-    `allow`.
-    """
+    """Registers the builder of instructions starting with `name`; `allow`: other modifiers."""
 
     def register(builder):
         TABLE[tuple(name.split("."))] = (builder, None if allow == "*" else set(allow.split()))
@@ -128,9 +125,7 @@ class Builder:
         return lambda r: g(r) + off
 
     def shared_address(self, mem):
-        """A shared-memory address as uint32, from a shared (32- or 64-bit) or generic address
-        operand.
-        """
+        """A shared-memory address as uint32, from a shared or generic address operand."""
         wide = getattr(mem.base, "width", 32) == 64
         g = self.address(mem, "u8" if wide else "u4")
         return (lambda r: g(r).astype(np.uint32)) if wide else g

@@ -1,6 +1,4 @@
-"""Calls of device functions: only vprintf, which a kernel's own printf becomes (PTX ISA 9.7.12.5,
-CUDA "Formatted output").
-"""
+"""Calls: only vprintf, which a kernel's printf becomes (PTX ISA 9.7.12.5)."""
 
 import re
 import struct
@@ -23,9 +21,7 @@ def c_string(memory, addr):
 
 
 def formatted(memory, text, raw):
-    """The C format `text` with the argument bytes `raw`: 8 bytes and aligned for %s, %p, floats and
-    l-sized integers.
-    """
+    """The C format `text` with argument bytes `raw`, each aligned to its 4 or 8 bytes."""
     at, out, last = 0, [], 0
     for m in CONVERSION.finditer(text):
         out.append(text[last : m.start()])

@@ -1,7 +1,6 @@
-"""Compiling and exporting a CuTeDSL function with no GPU (needs nvidia-cutlass-dsl, imported
-lazily).
-"""
+"""Compiling and exporting a CuTeDSL function with no GPU; imports the DSL lazily."""
 
+import contextlib
 import os
 import tempfile
 
@@ -44,9 +43,7 @@ def fake_tensor(array, static=False):
 
 
 def fake_argument(value, static=False):
-    """What stands for an argument when compiling: fake tensors for arrays, a fake stream, anything
-    else as it is.
-    """
+    """What stands for an argument when compiling; numbers stand for themselves."""
     from .host import Stream
 
     if is_array(value):
@@ -58,16 +55,22 @@ def fake_argument(value, static=False):
     return value
 
 
-def compile_function(function, fakes, gpu_arch, options=""):
-    """`cute.compile` of a @cute.jit function with what the emulator needs; returns the compiled
-    object.
+@contextlib.contextmanager
+def needed_options():
+    """Compile options that the emulator needs, with a folder for what --keep-ptx writes.
+
+    The compiled object holds the text, so the folder goes away.
     """
+    with tempfile.TemporaryDirectory(prefix="emulator_") as folder:
+        yield f"{OPTIONS} --dump-dir {folder}"
+
+
+def compile_function(function, fakes, gpu_arch, options=""):
+    """`cute.compile` of a @cute.jit function with the needed options."""
     import cutlass.cute as cute
 
-    folder = tempfile.mkdtemp(prefix="emulator_")
-    return cute.compile(
-        function, *fakes, options=f"--gpu-arch {gpu_arch} {OPTIONS} --dump-dir {folder} {options}"
-    )
+    with needed_options() as needed:
+        return cute.compile(function, *fakes, options=f"--gpu-arch {gpu_arch} {needed} {options}")
 
 
 def ptx_of(compiled):

@@ -124,9 +124,7 @@ def cp_async(b, ins):
 
 
 def locate_live(memory, addrs, n):
-    """[(rows, buffer, offsets, bytes)] of the lanes that read anything, by how many bytes they
-    read.
-    """
+    """[(rows, buffer, offsets, bytes)] of the lanes that read anything."""
     return [
         (np.flatnonzero(n == k)[sel], buffer, at, int(k))
         for k in np.unique(n[n > 0])
@@ -191,9 +189,7 @@ def wait_all(b, ins):
 
 @instruction("cp.async.mbarrier.arrive", "noinc shared shared::cta")
 def mbarrier_arrive(b, ins):
-    """9.7.13.15.17: arrives when the thread's earlier copies are complete; without .noinc the count
-    is raised first.
-    """
+    """9.7.13.15.17: arrives once the thread's copies are complete; no .noinc: count raised."""
     addr = b.shared_address(ins.operands[0])
     noinc = "noinc" in ins.parts
 

@@ -1,5 +1,4 @@
-"""Runs the host half of a compiled CuTeDSL function on the CPU and hands its launches to a
-callback.
+"""Runs the host half of a compiled CuTeDSL function and captures its launches.
 
 `cute.compile(..., options="--enable-tvm-ffi ...")` followed by `export_to_c` gives an object file
 whose undefined symbols are all in shim.c. Linked together they make a shared library whose entry
@@ -58,9 +57,7 @@ class FFIAny(C.Structure):
 
 @dataclass
 class Buffer:
-    """An array argument: its element type name, shape, strides in elements, address, and the bytes
-    behind it.
-    """
+    """An array argument: type name, shape, strides in elements, address, the bytes behind it."""
 
     dtype: str
     shape: tuple

@@ -1,6 +1,4 @@
-"""Instructions across the lanes of a warp (PTX ISA 9.7.9.6 shfl.sync, 9.7.13.9-12 vote, match,
-activemask, redux, elect).
-"""
+"""Instructions across the lanes of a warp (PTX ISA 9.7.9.6, 9.7.13.9-12)."""
 
 import numpy as np
 

@@ -2,10 +2,9 @@
 
 import contextlib
 import functools
-import tempfile
 from collections.abc import Iterator
 
-from .compiled import OPTIONS
+from .compiled import needed_options
 from .policy import Policy
 from .run import Emulator
 
@@ -15,13 +14,12 @@ def emulator_for(problem, config):
     """The emulator of one kernel of `kernels_sm90`, compiled once a process."""
     from kernels_sm90.compile import compile_kernel
 
-    folder = tempfile.mkdtemp(prefix="emulator_")  # else PTX lands in the current directory
-    return Emulator(compile_kernel(problem, config, f"{OPTIONS} --dump-dir {folder}"))
+    with needed_options() as options:
+        return Emulator(compile_kernel(problem, config, options))
 
 
 class Session:
-    """What the launches of an `emulated_layer` block share, and what they left: `machines`, oldest
-    first.
+    """What the launches of an `emulated_layer` block share; `machines`, oldest first, they left.
 
     `config` replaces the tile choice, if it is not None.
     """
@@ -48,8 +46,7 @@ class Session:
 
 @contextlib.contextmanager
 def emulated_layer(seed=0, mode="mixed", sms=4, config=None, **options) -> Iterator[Session]:
-    """Inside the block, grouped GEMMs of `sonic.stages` on CPU tensors run in the emulator as on an
-    sm_90a GPU.
+    """Inside the block, grouped GEMMs of `sonic.stages` run in the emulator on CPU tensors.
 
     seed, mode: see Policy; each launch has its own seed. sms: the number of SMs, few so that CTAs
         take several tiles.

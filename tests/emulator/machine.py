@@ -90,9 +90,7 @@ class Machine:
 
     # ---- launching ----
     def launch(self, program, grid, block, cluster, smem, params):
-        """Runs a kernel to its end. `params`: the bytes of each parameter; `smem`: dynamic shared
-        bytes.
-        """
+        """Runs a kernel to its end. `params`: bytes of each; `smem`: dynamic shared bytes."""
         self.program, self.grid, self.block, self.cluster_dim = program, grid, block, cluster
         self.tick = self.progress = self.idle_at = 0
         self.idle = 0
@@ -182,9 +180,7 @@ class Machine:
         self.active.append(cluster)
 
     def registers(self, cta, tid, at, counts, local):
-        """A warp's initial registers: poison, then the special registers and symbols that the
-        kernel uses.
-        """
+        """A warp's initial registers: poison, then special registers and symbols."""
         blank = {
             1: np.zeros(LANES, bool),
             16: np.full(LANES, 0x7FFF, np.uint16),
@@ -288,9 +284,7 @@ class Machine:
         return w
 
     def nudge(self):
-        """Everything sleeps: try_wait may time out, so the waiters look again before it counts as a
-        deadlock.
-        """
+        """Everything sleeps: try_wait may time out, so waiters look again before a deadlock."""
         self.idle = self.idle + 1 if self.progress <= self.idle_at else 1
         self.idle_at = self.tick
         waiters = {
@@ -399,9 +393,7 @@ class Machine:
 
     @staticmethod
     def pick(w):
-        """Merges fragments that meet and returns the one at the lowest program counter that can
-        run.
-        """
+        """Merges fragments that meet; returns the lowest in the program that can run."""
         by_pc, best = {}, None
         for f in w.frags:
             other = by_pc.get(f.pc)

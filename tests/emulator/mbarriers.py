@@ -117,9 +117,7 @@ def complete_tx(b, ins):
 
 
 def waiting(b, ins):
-    """try_wait and test_wait: true once the phase of the given parity (or the state's phase) has
-    completed.
-    """
+    """try_wait and test_wait: true once the phase (or the state's phase) has completed."""
     pred, mem, which = ins.operands[:3]
     parity = "parity" in ins.parts
     addr, phase = b.shared_address(mem), b.get(which, "u4" if parity else "u8")
@@ -148,9 +146,7 @@ def waiting(b, ins):
 
 
 def test(w, addr, phase, parity):
-    """Whether the wait is over; if it is, the warp is ordered after what was released into the
-    phase.
-    """
+    """Whether the wait is over; if so, the warp is ordered after the phase's releases."""
     mb = w.cta.cluster.mbarrier(w, addr)
     if mb.cta is not w.cta:
         raise Fault("wait on another CTA's mbarrier")

@@ -1,5 +1,4 @@
-"""Memory spaces: global buffers of the host, and a CTA's shared memory with its two proxies (PTX
-ISA 5.1, 8.7).
+"""Global buffers of the host; a CTA's shared memory, its two proxies (PTX ISA 5.1, 8.7).
 
 Shared memory is kept twice: as the generic proxy sees it and as the async proxy (TMA, wgmma,
     tcgen05) sees it. A generic store reaches the second copy only by a `fence.proxy.async` of a
@@ -76,9 +75,7 @@ class GlobalMemory:
         return data[addr - base : addr - base + nbytes]
 
     def locate(self, addrs, nbytes, what, align=None):
-        """[(selector, bytes, offsets)] for lanes' addresses, one entry a buffer; checks alignment
-        and bounds.
-        """
+        """[(selector, bytes, offsets)] for lanes' addresses by buffer, bounds checked."""
         if (addrs % np.uint64(align or nbytes)).any():
             raise misaligned(f"global {what}", addrs, align or nbytes)
         base, size, data = self.find(int(addrs[0]), what)
@@ -102,9 +99,7 @@ class GlobalMemory:
 
 
 class Dirty:
-    """Generic-proxy stores to shared memory that no proxy fence has published to the async proxy
-    yet.
-    """
+    """Generic-proxy stores that no proxy fence has published to the async proxy yet."""
 
     __slots__ = ("smem", "index", "size", "flushed", "origin")
 
@@ -126,9 +121,7 @@ class Dirty:
 
 
 class Access:
-    """An asynchronous operation in flight on 16-byte units of shared memory (4-byte words for
-    cp.async).
-    """
+    """An asynchronous operation in flight, on 16-byte units (cp.async: 4-byte words)."""
 
     __slots__ = ("kind", "units", "ins", "who")
 
@@ -146,9 +139,7 @@ def line_of(w, line):
 
 
 class SharedMemory:
-    """One CTA's shared memory. `end` is the first offset past its allocation; `check` turns race
-    reports on.
-    """
+    """One CTA's shared memory, allocated up to offset `end`; `check`: report races."""
 
     def __init__(self, name, end, warps, check=True):
         self.name, self.end, self.check = name, end, check
@@ -223,9 +214,7 @@ class SharedMemory:
             self.history.end_read(w, access.units, time)
 
     def conflict(self, what, units, kinds):
-        """The Fault for an access `what` to 16-byte units that an operation of one of `kinds` is
-        using.
-        """
+        """The Fault for an access to units that an operation of one of `kinds` is using."""
         wanted = set(np.asarray(units).reshape(-1).tolist())
         for a in self.accesses:
             own = set((a.units >> 2 if a.kind == "cp.async" else a.units).reshape(-1).tolist())
@@ -333,9 +322,7 @@ class SharedMemory:
             self.unfenced[index * size >> 2] = False
 
     def note_store(self, index, size, origin):
-        """Records a generic store; returns its Dirty. Storing to the same places again shares one
-        while unfenced.
-        """
+        """The Dirty of a generic store; a store to the same places shares one while unfenced."""
         key = (size, index.tobytes())
         d = self.stores.get(key)
         if d is None or d.flushed:

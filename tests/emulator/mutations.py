@@ -1,6 +1,4 @@
-"""Single changes to a kernel's PTX that break its synchronisation or its copies, to see whether
-they are found.
-"""
+"""Single changes to a kernel's PTX that break its synchronisation or its copies."""
 
 import re
 from dataclasses import dataclass
@@ -48,9 +46,7 @@ def mutation(text, start, end, replacement, name):
 
 
 def definition(text, register, before):
-    """The last `mov` of a literal to a register before a place, as a match whose group 1 is the
-    number.
-    """
+    """The last `mov` of a literal to a register before a place; group 1 is the number."""
     found = list(re.finditer(rf"mov\.b32\s+{re.escape(register)}, (\d+);", text[:before]))
     return found[-1] if found else None
 

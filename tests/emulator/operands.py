@@ -1,6 +1,4 @@
-"""Matrix operands in shared memory and in registers: descriptors, element types, fragments (PTX ISA
-9.7.14-9.7.16).
-"""
+"""Matrix operands in shared memory and in registers (PTX ISA 9.7.14-9.7.16)."""
 
 import functools
 
@@ -17,8 +15,7 @@ ELEM = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1}
 
 @functools.lru_cache(8192)
 def operand_offsets(desc, rows, k, elem, mn_major, sm100):
-    """(element indices in shared memory, 16-byte units) of the rows x k tile of a 64-bit matrix
-    descriptor.
+    """(element indices, 16-byte units) of the rows x k tile of a 64-bit matrix descriptor.
 
     9.7.15.5.1 (wgmma) and 9.7.16.4.1 (tcgen05): start address, leading and stride byte offsets in
     16-byte steps, swizzle mode; the swizzle XORs the absolute address, so steps along K are plain
@@ -138,9 +135,7 @@ def scatter_d(matrix, n):
 
 
 def gather_ab(arrays, elem, rows):
-    """Registers of a 16-row A fragment (4) or an 8-row B fragment (2) -> bits of the rows x (32 /
-    elem) matrix.
-    """
+    """Registers of a 16-row A (4) or 8-row B (2) fragment -> bits of the rows x 32/elem matrix."""
     per, halves = 4 // elem, rows // 8
     x = (
         np.stack(arrays).view(UINT[elem]).reshape(2, halves, 8, 4, per)

@@ -1,5 +1,4 @@
-"""Which accesses to shared memory are ordered, whatever the interleaving: vector clocks (PTX ISA
-8).
+"""What is ordered in shared memory, whatever the interleaving: vector clocks (PTX ISA 8).
 
 Every warp of a cluster is a component of a clock, and so is every mbarrier. A warp's clock holds,
 per component, the latest
@@ -24,9 +23,7 @@ def new_clock():
 
 
 class History:
-    """Stamps of the words of one CTA's shared memory; `warps` is the number of warps in the
-    cluster.
-    """
+    """Stamps of the words of one CTA's shared memory, for a cluster of `warps` warps."""
 
     def __init__(self, words, warps):
         words = -(-words // 4) * 4

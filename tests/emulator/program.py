@@ -51,9 +51,7 @@ class Program:
         return self.extra[name]
 
     def build(self):
-        """Fills `nodes`: register-only runs become generated functions, everything else goes
-        through the table.
-        """
+        """Fills `nodes`: generated functions for register-only runs, the table for the rest."""
         instrs = self.kernel.instrs
         targets = {i.target for i in instrs if i.target >= 0}
         builder = Builder(self)

@@ -1,6 +1,4 @@
-"""PTX text to a flat list of instructions with resolved registers and labels (PTX ISA 4 "Syntax", 5
-"State spaces").
-"""
+"""PTX text to instructions with resolved registers and labels (PTX ISA 4, 5)."""
 
 import re
 import struct
@@ -85,9 +83,7 @@ class Mem:
 
 @dataclass
 class Instr:
-    """One instruction; `parts` is its opcode split at the dots, `source` the (file, line) chain of
-    its `.loc`.
-    """
+    """One instruction; `parts`: opcode split at dots, `source`: (file, line), innermost first."""
 
     op: str
     parts: tuple

@@ -40,9 +40,7 @@ def cta_report(cta, code):
 
 
 def report(machine):
-    """Every warp of the first clusters, with its place and what it waits for, and the state of the
-    barriers.
-    """
+    """Every warp of the first clusters, what it waits for, and the state of the barriers."""
     out = [
         f"[{machine.policy}; step {machine.steps}, "
         f"{len(machine.events)} asynchronous operations pending]"

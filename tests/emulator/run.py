@@ -24,10 +24,10 @@ class Emulator:
     """
 
     def __init__(self, compiled=None, *, ptx_text=None, object_file=None, name="kernel"):
-        self.workdir = tempfile.mkdtemp(prefix="emulator_")
-        if compiled is not None:
-            ptx_text, object_file = ptx_of(compiled), export(compiled, self.workdir, name)
-        self.host = HostFunction(object_file, name, self.workdir)
+        with tempfile.TemporaryDirectory(prefix="emulator_") as folder:
+            if compiled is not None:
+                ptx_text, object_file = ptx_of(compiled), export(compiled, folder, name)
+            self.host = HostFunction(object_file, name, folder)
         self.load(ptx_text)
 
     def load(self, ptx_text):
@@ -36,8 +36,7 @@ class Emulator:
         self.programs = {n: Program(k) for n, k in ptx.parse(ptx_text).items()}
 
     def __call__(self, args, policy=None, sm_count=None, **machine_options):
-        """Runs the function on `args` (in the order of its signature, Constexprs left out); returns
-        the Machine.
+        """Runs the function on `args`, its signature's without the Constexprs; returns the Machine.
 
         Arrays are torch CPU tensors or numpy arrays and are used in place; other arguments are
         numbers, None or STREAM. `sm_count` is what the host code reads as the number of SMs. Raises
@@ -75,9 +74,7 @@ class Emulator:
 
 @dataclass(frozen=True)
 class Const:
-    """A compile-time (Constexpr) argument of `run_kernel`: passed to cute.compile, absent from the
-    call.
-    """
+    """A compile-time (Constexpr) argument of `run_kernel`, absent from the call."""
 
     value: object
 
@@ -96,8 +93,7 @@ def run_kernel(
     emulator=None,
     **machine_options,
 ):
-    """Compiles a @cute.jit function for `gpu_arch`, runs it on the CPU; returns (its array
-    arguments, the Machine).
+    """Compiles a @cute.jit function and runs it; returns (its array arguments, the Machine).
 
     function: a @cute.jit host function (or an object with such a __call__) that launches kernels.
     args: in the order of its signature: torch CPU tensors or numpy arrays (used in place), numbers,

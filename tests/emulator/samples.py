@@ -1,5 +1,4 @@
-"""Small Hopper kernels in CuTeDSL that exercise the emulator; each can be built with one mistake in
-it.
+"""Small Hopper kernels for the emulator's tests; each can be built with one mistake in it.
 
 `GatheredGemm`: `out[r] = x[index[r]] @ w^T` for the rows r of one segment, K-tile after K-tile:
 cp.async gathers rows into 128-byte-swizzled shared memory, TMA loads the weight, wgmma multiplies,
@@ -184,9 +183,7 @@ class GatheredGemm:
 
     @cute.jit
     def gather(self, x, index, pointer, first, end, k, thread):
-        """Each thread copies 16 bytes of four rows; rows past `end` and columns past the matrix
-        become zeros.
-        """
+        """Each thread copies 16 bytes of four rows, zeros past the segment and the matrix."""
         piece = thread % 8
         for i in cutlass.range_constexpr(TILE // 16):
             row = thread // 8 + 16 * i
@@ -210,9 +207,7 @@ class GatheredGemm:
 
     @cute.jit
     def store(self, acc, pointer, thread):
-        """Accumulators to swizzled shared memory: four 8x8 matrices (16 rows, 16 columns) a
-        stmatrix.
-        """
+        """Accumulators to swizzled shared memory, four 8x8 matrices a stmatrix."""
         lane, warp = thread % 32, thread // 32
         row = warp * 16 + lane % 16
         for i in cutlass.range_constexpr(TILE // 16):

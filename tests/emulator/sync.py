@@ -9,9 +9,7 @@ TX_RANGE = (1 << 20) - 1
 
 
 class MBarrier:
-    """An mbarrier object (9.7.13.15): the current phase completes when no arrivals and no
-    transaction bytes are pending.
-    """
+    """An mbarrier (9.7.13.15): a phase ends when no arrivals and no bytes are pending."""
 
     def __init__(self, cta, offset, count, warp):
         if not 1 <= count <= TX_RANGE:

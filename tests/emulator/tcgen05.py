@@ -1,5 +1,4 @@
-"""tcgen05 instructions: allocation, MMA and commit, loads and stores of tensor memory (PTX ISA
-9.7.16).
+"""tcgen05: allocation, MMA and commit, loads and stores of its memory (PTX ISA 9.7.16).
 
 MMAs and commits of one thread run in order. `tcgen05.ld` reads at its issue, so that a missing
 `wait::ld` cannot be found; nor are `tcgen05.fence`s needed.
@@ -36,9 +35,7 @@ def allocate(cta, columns):
 
 
 def allocate_pair(M, w, frag, n):
-    """Collective over the CTA pair: the address once both have asked for the same allocation, else
-    None.
-    """
+    """Collective over the CTA pair: the address once both have asked, else None."""
     cta, peer = w.cta, w.cta.cluster.ctas[w.cta.rank ^ 1]
     if frag.token is None:
         frag.token = cta.alloc_calls = cta.alloc_calls + 1
@@ -126,9 +123,7 @@ def wait_st(b, ins):
 
 
 def access_shape(b, ins):
-    """(columns, lane and column of each register and thread, whether whole warps' lanes) of a ld or
-    st (9.7.16.2.3).
-    """
+    """9.7.16.2.3: (columns, lane and column of each register and thread, whole lanes or not)."""
     shape = next(p for p in ins.parts if p[0].isdigit() and "x" in p and p.endswith("b"))
     count = int(next(p for p in ins.parts if p[0] == "x" and p[1:].isdigit())[1:])
     t = LANE_IDS.astype(np.int64)
@@ -249,9 +244,7 @@ def mma(b, ins):
 
 @instruction("tcgen05.commit", GROUPS + " mbarrier::arrive::one shared::cluster multicast::cluster")
 def commit(b, ins):
-    """An arrival when the thread's earlier MMAs are complete: from then on what they read may be
-    overwritten.
-    """
+    """An arrival when the thread's earlier MMAs are complete and have read their operands."""
     mem, *rest = ins.operands
     addr = b.shared_address(mem)
     mask = b.get(rest[0], "u4") if "multicast::cluster" in ins.parts else None

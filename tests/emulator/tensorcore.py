@@ -19,9 +19,7 @@ F8_KIND = {0: "e4m3", 1: "e5m2"}
 
 
 class Shape:
-    """The fields of a 32-bit instruction descriptor (9.7.16.4.2), dense kinds without block
-    scaling.
-    """
+    """A 32-bit instruction descriptor (9.7.16.4.2), dense kinds without block scaling."""
 
     def __init__(self, idesc, kind):
         if idesc & 0xF:
@@ -49,9 +47,7 @@ def shape_of(idesc, kind):
 
 
 class Mma:
-    """One tcgen05.mma as warp `w` issued it for `ctas`; `run` does it when the tensor core gets to
-    it.
-    """
+    """One tcgen05.mma that warp `w` issued for `ctas`; `run` does it later."""
 
     def __init__(self, w, ins, ctas, d_addr, a, b_desc, shape, accumulate, a_in_tmem):
         self.ctas, self.shape, self.accumulate = ctas, shape, accumulate

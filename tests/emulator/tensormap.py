@@ -20,9 +20,7 @@ SWIZZLE = (0, 32, 64, 128)
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A tiled tensor map. Sizes and coordinates are in elements, innermost first; `strides` in
-    bytes.
-    """
+    """A tiled tensor map: sizes in elements, innermost first; `strides` in bytes."""
 
     base: int
     rank: int
@@ -43,9 +41,7 @@ class TensorMap:
 
 @functools.lru_cache(1024)
 def decode(raw):
-    """The fields of the 128 bytes `raw`; ValueError for a type code that the emulator does not
-    know.
-    """
+    """The fields of the 128 bytes `raw`; ValueError for an unknown type code."""
     q = [int(x) for x in np.frombuffer(raw[:64], np.uint64)]
     flags = q[1] & 0xFFFFFFFF
     rank, code = ((flags >> 4) & 7) + 1, (flags >> 7) & 15
@@ -79,9 +75,7 @@ def decode(raw):
 
 
 def swizzle(offset, span):
-    """XORs address bits as the hardware does: 16-byte chunks within a span, by bits 7.. of the
-    absolute address.
-    """
+    """XORs 16-byte chunks of a span with bits 7.. of the absolute address."""
     if span == 0:
         return offset
     bits = {32: 1, 64: 3, 128: 7}[span]

@@ -79,9 +79,7 @@ def prefetch(b, ins):
 
 
 def read_map(M, addr, coords, what):
-    """The tensor map at a generic address, checked against the instruction's rank and what the
-    hardware accepts.
-    """
+    """The tensor map at an address, checked against the instruction and the hardware's rules."""
     if addr % 64:
         raise Fault(f"{what}: tensor map at {addr:#x} is not 64-byte aligned")
     if SHARED_WINDOW <= addr < LOCAL_WINDOW:
@@ -98,8 +96,7 @@ def read_map(M, addr, coords, what):
 
 
 def addresses(t, at):
-    """Per element of the box, slowest dimension first: its 64-bit address and whether it is inside
-    the tensor.
+    """Per element of the box, slowest dimension first: its address, and whether it is inside.
 
     Addresses wrap modulo 2**64, which maps of ragged tensors rely on (strides near 2**34,
     coordinates near 2**30).
@@ -242,9 +239,7 @@ def tma_load(b, ins):
 
 
 def stored(M, w, smem, units, ins, write):
-    """Schedules the two halves of a bulk store: `write(bytes)` runs some time after shared memory
-    was read.
-    """
+    """Schedules the halves of a bulk store: `write(bytes)` runs some time after the read."""
     smem.check_async(w, units, "bulk store", write=False)
     access = smem.begin("bulk store read", units, ins, w)
     op = BulkStore(access)
@@ -311,9 +306,7 @@ def bulk_checks(what, *numbers):
 
 
 def bulk_copy(b, ins):
-    """`cp.async.bulk` without a tensor map: global to shared, shared to shared of the cluster,
-    shared to global.
-    """
+    """`cp.async.bulk` without a tensor map, in its three directions."""
     spaces = [p.split("::")[0] for p in ins.parts[3:] if p.split("::")[0] in ("shared", "global")]
     if spaces == ["global", "shared"]:
         return bulk_out(b, ins, None)

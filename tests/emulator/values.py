@@ -123,9 +123,7 @@ def mulwide(a, b):
 
 
 def divide(a, b):
-    """Integer division truncates; the result of a division by zero is unspecified in PTX, here a
-    poison.
-    """
+    """Division; integers truncate, and what a zero divisor gives is a poison."""
     if a.dtype.kind == "f":
         return a / b
     safe = np.where(b == 0, b.dtype.type(1), b)
@@ -142,9 +140,7 @@ def remainder(a, b):
 
 
 def prmt(a, b, sel):
-    """`prmt.b32` in its default mode: four bytes of {b, a} by nibbles of `sel`, bit 3 replicates
-    the sign.
-    """
+    """`prmt.b32`: four bytes of {b, a} by nibbles of `sel`; bit 3 replicates the sign."""
     both = pack64(a, b)
     out = np.zeros(LANES, np.uint32)
     for i in range(4):
@@ -236,9 +232,7 @@ def clz(a):
 
 
 def bfind(a, shift_amount):
-    """Position of the highest bit set (of a negative number: the highest clear bit), 0xFFFFFFFF if
-    there is none.
-    """
+    """Position of the highest bit that differs from the sign; 0xFFFFFFFF if there is none."""
     width = a.dtype.itemsize * 8
     out = np.array([(int(x) if int(x) >= 0 else ~int(x)).bit_length() - 1 for x in a])
     if shift_amount:
@@ -279,9 +273,7 @@ def bf1(f, *args):
 
 
 def fma(a, b, c):
-    """One rounding, by way of float64 (whose own rounding can matter once in about 2**29 float32
-    results).
-    """
+    """One rounding, but that of float64 on the way (it matters once in about 2**29 results)."""
     if a.dtype == np.float32:
         return (a.astype(np.float64) * b + c).astype(np.float32)
     return a * b + c

@@ -97,8 +97,7 @@ def wait_group(b, ins):
 
 
 def check_fence(M, w, registers, what):
-    """9.7.15.7.1: registers that a wgmma accesses must not have been written since the last
-    wgmma.fence, except by a wgmma.
+    """9.7.15.7.1: only a wgmma may write its registers after the last wgmma.fence.
 
     Values are told apart by their arrays: a copy of a fenced value is no write, nor is a constant,
         since the compiler sinks the initialisation of accumulators past the fence. It may sink
@@ -126,9 +125,7 @@ def check_fence(M, w, registers, what):
 
 @instruction("wgmma.mma_async.sync.aligned", "*")
 def mma_async(b, ins):
-    """D (64 x N, float32) = A B + D * scale-d; A from shared memory or registers, B from shared
-    memory.
-    """
+    """D (64 x N, float32) = A B + D * scale-d; A from shared memory or registers."""
     p = ins.parts
     shape = next(x for x in p if x.startswith("m64n"))
     n, k = (int(x) for x in shape[4:].split("k"))
