@@ -17,7 +17,7 @@ The seven plan arguments of the experts operators are the fields of :class:`soni
 import functools
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,8 +113,9 @@ def _fake(name: str) -> Any:
 def require_aligned(impl: str, **weights: Tensor | None) -> None:
     """Raise LayoutError if a weight that the kernels would read does not start at 16 bytes.
 
-    Weights are too large to be packed at every call. Addresses are known only when an operator
-    runs, not while it is traced, so this is not among ``sonic.checks``.
+    Weights are too large to be packed at every call; biases are read element by element and need
+    not be aligned. Addresses are known only when an operator runs, not while it is traced, so this
+    is not among ``sonic.checks``.
     """
     if impl != "cute":
         return
@@ -141,134 +142,147 @@ def _rows_16b(x: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------- forward
 
 
+class _Forward(NamedTuple):
+    """Arguments of ``experts_forward``, in the order of its schema."""
+
+    x: Tensor
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    scores: Tensor
+    offset_by_expert: Tensor
+    token_by_row: Tensor
+    slot_by_row: Tensor
+    row_by_slot: Tensor
+    offset_by_token: Tensor | None
+    slot_by_position: Tensor | None
+    top_k: int
+    activation: str
+    layout: str
+    impl: str
+    store_preact: bool
+    w1_main_grad: Tensor | None
+    w2_main_grad: Tensor | None
+
+
 @_impl("experts_forward")
-def experts_forward(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    scores: Tensor,
-    offset_by_expert: Tensor,
-    token_by_row: Tensor,
-    slot_by_row: Tensor,
-    row_by_slot: Tensor,
-    offset_by_token: Tensor | None,
-    slot_by_position: Tensor | None,
-    top_k: int,
-    activation: str,
-    layout: str,
-    impl: str,
-    store_preact: bool,
-    w1_main_grad: Tensor | None,
-    w2_main_grad: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def experts_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``out[t] = sum over t's slots of score * (act(x[t] @ w1[e].T + b1[e]) @ w2[e].T + b2[e])``.
 
     Returns ``out (T, H)`` and the pre-activation ``h (R, 2I | I)``, empty ``(0,)`` unless
     ``store_preact``. Source: SonicMoE (arXiv 2512.14080), section 3, forward.
     """
+    call = _Forward(*arguments)
+    x, w1, w2 = call.x, call.w1, call.w2
     num_tokens, hidden_size = x.shape
-    rows = token_by_row.shape[0]
-    if rows == 0:
-        preact_shape = (0, w1.shape[1]) if store_preact else (0,)
+    if call.token_by_row.shape[0] == 0:
+        preact_shape = (0, w1.shape[1]) if call.store_preact else (0,)
         return x.new_zeros((num_tokens, hidden_size)), x.new_empty(preact_shape)
-    stages = _load_stages(impl, x.device)
-    require_aligned(impl, w1=w1, b1=b1, w2=w2, b2=b2)
-    with _region(x, impl):
+    stages = _load_stages(call.impl, x.device)
+    require_aligned(call.impl, w1=w1, w2=w2)
+    with _region(x, call.impl):
         h, a = stages.up_forward(
             _rows_16b(x),
             w1,
-            b1,
-            token_by_row,
-            offset_by_expert,
-            activation=ActivationType(activation),
-            layout=GateUpLayout(layout),
-            store_preact=store_preact,
+            call.b1,
+            call.token_by_row,
+            call.offset_by_expert,
+            activation=ActivationType(call.activation),
+            layout=GateUpLayout(call.layout),
+            store_preact=call.store_preact,
         )
-        y = stages.down_forward(a, w2, b2, offset_by_expert)
+        y = stages.down_forward(a, w2, call.b2, call.offset_by_expert)
         del a
         out = stages.combine(
-            y, row_by_slot, scores, offset_by_token, slot_by_position, num_tokens, top_k
+            y,
+            call.row_by_slot,
+            call.scores,
+            call.offset_by_token,
+            call.slot_by_position,
+            num_tokens,
+            call.top_k,
         )
     return out, h
 
 
 @_fake("experts_forward")
-def _experts_forward_fake(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    scores: Tensor,
-    offset_by_expert: Tensor,
-    token_by_row: Tensor,
-    slot_by_row: Tensor,
-    row_by_slot: Tensor,
-    offset_by_token: Tensor | None,
-    slot_by_position: Tensor | None,
-    top_k: int,
-    activation: str,
-    layout: str,
-    impl: str,
-    store_preact: bool,
-    w1_main_grad: Tensor | None,
-    w2_main_grad: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    preact_shape = (token_by_row.shape[0], w1.shape[1]) if store_preact else (0,)
-    return x.new_empty(x.shape), x.new_empty(preact_shape)
+def _experts_forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = _Forward(*arguments)
+    preact_shape = (call.token_by_row.shape[0], call.w1.shape[1]) if call.store_preact else (0,)
+    return call.x.new_empty(call.x.shape), call.x.new_empty(preact_shape)
 
 
 # ------------------------------------------------------------------------------- backward
 
 
-def _gradients(
-    dout: Tensor,
-    x: Tensor | None,
-    w1: Tensor,
-    w2: Tensor,
-    b2: Tensor | None,
-    h: Tensor,
-    scores: Tensor,
-    offset_by_expert: Tensor,
-    token_by_row: Tensor,
-    slot_by_row: Tensor,
-    row_by_slot: Tensor,
-    offset_by_token: Tensor | None,
-    slot_by_position: Tensor | None,
-    top_k: int,
-    activation: str,
-    layout: str,
-    impl: str,
-    needs: list[bool],
-    w1_main_grad: Tensor | None = None,
-    w2_main_grad: Tensor | None = None,
-) -> Gradients:
-    needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_scores = needs
-    if token_by_row.shape[0] == 0:
-        return _zero_gradients(dout, w1, w2, scores, needs, w1_main_grad, w2_main_grad)
-    num_tokens = dout.shape[0]
+class _Backward(NamedTuple):
+    """Arguments of ``experts_backward``, in the order of its schema, and the main gradients."""
+
+    dout: Tensor
+    x: Tensor | None
+    w1: Tensor
+    w2: Tensor
+    b2: Tensor | None
+    h: Tensor
+    scores: Tensor
+    offset_by_expert: Tensor
+    token_by_row: Tensor
+    slot_by_row: Tensor
+    row_by_slot: Tensor
+    offset_by_token: Tensor | None
+    slot_by_position: Tensor | None
+    top_k: int
+    activation: str
+    layout: str
+    impl: str
+    needs: list[bool]
+    w1_main_grad: Tensor | None = None
+    w2_main_grad: Tensor | None = None
+
+    def empty_gradients(self, zero: bool = False) -> Gradients:
+        """The six results: shaped like the inputs, or ``(0,)`` for one that is not asked for."""
+        make = torch.zeros if zero else torch.empty
+        w1, w2 = self.w1.shape, self.w2.shape
+        shapes = (self.dout.shape, w1, w1[:2], w2, w2[:2], self.scores.shape)
+        wanted = list(self.needs)
+        wanted[1] = wanted[1] and self.w1_main_grad is None
+        wanted[3] = wanted[3] and self.w2_main_grad is None
+        anchors = [self.dout] * 5 + [self.scores]
+        dx, dw1, db1, dw2, db2, dscores = (
+            make(shape if want else (0,), dtype=anchor.dtype, device=anchor.device)
+            for shape, want, anchor in zip(shapes, wanted, anchors, strict=True)
+        )
+        return dx, dw1, db1, dw2, db2, dscores
+
+
+def _gradients(call: _Backward) -> Gradients:
+    needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_scores = call.needs
+    if call.token_by_row.shape[0] == 0:
+        return call.empty_gradients(zero=True)
+    dout, w1, w2, b2, scores = call.dout, call.w1, call.w2, call.b2, call.scores
+    token_by_row, offset_by_expert = call.token_by_row, call.offset_by_expert
+    w1_main_grad, w2_main_grad = call.w1_main_grad, call.w2_main_grad
     from sonic.reference.layout import packed_to_rows
 
-    act, order = ActivationType(activation), GateUpLayout(layout)
-    stages = _load_stages(impl, dout.device)
-    require_aligned(impl, w1_main_grad=w1_main_grad, w2_main_grad=w2_main_grad)
+    act, order = ActivationType(call.activation), GateUpLayout(call.layout)
+    stages = _load_stages(call.impl, dout.device)
+    require_aligned(call.impl, w1_main_grad=w1_main_grad, w2_main_grad=w2_main_grad)
     dx, dw1, db1, dw2, db2 = (dout.new_empty((0,)) for _ in range(5))  # results must not alias
     dscores = scores.new_empty((0,))
-    with _region(dout, impl):
+    with _region(dout, call.impl):
         dout = _rows_16b(dout)
-        score_by_row = stages.gather_scores(scores, slot_by_row)
+        score_by_row = stages.gather_scores(scores, call.slot_by_row)
         if needs_b2:
             db2 = stages.bias_grad_gathered(dout, token_by_row, score_by_row, offset_by_expert)
         if not (needs_x or needs_w1 or needs_b1 or needs_w2 or needs_scores):
             return dx, dw1, db1, dw2, db2, dscores
         dh, a_scaled, ds_partial = stages.down_backward_act(
-            dout, w2, h, score_by_row, token_by_row, offset_by_expert, activation=act
+            dout, w2, call.h, score_by_row, token_by_row, offset_by_expert, activation=act
         )
         if needs_scores:
             dscores = stages.score_grad(
-                ds_partial, row_by_slot, dout, b2, token_by_row, offset_by_expert
+                ds_partial, call.row_by_slot, dout, b2, token_by_row, offset_by_expert
             )
         if needs_w2:
             result = stages.down_backward_weight(
@@ -278,7 +292,7 @@ def _gradients(
         del a_scaled, ds_partial
         if needs_w1:
             result = stages.up_backward_weight(
-                x if x is None else _rows_16b(x),
+                call.x if call.x is None else _rows_16b(call.x),
                 dh,
                 token_by_row,
                 offset_by_expert,
@@ -297,40 +311,15 @@ def _gradients(
             )
             del dh
             dx = stages.combine(
-                dx_rows, row_by_slot, None, offset_by_token, slot_by_position, num_tokens, top_k
+                dx_rows,
+                call.row_by_slot,
+                None,
+                call.offset_by_token,
+                call.slot_by_position,
+                dout.shape[0],
+                call.top_k,
             )
     return dx, dw1, db1, dw2, db2, dscores
-
-
-def _gradient_shapes(
-    dout: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    scores: Tensor,
-    needs: list[bool],
-    w1_main_grad: Tensor | None,
-    w2_main_grad: Tensor | None,
-) -> list[tuple[int, ...]]:
-    """Shapes of the six results: those of the inputs, or ``(0,)`` for one that is not asked for."""
-    shapes = [dout.shape, w1.shape, w1.shape[:2], w2.shape, w2.shape[:2], scores.shape]
-    wanted = list(needs)
-    wanted[1] = wanted[1] and w1_main_grad is None
-    wanted[3] = wanted[3] and w2_main_grad is None
-    return [tuple(shape) if want else (0,) for shape, want in zip(shapes, wanted, strict=True)]
-
-
-def _zero_gradients(
-    dout: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    scores: Tensor,
-    needs: list[bool],
-    w1_main_grad: Tensor | None,
-    w2_main_grad: Tensor | None,
-) -> Gradients:
-    shapes = _gradient_shapes(dout, w1, w2, scores, needs, w1_main_grad, w2_main_grad)
-    dx, dw1, db1, dw2, db2 = (dout.new_zeros(shape) for shape in shapes[:5])
-    return dx, dw1, db1, dw2, db2, scores.new_zeros(shapes[5])
 
 
 @_impl("experts_backward")
@@ -341,39 +330,19 @@ def experts_backward(*arguments: Any) -> Gradients:
     ``x`` may be None if ``dw1`` is not needed. Source: SonicMoE (arXiv 2512.14080), section 3,
     backward: ``dscores = <dout @ w2, act(h)>`` needs neither the expert outputs nor a second GEMM.
     """
-    return _gradients(*arguments)
+    return _gradients(_Backward(*arguments))
 
 
 @_impl("experts_backward_accumulate")
 def experts_backward_accumulate(*arguments: Any) -> Gradients:
     """:func:`experts_backward` that adds ``dw1`` / ``dw2`` into fp32 main gradients where given."""
-    return _gradients(*arguments)
-
-
-def _gradients_fake(
-    dout: Tensor,
-    x: Tensor | None,
-    w1: Tensor,
-    w2: Tensor,
-    b2: Tensor | None,
-    h: Tensor,
-    scores: Tensor,
-    *rest: Any,
-) -> Gradients:
-    needs, w1_main_grad, w2_main_grad = rest[-3:]
-    shapes = _gradient_shapes(dout, w1, w2, scores, needs, w1_main_grad, w2_main_grad)
-    dx, dw1, db1, dw2, db2 = (dout.new_empty(shape) for shape in shapes[:5])
-    return dx, dw1, db1, dw2, db2, scores.new_empty(shapes[5])
+    return _gradients(_Backward(*arguments))
 
 
 @_fake("experts_backward")
-def _experts_backward_fake(*arguments: Any) -> Gradients:
-    return _gradients_fake(*arguments, None, None)
-
-
 @_fake("experts_backward_accumulate")
-def _experts_backward_accumulate_fake(*arguments: Any) -> Gradients:
-    return _gradients_fake(*arguments)
+def _experts_backward_fake(*arguments: Any) -> Gradients:
+    return _Backward(*arguments).empty_gradients()
 
 
 # ---------------------------------------------------------------------------- grouped_mm
@@ -397,7 +366,7 @@ def grouped_mm(
     if rows.shape[0] == 0:
         return rows.new_empty((0, weight.shape[1]))
     stages = _load_stages(impl, rows.device)
-    require_aligned(impl, weight=weight, bias=bias)
+    require_aligned(impl, weight=weight)
     with _region(rows, impl):
         out: Tensor = stages.down_forward(_rows_16b(rows), weight, bias, offset_by_expert)
         return _zero_tail(out, offset_by_expert, impl)

@@ -1,5 +1,7 @@
 """The operators: torch's own checks of schema, fakes and gradients, and what may be skipped."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -243,6 +245,33 @@ def test_misaligned_weight_is_refused_by_the_kernels_only():
     ops.require_aligned("cute", w1=buffer[:64], b1=None)
     with pytest.raises(LayoutError, match="w1 starts 2 bytes past.*multiples of 16.*clone"):
         ops.require_aligned("cute", w1=buffer[1:])
+
+
+def test_misaligned_bias_is_read_as_it_lies(monkeypatch):
+    """The kernels read biases element by element; the stages here stand in for theirs."""
+    monkeypatch.setattr(ops, "_load_stages", lambda impl, device: reference_stages)
+    monkeypatch.setattr(ops, "_region", lambda x, impl: contextlib.nullcontext())
+    monkeypatch.setattr(ops, "_zero_tail", lambda rows, offset_by_expert, impl: rows)
+
+    def misaligned(bias):
+        buffer = torch.zeros(bias.numel() + 1, dtype=bias.dtype)
+        moved = buffer[1:].view(bias.shape).copy_(bias.detach())
+        assert moved.data_ptr() % 16 != 0
+        return moved
+
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in forward_arguments()]
+    expected, _ = torch.ops.sonic.experts_forward(*arguments)
+    arguments[2], arguments[4] = misaligned(arguments[2]), misaligned(arguments[4])
+    arguments[-4] = "cute"
+    actual, _ = torch.ops.sonic.experts_forward(*arguments)
+    assert torch.equal(actual, expected) and actual.any()
+    rows, weight, bias = torch.randn(6, 8), torch.randn(2, 4, 8), torch.randn(2, 4)
+    offset = torch.tensor([0, 2, 6], dtype=torch.int32)
+    actual, expected = (
+        torch.ops.sonic.grouped_mm(rows, weight, b, offset, "cute")
+        for b in (misaligned(bias), bias)
+    )
+    assert torch.equal(actual, expected) and actual.any()
 
 
 def test_operator_equals_the_oracle():
