@@ -87,6 +87,15 @@ def test_requirements_are_ranges(wheel: zipfile.ZipFile) -> None:
     assert supported == [10, 11, 12, 13]
 
 
+def test_every_pattern_of_package_data_matches_a_file() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    section = text.partition("[tool.setuptools.package-data]")[2].partition("\n\n")[0]
+    patterns = re.findall(r'"([^"]+)"', section.partition("=")[2])
+    assert patterns
+    for pattern in patterns:
+        assert any(list(ROOT.glob(f"{root}/**/{pattern}")) for root in IMPORT_ROOTS), pattern
+
+
 def test_the_wheel_imports_outside_the_checkout(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     """Both import orders, with nothing heavy loaded and from the wheel, not from the checkout."""
     wheel.extractall(tmp_path / "site")
