@@ -257,13 +257,14 @@ def _plan_rows(
         return _plan_torch(expert_ids, token_ids, num_experts, num_tokens, top_k)
     try:
         from sonic.triton import plan as triton_plan
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise MissingPackageError(
             message(
                 "build_plan",
-                f"impl={impl!r} on {expert_ids.device} needs triton, which is not installed",
+                f"impl={impl!r} on {expert_ids.device} needs triton, which cannot be imported "
+                f"({error})",
                 'impl="torch" without triton',
-                'Install triton, or pass impl="torch".',
+                'Install or repair triton, or pass impl="torch".',
             )
         ) from error
     if triton_plan.method_for(expert_ids.numel(), num_experts) == "sorted":

@@ -66,10 +66,10 @@ def _forward_cuda(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor
         return _forward_torch(logits, top_k, renormalize)
     try:
         from sonic.triton.product_key import product_key
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise MissingPackageError(
-            f"product_key_routing: logits on {logits.device} need triton, which is not installed. "
-            "Install it, or route on the CPU."
+            f"product_key_routing: logits on {logits.device} need triton, which cannot be "
+            f"imported ({error}). Install or repair it, or route on the CPU."
         ) from error
     return product_key(logits, top_k, renormalize)
 

@@ -281,10 +281,10 @@ def _forward_cuda(
         return _forward_torch(logits, bias, mask, ids, *flat)
     try:
         from sonic.triton import router
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise MissingPackageError(
-            f"route: logits on {logits.device} need triton, which is not installed. "
-            "Install it, or route on the CPU."
+            f"route: logits on {logits.device} need triton, which cannot be imported ({error}). "
+            "Install or repair it, or route on the CPU."
         ) from error
     if router.is_fused(logits.shape[0], logits.shape[1], ids is not None, route):
         return tuple(router.route_fused(logits, bias, mask, route))

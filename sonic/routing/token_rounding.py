@@ -374,10 +374,10 @@ def _backward_torch(
 def _kernels(op: str, device: torch.device) -> Any:
     try:
         from sonic.triton import token_rounding as kernels
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise MissingPackageError(
-            f"{op}: tensors on {device} need triton, which is not installed. "
-            "Install it, or route on the CPU."
+            f"{op}: tensors on {device} need triton, which cannot be imported ({error}). "
+            "Install or repair it, or route on the CPU."
         ) from error
     return kernels
 

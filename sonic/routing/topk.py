@@ -125,13 +125,13 @@ def _forward_cuda(logits: Tensor, top_k: int, order: str) -> tuple[Tensor, Tenso
         return _forward_torch(logits, top_k, order)
     try:
         from sonic.triton.topk import topk_scores
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise MissingPackageError(
             message(
                 "topk_routing",
-                f"logits on {logits.device} need triton, which is not installed",
+                f"logits on {logits.device} need triton, which cannot be imported ({error})",
                 "CPU logits without triton",
-                "Install triton, or route on the CPU.",
+                "Install or repair triton, or route on the CPU.",
             )
         ) from error
     return topk_scores(logits, top_k, ScoreOrder(order))

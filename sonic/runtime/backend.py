@@ -10,7 +10,12 @@ from typing import Any, Protocol
 
 import torch
 
-from sonic.runtime.errors import DeviceError, MissingPackageError, UnsupportedError
+from sonic.runtime.errors import (
+    ArgumentError,
+    DeviceError,
+    MissingPackageError,
+    UnsupportedError,
+)
 from sonic.runtime.problem import Arch, Problem, TileConfig, Unsupported
 
 
@@ -53,7 +58,7 @@ def load_backend(arch: Arch) -> Backend:
     """Imports the kernel package of ``arch``.
 
     :raises UnsupportedError: the package has no kernels yet.
-    :raises MissingPackageError: CuTeDSL or Triton is not installed.
+    :raises MissingPackageError: CuTeDSL or Triton is not installed, or cannot be imported.
     """
     if arch not in _READY:
         ready = ", ".join(sorted(a.value for a in _READY))
@@ -70,28 +75,56 @@ def load_backend(arch: Arch) -> Backend:
                 f"the {arch.value} kernels need the package {distribution}, which is not "
                 f"installed: pip install {distribution}, or {_REFERENCE_HINT}"
             )
-    backend: Backend = importlib.import_module(f"kernels_{arch.value}").BACKEND
+    try:
+        # CuTeDSL is imported when a kernel has to be compiled, and not before.
+        for package in ("tvm_ffi", "triton"):
+            importlib.import_module(package)
+        backend: Backend = importlib.import_module(f"kernels_{arch.value}").BACKEND
+    except ImportError as error:
+        raise MissingPackageError(
+            f"the {arch.value} kernels need a package that is installed but cannot be imported: "
+            f"{error}. Allowed: working installations of nvidia-cutlass-dsl, apache-tvm-ffi and "
+            f"triton. Reinstall it, or {_REFERENCE_HINT}"
+        ) from error
     return backend
 
 
 @functools.cache
 def _arch_of_device(index: int) -> Arch | None:
+    _check_device_exists(index)
     return _ARCH_BY_MAJOR.get(torch.cuda.get_device_capability(index)[0])
+
+
+def _check_device_exists(index: int | None) -> None:
+    if not torch.cuda.is_available():
+        built = "" if torch.version.cuda else f": torch {torch.__version__} is built without CUDA"
+        raise DeviceError(f"torch sees no CUDA device{built}; {_REFERENCE_HINT}")
+    count = torch.cuda.device_count()
+    if index is not None and index >= count:
+        raise DeviceError(
+            f"torch sees {count} CUDA devices, cuda:0 to cuda:{count - 1}, and no "
+            f"cuda:{index}: choose one of these"
+        )
+
+
+def _current_index() -> int:
+    _check_device_exists(None)
+    return torch.cuda.current_device()
 
 
 def backend_for(device: torch.device) -> Backend:
     """Kernel package for ``device``.
 
-    :raises DeviceError: not a CUDA device.
+    :raises DeviceError: not a CUDA device, or one that does not exist here.
     :raises UnsupportedError: a GPU generation without kernels.
-    :raises MissingPackageError: CuTeDSL or Triton is not installed.
+    :raises MissingPackageError: CuTeDSL or Triton is not installed, or cannot be imported.
     """
     if device.type != "cuda":
         raise DeviceError(
             f"the kernels run on CUDA tensors, got a tensor on {device}: move it to a Hopper GPU, "
             'or pass impl="reference"'
         )
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index = device.index if device.index is not None else _current_index()
     arch = _arch_of_device(index)
     if arch is None:
         major, minor = torch.cuda.get_device_capability(index)
@@ -102,14 +135,32 @@ def backend_for(device: torch.device) -> Backend:
     return load_backend(arch)
 
 
-def is_available(device: torch.device | str | None = None) -> Availability:
-    """Whether the CuTeDSL kernels can run on ``device`` (default: the current CUDA device)."""
+def is_available(device: torch.device | str | int | None = None) -> Availability:
+    """Whether the CuTeDSL kernels can run on ``device`` (default: the current CUDA device).
+
+    :param device: a device, its name, or the index of a CUDA device. One that is not there gives
+        an answer, not an error.
+    :raises ArgumentError: ``device`` names no device at all.
+    """
     try:
-        if device is None:
-            if not torch.cuda.is_available():
-                return Availability(False, "torch sees no CUDA device")
-            device = torch.device("cuda", torch.cuda.current_device())
-        backend = backend_for(torch.device(device))
+        backend = backend_for(_device(device))
     except (DeviceError, UnsupportedError, MissingPackageError) as error:
         return Availability(False, str(error))
     return Availability(True, f"{backend.arch.value} kernels")
+
+
+def _device(device: torch.device | str | int | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda", _current_index())
+    try:
+        if isinstance(device, int) and not isinstance(device, bool):
+            return torch.device("cuda", device)
+        if isinstance(device, (str, torch.device)):
+            return torch.device(device)
+    except (RuntimeError, ValueError):
+        pass
+    raise ArgumentError(
+        f"is_available: device={device!r} names no device. Allowed: a torch.device, a name such as "
+        '"cuda" or "cuda:1", the index of a CUDA device, or None for the current one. Pass one of '
+        "these."
+    )

@@ -4,13 +4,17 @@ A text says what was asked and what came, what is allowed, and what to do. Each 
 piece of the first, of the second and of the third; tests of the modules' refusals are in test_nn.
 """
 
+import importlib
 import importlib.util
+import sys
 from typing import NamedTuple
 
 import pytest
 import torch
 
 import sonic
+from sonic import plan
+from sonic.routing import topk
 from sonic.runtime import backend, limits
 from sonic.runtime.errors import (
     ArgumentError,
@@ -417,6 +421,57 @@ def test_missing_package(monkeypatch, package):
     with pytest.raises(MissingPackageError, match='not installed.*pip install.*impl="reference"'):
         backend.load_backend(backend.Arch.SM90)
     backend.load_backend.cache_clear()
+
+
+@pytest.mark.parametrize("package", ["triton", "tvm_ffi"])
+def test_package_that_is_there_but_broken(monkeypatch, package):
+    importing = importlib.import_module
+
+    def import_module(name, *rest):
+        if name == package:
+            raise ImportError(f"{name}: undefined symbol: _ZN4core")
+        return importing(name, *rest)
+
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: importing("ast").__spec__)
+    monkeypatch.setattr(backend.importlib, "import_module", import_module)
+    backend.load_backend.cache_clear()
+    with pytest.raises(MissingPackageError, match="undefined symbol.*Reinstall") as caught:
+        backend.load_backend(backend.Arch.SM90)
+    assert isinstance(caught.value.__cause__, ImportError)
+    backend.load_backend.cache_clear()
+
+
+def test_routing_with_a_broken_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)  # "import of triton halted"
+    for name in [name for name in sys.modules if name.startswith("sonic.triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    for forward, arguments in (
+        (topk._forward_cuda, (torch.zeros(2, 4), 2, "softmax_over_topk")),
+        (plan._plan_rows, (torch.zeros(4, dtype=torch.int32), None, 2, 2, 2, "triton")),
+    ):
+        with pytest.raises(MissingPackageError, match=r"triton, which cannot be imported \(import"):
+            forward(*arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the answers where there is no GPU")
+@pytest.mark.parametrize("device", [None, "cuda", "cuda:3", torch.device("cuda", 0), 3, 0])
+def test_availability_without_a_gpu(device):
+    answer = sonic.is_available(device)
+    assert not answer and "torch sees no CUDA device" in answer.reason
+    assert 'impl="reference"' in answer.reason
+
+
+@pytest.mark.parametrize("device", ["banana", -1, 1.5, True, "cuda:x", [0]])
+def test_availability_of_what_is_no_device(device):
+    with pytest.raises(ArgumentError, match="names no device. Allowed: .*Pass"):
+        sonic.is_available(device)
+
+
+def test_availability_of_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    answer = sonic.is_available("cuda:5")
+    assert not answer and "2 CUDA devices, cuda:0 to cuda:1, and no cuda:5" in answer.reason
 
 
 def test_device_that_no_implementation_knows():
