@@ -33,18 +33,13 @@ raise :class:`UnsupportedError`.
 Source: SonicMoE (arXiv 2512.14080), section 3.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sonic.ops import LIBRARY
-from sonic.runtime.derivatives import (
-    below_autograd,
-    differentiable_function,
-    register_gradient,
-)
+from sonic.runtime.derivatives import below_autograd, register_gradient
 from sonic.runtime.errors import ArgumentError, UnsupportedError
 
 _NUM_DIFFERENTIABLE = 6  # x, w1, b1, w2, b2, scores: the first inputs of sonic::experts_forward
@@ -120,29 +115,8 @@ def _only(gradients: tuple[Tensor, ...], wanted: list[bool]) -> tuple[Tensor | N
     return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
 
 
-def _no_double_backward(reference: str) -> Callable[..., Any]:
-    def refuse(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(
-            "sonic: a second derivative was asked for (backward through a backward), got a graph "
-            "made with create_graph=True. Allowed: first derivatives. Differentiate once, or "
-            f"differentiate {reference}, which is made of plain torch operations, twice."
-        )
-
-    return refuse
-
-
-_EXPERTS_REFERENCE = "sonic.reference.experts_reference"
-_GROUPED_MM_REFERENCE = "sonic.reference.grouped_mm_reference"
-
 for _name, _function, _reference in (
-    ("experts_forward", _Experts, _EXPERTS_REFERENCE),
-    ("grouped_mm", _GroupedMM, _GROUPED_MM_REFERENCE),
+    ("experts_forward", _Experts, "sonic.reference.experts_reference"),
+    ("grouped_mm", _GroupedMM, "sonic.reference.grouped_mm_reference"),
 ):
     register_gradient(LIBRARY, getattr(torch.ops.sonic, _name).default, _function, _reference)
-for _name, _reference in (
-    ("experts_backward", _EXPERTS_REFERENCE),
-    ("grouped_mm_backward", _GROUPED_MM_REFERENCE),
-):
-    _op = getattr(torch.ops.sonic, _name).default
-    _once = differentiable_function(_op, _no_double_backward(_reference))
-    register_gradient(LIBRARY, _op, _once, _reference)

@@ -50,11 +50,26 @@ def register_gradient(
 ) -> None:
     """Differentiate ``op`` by ``function``; ``reference`` is what errors name in its place.
 
+    The operator of the gradient, ``<name>_backward`` for ``<name>`` or ``<name>_forward``, is
+    refused a gradient of its own. It must be defined before.
+
     Not by ``torch.library.register_autograd``: for an operator of 19 arguments its bookkeeping
-    took about 100 of the 160 microseconds of a forward call whose stages did nothing (torch 2.13,
-    one EPYC core, 2026-11).
+    took most of the host time of a forward call whose stages did nothing (torch 2.13, 2026-11).
     """
     name = op._schema.name.removeprefix("sonic::").removesuffix("_forward")
+    _register(library, op, function, name, reference)
+    backward = getattr(torch.ops.sonic, f"{name}_backward").default
+    once = differentiable_function(backward, _no_second_derivative(name, reference))
+    _register(library, backward, once, f"{name}_backward", reference)
+
+
+def _register(
+    library: torch.library.Library,
+    op: Any,
+    function: type[torch.autograd.Function],
+    name: str,
+    reference: str,
+) -> None:
 
     def kernel(*inputs: Any) -> Any:
         if forward_ad._current_level >= 0:
@@ -72,6 +87,17 @@ def register_gradient(
         return below_autograd(op, inputs)
 
     library.impl(op, kernel, "Autograd")
+
+
+def _no_second_derivative(name: str, reference: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *_: Any) -> Any:
+        raise UnsupportedError(
+            f"{name}: a second derivative was asked for (backward through a backward), got a graph "
+            "made with create_graph=True. Allowed: first derivatives. Differentiate once, or "
+            f"differentiate {reference}, which is made of plain torch operations, twice."
+        )
+
+    return refuse
 
 
 def _refuse_tangents(name: str, reference: str, inputs: tuple[Any, ...]) -> None:
