@@ -14,7 +14,8 @@ of a flat list, R rows. Shared conventions:
 * Under ``torch.autocast`` activations, weights and biases are cast to its dtype. Scores stay fp32,
   and the router is evaluated in fp32.
 * No function reads a device value on the host; all run on the current stream, can be captured in a
-  CUDA graph and traced with ``torch.compile(fullgraph=True)``, and give the same bits on every run.
+  CUDA graph (after a first call, forward and backward, with the same sizes: it compiles the
+  kernels) and traced with ``torch.compile(fullgraph=True)``, and give the same bits on every run.
 * What is saved for the backward pass is listed in ``sonic.autograd``; in a region without gradients
   nothing is.
 * Reverse-mode first derivatives only. A second one, forward mode and the derivatives of
@@ -284,7 +285,9 @@ def grouped_mm(
         weight: (E, N, K); dtype of ``rows``.
         offset_by_expert: (E + 1,) int32 on the device of ``rows``; starts at 0, never decreases;
             expert e owns rows ``[offset[e], offset[e + 1])``, which may be empty. ``offset[E]`` may
-            be less than R. The values are not checked, since that would synchronise.
+            be less than R. The reference checks the values. The kernels do not, since that would
+            synchronise: with other offsets their result is undefined, and they may read and write
+            outside of the tensors.
         bias: (E, N) or None.
         impl: as in :func:`experts`; the kernels take K and N that are multiples of 8.
 
