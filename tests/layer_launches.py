@@ -1,9 +1,24 @@
-"""Which kernels the stages of a layer ask for, found by running them without launching anything."""
+"""Which kernels a layer asks for, found by running its stages without launching anything."""
+
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from sonic.enums import ActivationType, GateUpLayout
+
+_ROOT = Path(__file__).parents[1]
+
+
+def copy_of_sources(folder):
+    """A checkout of its own, in which nobody edits between the processes of a test."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    for package in ("sonic", "kernels_sm90", "kernels_sm100"):
+        shutil.copytree(_ROOT / package, folder / package, ignore=ignored)
+    (folder / "tests").mkdir()
+    shutil.copy(__file__, folder / "tests")
+    return folder
 
 
 def kernels_of_stages(default_config, size, activation, layout, dtype):

@@ -30,8 +30,8 @@ from sonic.runtime.problem import (
     down_problem,
 )
 from sonic.runtime.settings import CacheMode, Settings, unknown_variables
+from tests.layer_launches import copy_of_sources
 
-ROOT = Path(__file__).parents[2]
 KEY = KernelKey(Arch.SM90, down_problem("bfloat16", False), TileConfig(128, 128))
 TOOLCHAIN = {"sources": "first"}
 OTHER_USER = 12345
@@ -206,9 +206,7 @@ def test_a_changed_byte_of_a_source_changes_the_toolchain(tmp_path, changed_file
         "from sonic.runtime.problem import Arch\n"
         "print(describe_toolchain(Arch.SM90)['sources'])"
     )
-    for package in ("sonic", "kernels_sm90", "kernels_sm100"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
+    copy_of_sources(tmp_path)
 
     def digest():
         command = [sys.executable, "-c", program]
@@ -562,9 +560,10 @@ print("cutlass" in sys.modules)
 
 
 def run_kernel_process(what, directory, environment=()):
+    """In the copy of the sources that lies beside the cache."""
     done = subprocess.run(
         [sys.executable, "-c", _LOAD_ONE, what],
-        cwd=ROOT,
+        cwd=directory.parent,
         env={**os.environ, "SONIC_CACHE_DIR": str(directory), **dict(environment)},
         capture_output=True,
         text=True,
@@ -578,6 +577,7 @@ def run_kernel_process(what, directory, environment=()):
 @needs_dsl
 def test_a_real_kernel_is_loaded_by_a_fresh_process_without_cutedsl(directory):
     """Its host code runs: it refuses CPU tensors of the wrong dtype. It needs a GPU to do more."""
+    copy_of_sources(directory.parent)
     first_refusal, imported = run_kernel_process("compile", directory)
     assert imported == "True"
     (entry,) = entries(directory)
@@ -593,6 +593,7 @@ def test_a_real_kernel_is_loaded_by_a_fresh_process_without_cutedsl(directory):
 
 @needs_dsl
 def test_where_nothing_links_an_object_file_is_kept_and_loaded(directory):
+    copy_of_sources(directory.parent)
     nothing = {"PATH": str(directory / "empty"), "CC": ""}
     first_refusal, _ = run_kernel_process("compile", directory, nothing)
     assert entries(directory) == []

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,8 @@ from sonic.runtime import objects
 from sonic.runtime.cache import kernel_cache
 from sonic.runtime.errors import CompileError
 from sonic.runtime.problem import Arch, TileConfig, layer_problems
-from tests.layer_launches import kernels_of_stages
+from tests.layer_launches import copy_of_sources, kernels_of_stages
 
-ROOT = Path(__file__).parents[2]
 SIZE = cli.LayerSize(64, 128, 64, 4, 2)
 needs_dsl = pytest.mark.skipif(
     shutil.which("cc") is None or objects.runtime_library() is None,
@@ -169,7 +167,7 @@ from sonic.enums import ActivationType, GateUpLayout
 from sonic.runtime import launch
 from sonic.runtime.backend import load_backend
 from sonic.runtime.problem import Arch
-from tests.layer_launches import kernels_of_stages
+from tests.layer_launches import copy_of_sources, kernels_of_stages
 
 start = time.perf_counter()
 backend = load_backend(Arch.SM90)
@@ -187,13 +185,14 @@ print(len(asked), time.perf_counter() - start, "cutlass" in sys.modules)
 
 
 @needs_dsl
-def test_compile_fills_the_cache_with_all_that_a_layer_needs(directory):
+def test_compile_fills_the_cache_with_all_that_a_layer_needs(directory, tmp_path):
     """A second process then imports no CuTeDSL, and is ready in a fraction of a second."""
     environment = {**os.environ, "SONIC_CACHE_DIR": str(directory)}
+    root = copy_of_sources(tmp_path)
 
     def run(*command):
         done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+            [sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
