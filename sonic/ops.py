@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from sonic.enums import ActivationType, GateUpLayout
-from sonic.runtime.errors import LayoutError
+from sonic.runtime.errors import ArgumentError, LayoutError
+from sonic.runtime.limits import message
 
 LIBRARY = torch.library.Library("sonic", "DEF")
 
@@ -358,11 +359,34 @@ def _zero_tail(rows: Tensor, offset_by_expert: Tensor, impl: str) -> Tensor:
     return zero_tail(rows, offset_by_expert)
 
 
+def _check_offsets(offset_by_expert: Tensor, num_rows: int) -> None:
+    """Raise ArgumentError unless these are row ranges. Reads them, so not for the kernels."""
+    bounds = offset_by_expert.tolist()
+    for expert, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if stop < start:
+            wrong = f"expert {expert} owns rows {start} to {stop}"
+            break
+    else:
+        if bounds[0] == 0 and bounds[-1] <= num_rows:
+            return
+        wrong = f"offset_by_expert goes from {bounds[0]} to {bounds[-1]} for {num_rows} rows"
+    raise ArgumentError(
+        message(
+            "grouped_mm",
+            wrong,
+            f"offsets that start at 0, never decrease, and end at most at the {num_rows} rows",
+            "Make them with F.pad(rows_by_expert.cumsum(0), (1, 0)).int().",
+        )
+    )
+
+
 @_impl("grouped_mm")
 def grouped_mm(
     rows: Tensor, weight: Tensor, bias: Tensor | None, offset_by_expert: Tensor, impl: str
 ) -> Tensor:
     """``out[r] = rows[r] @ weight[e].T + bias[e]`` for the rows r of expert e, zero elsewhere."""
+    if impl == "reference":
+        _check_offsets(offset_by_expert, rows.shape[0])
     if rows.shape[0] == 0:
         return rows.new_empty((0, weight.shape[1]))
     stages = _load_stages(impl, rows.device)

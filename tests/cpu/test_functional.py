@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import sonic
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
 from sonic.reference import experts_flat_reference, grouped_mm_reference, moe_reference, stages
-from sonic.runtime.errors import UnsupportedError
+from sonic.runtime.errors import ArgumentError, UnsupportedError
 from sonic.testing import (
     assert_layer_close,
     assert_mutations_fail,
@@ -251,6 +251,30 @@ def test_strided_offsets(contiguous_to_stages):
         results.append((out, *torch.autograd.grad(out.sum(), [rows, weight])))
     assert_same_bits(*results)
     assert {"down_forward", "up_backward_act", "up_backward_weight"} <= contiguous_to_stages
+
+
+@pytest.mark.parametrize(
+    ("offsets", "says"),
+    [
+        ([1, 4, 4, 7, 9], "from 1 to 9 for 9 rows"),
+        ([-2, 4, 4, 7, 9], "from -2 to 9 for 9 rows"),
+        ([0, 4, 3, 7, 9], "expert 1 owns rows 4 to 3"),
+        ([0, 4, 4, 7, 10], "from 0 to 10 for 9 rows"),
+        ([0, 4, 4, 7, -1], "expert 3 owns rows 7 to -1"),
+    ],
+)
+def test_the_reference_refuses_offsets_that_are_none(offsets, says):
+    rows, weight = torch.randn(9, H), torch.randn(4, I, H)
+    with pytest.raises(ArgumentError, match=f"grouped_mm: .*{says}.*Allowed: .*start at 0.*cumsum"):
+        sonic.grouped_mm(rows, weight, torch.tensor(offsets, dtype=torch.int32))
+
+
+def test_the_reference_checks_offsets_without_rows():
+    weight = torch.randn(2, I, H)
+    offsets = torch.zeros(3, dtype=torch.int32)
+    assert sonic.grouped_mm(torch.randn(0, H), weight, offsets).shape == (0, I)
+    with pytest.raises(ArgumentError, match="from 0 to 1 for 0 rows"):
+        sonic.grouped_mm(torch.randn(0, H), weight, torch.tensor([0, 0, 1], dtype=torch.int32))
 
 
 # ------------------------------------------------------------------------------ edges
