@@ -1,13 +1,19 @@
 """Mixture-of-Experts layers that keep little and run fast.
 
-Importing this package loads neither torch, triton nor cutlass: every name below is loaded from its
-module when it is first used.
+Importing this package loads neither torch, triton nor cutlass: every name below, and the modules
+``sonic.reference``, ``sonic.testing`` and so on, are loaded when they are first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sonic import enums as enums
+    from sonic import integrations as integrations
+    from sonic import nn as nn
+    from sonic import reference as reference
+    from sonic import routing as routing
+    from sonic import testing as testing
     from sonic.enums import ActivationType as ActivationType
     from sonic.enums import GateUpLayout as GateUpLayout
     from sonic.enums import KernelBackendMoE as KernelBackendMoE
@@ -69,14 +75,18 @@ _NAMES_BY_MODULE = {
         "UnsupportedError",
     ),
 }
+# Modules that are used by their own names, such as ``sonic.reference.moe_reference``.
+_MODULES = ("enums", "integrations", "nn", "reference", "routing", "testing")
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
-__all__ = sorted([*_MODULE_BY_NAME, "__version__"])
+__all__ = sorted([*_MODULE_BY_NAME, *_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = _version()
+    elif name in _MODULES:
+        value = importlib.import_module(f"sonic.{name}")
     elif name in _MODULE_BY_NAME:
         value = getattr(importlib.import_module(_MODULE_BY_NAME[name]), name)
     else:

@@ -185,6 +185,12 @@ def test_public_names_resolve(name):
     assert name in dir(sonic)
 
 
+@pytest.mark.parametrize("name", [*sonic._MODULES, "integrations.transformers", "reference.stages"])
+def test_modules_need_no_import_of_their_own(name):
+    code = f"import sys, sonic; assert 'torch' not in sys.modules; print(sonic.{name}.__name__)"
+    assert run_python(code).strip() == f"sonic.{name}"
+
+
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="'sonic' has no attribute 'mow'"):
         sonic.mow  # noqa: B018
@@ -200,6 +206,7 @@ def test_names_for_the_type_checker_are_those_of_the_table():
         for alias in node.names
     }
     table = {(m, n) for m, names in sonic._NAMES_BY_MODULE.items() for n in names}
+    table |= {("sonic", name) for name in sonic._MODULES}
     assert declared == table
 
 
