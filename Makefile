@@ -41,9 +41,18 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# One file for each value of the variables, so that installations are repeated when one changes.
+STAMP := $(shell printf '%s|%s|%s' '$(PYTHON)' '$(TORCH)' '$(strip $(EXTRAS))' | cksum | cut -d' ' -f1)
+CHOSEN := $(VENV)/.chosen-$(STAMP)
+
+$(CHOSEN):
+	mkdir -p $(VENV)
+	rm -f $(VENV)/.chosen-*
+	touch $@
+
 # Keeping torch's exact version as a constraint means that nothing installed later can replace the
 # build chosen here (a CPU build, say) with another one.
-$(VENV)/constraints.txt:
+$(VENV)/constraints.txt: $(CHOSEN)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)"
 	$(PY) -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $@.new

@@ -129,9 +129,13 @@ def test_version_and_changelog_agree_with_the_metadata(wheel: zipfile.ZipFile) -
 
 
 def _make(*arguments: str) -> str:
+    return _run_make("--dry-run", *arguments)
+
+
+def _run_make(*arguments: str) -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     done = subprocess.run(
-        ["make", "--dry-run", *arguments],
+        ["make", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -168,6 +172,32 @@ def test_make_installs_the_chosen_torch_first(tmp_path: Path) -> None:
     assert '"torch==2.13.0"' in installs[0]
     assert f"-c {venv}/constraints.txt" in installs[1]
     assert '".[test,cu13]"' in installs[1]
+
+
+@needs_make
+def test_make_installs_again_when_a_variable_changes(tmp_path: Path) -> None:
+    """With an interpreter that only writes down what it is asked for."""
+    log, venv, python = tmp_path / "log", tmp_path / "venv", tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        f'echo "$@" >> {log}\n'
+        'if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi\n'
+    )
+    python.chmod(0o755)
+
+    def installed(*variables: str) -> list[str]:
+        log.write_text("")
+        _run_make(f"{venv}/.test", f"VENV={venv}", f"PYTHON={python}", *variables)
+        lines = log.read_text().splitlines()
+        return [line.split()[-1] for line in lines if "pip" in line and "install" in line]
+
+    assert installed() == ["torch>=2.9", ".[test]"]
+    assert installed() == []
+    assert installed("EXTRAS=cu13") == ["torch>=2.9", ".[test,cu13]"]
+    assert installed("EXTRAS=cu13") == []
+    assert installed("EXTRAS=cu13", "TORCH=torch==2.13.0") == ["torch==2.13.0", ".[test,cu13]"]
+    assert installed("TORCH=torch==2.13.0") == ["torch==2.13.0", ".[test]"]
+    assert installed() == ["torch>=2.9", ".[test]"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
