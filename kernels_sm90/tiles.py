@@ -132,6 +132,7 @@ def candidates(problem: Problem, rows_per_expert: int, k: int) -> list[tuple[Til
     on an H200 on 2026-11-20, divided by the coverage. ``kernels_sm90/README.md`` has the ladder.
     """
     cooperative, pingpong = Schedule.COOPERATIVE, Schedule.PINGPONG
+    gated = problem.activation is not None and problem.activation.is_gated
     if problem.ragged is Ragged.REDUCTION:
         if problem.gather is Operand.B:
             return [
@@ -146,10 +147,15 @@ def candidates(problem: Problem, rows_per_expert: int, k: int) -> list[tuple[Til
             (TileConfig(256, 128, 1, 1, cooperative, 2), 0.93),
         ]
     if problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
+        narrow = TileConfig(128, 128, 1, 1, pingpong, 2)
+        if not gated:
+            # Ungated, a thread has twice the accumulator columns of a chunk live: gelu's gradient
+            # spills registers where a warpgroup holds a whole tile.
+            narrow = TileConfig(128, 128, 1, 1, cooperative, 4)
         return [
             (TileConfig(128, 256, 1, 1, cooperative, 4), 1.0),
             (TileConfig(128, 192, 1, 1, cooperative, 4), 0.87),
-            (TileConfig(128, 128, 1, 1, pingpong, 2), 0.85),
+            (narrow, 0.85),
         ]
     if problem.epilogue is EpilogueKind.ACTIVATION:
         return [

@@ -26,7 +26,7 @@ _SIZES = [
 def kernels(arch: Arch) -> list[tuple[Problem, TileConfig]]:
     """Every problem of the layer with its usual tiles, and every tiling of one layer.
 
-    That layer has the activation which needs the most registers, and biases.
+    Two layers, in fact: the gated and the ungated activation that need the most registers.
     """
     backend = load_backend(arch)
     pairs: dict[tuple[Problem, TileConfig], None] = {}
@@ -42,9 +42,10 @@ def kernels(arch: Arch) -> list[tuple[Problem, TileConfig]]:
                         continue  # the down-projection's weight gradient has no gate and up rows
                     problem = weight_grad_problem(dtype, gather, gated, accumulate)
                     pairs[problem, backend.default_config(problem, *_USUAL)] = None
-    for problem in layer_problems(ActivationType.SWIGLU_OAI, "bfloat16", has_bias=True):
-        for size in _SIZES:
-            pairs[problem, backend.default_config(problem, *size)] = None
+    for activation in (ActivationType.SWIGLU_OAI, ActivationType.GELU):
+        for problem in layer_problems(activation, "bfloat16", has_bias=True):
+            for size in _SIZES:
+                pairs[problem, backend.default_config(problem, *size)] = None
     return list(pairs)
 
 
