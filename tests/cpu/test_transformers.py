@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import sonic
 import sonic.functional
 from sonic.enums import ActivationType
 from sonic.integrations import transformers as adapter
@@ -82,6 +83,42 @@ def test_set_experts_implementation(name: str) -> None:
     expected = run(model, tokens)
     model.set_experts_implementation("sonic")
     assert failures(run(model, tokens), expected) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "score_order"),
+    [("qwen3_moe", "topk_over_softmax_norm"), ("mixtral", "softmax_over_topk")],
+)
+def test_weights_of_a_block_fit_the_module(name: str, score_order: str) -> None:
+    """What the README says about checkpoints: names, layout and score order."""
+    model = make_model(name, "eager")
+    path, experts = experts_modules(model)[0]
+    block = model.get_submodule(path.removesuffix(".experts"))
+    num_experts, hidden_size, width = experts.down_proj.shape
+    layer = sonic.MoE(
+        num_experts,
+        model.config.num_experts_per_tok,
+        hidden_size,
+        width,
+        "swiglu",
+        False,
+        0.02,
+        layout="concatenated",
+        score_order=score_order,
+    )
+    layer.load_state_dict(
+        {
+            "router.weight": block.gate.weight,
+            "c_fc.weight": experts.gate_up_proj,
+            "c_proj.weight": experts.down_proj,
+        }
+    )
+    x = torch.randn(2, 5, hidden_size)
+    expected = block(x)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    actual, _ = layer(x, sonic.KernelBackendMoE.torch)
+    assert (actual - expected).norm() <= TOLERANCE * expected.norm()
+    assert expected.norm() > 0
 
 
 def test_gpt_oss_clamp_acts() -> None:
