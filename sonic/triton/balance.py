@@ -1,5 +1,7 @@
 """Sums over the tokens that a router's losses and plan need: by tile, by sequence, in all."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -333,7 +335,7 @@ def column_sums(
     # Enough programs to fill a GPU, few enough partial sums to be cheap.
     chunks = min(triton.cdiv(length, rows), max(1, 256 // route.num_sequences))
     rows_per_chunk = triton.cdiv(triton.cdiv(length, chunks), rows) * rows
-    options = {"dtype": torch.float32, "device": logits.device}
+    options: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}
     partial = torch.empty(route.num_sequences, chunks, num_columns, **options)
     grid = (triton.cdiv(num_columns, block), route.num_sequences * chunks)
     with device_of(logits):
@@ -377,7 +379,7 @@ def loss_weights(
     """
     num_sequences, num_columns = count.shape
     by_column = [dprob_sum, dswitch, dsequence]
-    options = {"dtype": torch.float32, "device": count.device}
+    options: dict[str, Any] = {"dtype": torch.float32, "device": count.device}
     weight = dz_sum = None
     if any(grad is not None for grad in by_column):
         weight = torch.empty(num_sequences, num_columns, **options)

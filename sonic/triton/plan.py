@@ -15,6 +15,8 @@ scatter. sorted   where the (E, tiles) counters would be too big: ``torch.sort``
 :mod:`sonic.plan`).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -253,7 +255,7 @@ def sort_slots_by_expert(
         (S,)``, all int32.
     """
     num_slots = expert_ids.numel()
-    options = {"dtype": torch.int32, "device": expert_ids.device}
+    options: dict[str, Any] = {"dtype": torch.int32, "device": expert_ids.device}
     method = method_for(num_slots, num_experts)
     if method == "empty":
         empty = [torch.empty(0, **options) for _ in range(3)]

@@ -4,6 +4,8 @@ The operation is that of :mod:`sonic.reference.product_key`. One program takes a
 best ``top_k`` keys of either half, their ``top_k^2`` sums, and the best of those.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -144,7 +146,7 @@ def product_key(
     check_float("product_key", logits=logits)
     logits = logits.contiguous()
     num_rows, _, size = logits.shape
-    options = {"dtype": torch.float32, "device": logits.device}
+    options: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}
     scores = torch.empty(num_rows, top_k, **options)
     ids = torch.empty(num_rows, top_k, dtype=torch.int32, device=logits.device)
     lse = torch.empty(num_rows, 2, **options)

@@ -14,6 +14,8 @@ plan's own kernels and a column-sum kernel. The backward pass is one kernel, aft
 turns gradients of losses into one weight per sequence and column. No kernel uses an atomic.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -331,7 +333,7 @@ def route_rows(
     check_float("route", logits=logits)
     logits = row_major(logits)
     num_rows = logits.shape[0]
-    options = {"dtype": torch.float32, "device": logits.device}
+    options: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}
     scores = torch.empty(num_rows, route.top_k, **options)
     ids = torch.empty(num_rows, route.top_k, dtype=torch.int32, device=logits.device)
     by_row = [torch.empty(num_rows, **options) for _ in range(3 if route.balance else 1)]
@@ -387,7 +389,7 @@ def route_fused(
         by_tile = tile_count, tile_prob, tile_sums
         z_and_entropy = reduce_tiles(by_tile, prefix, count, prob_sum, live, route)
         finish(count, prob_sum, live, z_and_entropy, offset_by_expert, losses, route)
-        if has_plan:
+        if prefix is not None:
             triton_plan.place_slots(
                 ids,
                 prefix,

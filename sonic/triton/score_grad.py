@@ -126,8 +126,16 @@ def score_grad(
     """
     if ds_partial.dtype is not torch.float32:
         raise DTypeError(f"score_grad: ds_partial has dtype {ds_partial.dtype}, expected float32.")
-    if b2 is not None and (dout is None or token_by_row is None or offset_by_expert is None):
-        raise ArgumentError("score_grad: b2 needs dout, token_by_row and offset_by_expert.")
+    num_experts, hidden_size, strides = 1, 0, (0, 0)
+    if b2 is not None:
+        if dout is None or token_by_row is None or offset_by_expert is None:
+            raise ArgumentError("score_grad: b2 needs dout, token_by_row and offset_by_expert.")
+        check_float("score_grad", dout=dout, b2=b2)
+        num_experts, hidden_size = b2.shape
+        check_shape("score_grad", "dout", dout, (dout.shape[0], hidden_size))
+        check_shape("score_grad", "offset_by_expert", offset_by_expert, (num_experts + 1,))
+        dout, b2 = row_major(dout), row_major(b2)
+        strides = dout.stride(0), b2.stride(0)
     check_contiguous(
         "score_grad",
         ds_partial=ds_partial,
@@ -139,14 +147,6 @@ def score_grad(
     dscores = torch.empty(num_slots, dtype=torch.float32, device=row_by_slot.device)
     if num_slots == 0:
         return dscores
-    num_experts, hidden_size, strides = 1, 0, (0, 0)
-    if b2 is not None:
-        check_float("score_grad", dout=dout, b2=b2)
-        num_experts, hidden_size = b2.shape
-        check_shape("score_grad", "dout", dout, (dout.shape[0], hidden_size))
-        check_shape("score_grad", "offset_by_expert", offset_by_expert, (num_experts + 1,))
-        dout, b2 = row_major(dout), row_major(b2)
-        strides = dout.stride(0), b2.stride(0)
     block = 256 if b2 is None else 8
     with device_of(row_by_slot):
         _score_grad_kernel[(triton.cdiv(num_slots, block),)](

@@ -15,6 +15,8 @@ and leaves 32 tokens' verdicts in a word and the expert's kept tokens before the
 Source: SonicMoE (arXiv 2512.14080), algorithms 4 and 6.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -594,12 +596,12 @@ def round_tokens(
     """
     check_float("token_rounding", scores=scores)
     num_tokens, num_experts = scores.shape
-    if rule in ("sr", "nr-s"):
+    if uniform is not None:
         check_shape("token_rounding", "uniform", uniform, (num_experts,))
     scores = row_major(scores)
     device = scores.device
     num_groups = triton.cdiv(num_tokens, GROUP.value)
-    options = {"dtype": torch.int32, "device": device}
+    options: dict[str, Any] = {"dtype": torch.int32, "device": device}
     words = torch.empty(num_groups, num_experts, **options)
     counts_before = torch.empty_like(words)
     by_slot = [torch.empty(num_slots, **options) for _ in range(6)]
@@ -607,8 +609,8 @@ def round_tokens(
     weights = torch.empty(num_slots, dtype=torch.float32, device=device)
     offset_by_expert = torch.empty(num_experts + 1, **options)
     offset_by_token = torch.empty(num_tokens + 1, **options)
-    plan = offset_by_expert, token_by_row, slot_by_row, row_by_slot
-    plan = (*plan, offset_by_token, slot_by_position)
+    by_row = token_by_row, slot_by_row, row_by_slot
+    plan = (offset_by_expert, *by_row, offset_by_token, slot_by_position)
     block = max(1024, triton.next_power_of_2(num_tokens))
     block = block if block <= _MAX_HELD else _MAX_CHUNK_T
     with device_of(scores):
