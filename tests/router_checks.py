@@ -103,7 +103,9 @@ def check_route(inputs, route: Route, *, fused: bool, ids: Tensor | None = None)
         losses = [twin.balance_losses(*routed[3:], route) for routed in (exact, low)]
         for name in ("switch", "sequence", "z", "entropy"):
             pair = [getattr(loss, name) for loss in losses]
-            assert_close(getattr(actual, name), *pair, name=name, **close)
+            # A single column has no entropy.
+            zero = {"allow_zero_reference": name == "entropy" and logits.shape[1] == 1}
+            assert_close(getattr(actual, name), *pair, name=name, **zero, **close)
     check_gradients(inputs, actual, route)
     return actual
 
@@ -137,11 +139,13 @@ def check_gradients(inputs, results: RouteTensors, route: Route) -> None:
         assert actual.dtype == logits.dtype and actual.shape == logits.shape
         # A single winner of a softmax over the winners has weight one whatever its logit.
         flat_top_one = given == ["scores"] and route.top_k == 1 and route.renormalize
+        # What cancels in fp32 leaves a rest that has nothing to do with the logits' dtype.
+        magnitude = 0.1 if actual.dtype is torch.float32 else 1e-4
         assert_close(
             actual,
             *twins,
             ulps=32.0,
-            magnitude=0.1 if actual.dtype is torch.float32 else 0.0,
+            magnitude=magnitude,
             allow_zero_reference=flat_top_one or logits.shape[1] == 1,
             name="dlogits of " + ", ".join(given),
         )

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from sonic.runtime.route import Route, ScoreFunction
 from sonic.triton.common import device_of, row_major
-from sonic.triton.scores import SCORES, _load_values, _probabilities, mask_stride
+from sonic.triton.scores import SCORES, _load_values, _probabilities, row_major_mask
 
 
 @triton.jit(do_not_specialize=["num_tiles", "tiles_per_sequence", "num_sequences", "stride"])
@@ -329,6 +329,7 @@ def column_sums(
     """``prob_sum (S, E)`` from the logits and the (T,) results of the row-wise pass; T > 0."""
     num_rows, num_columns = logits.shape
     logits = row_major(logits)
+    mask, mask_stride = row_major_mask(mask)
     length = num_rows // route.num_sequences
     block = min(triton.next_power_of_2(num_columns), 1024)
     rows = max(1, 2048 // block)
@@ -350,7 +351,7 @@ def column_sums(
             rows_per_chunk,
             chunks,
             logits.stride(0),
-            mask_stride(mask),
+            mask_stride,
             SCORE=SCORES[ScoreFunction(route.score)],
             ROWS=rows,
             BLOCK=block,

@@ -30,7 +30,7 @@ from sonic.triton.scores import (
     SOFTMAX,
     _load_values,
     _pointwise_score,
-    mask_stride,
+    row_major_mask,
 )
 from sonic.triton.topk import LOWEST, _select, _sortable, _value_of
 
@@ -39,6 +39,7 @@ BARRED = tl.constexpr(-(2**31) + 2**23 - 1)
 
 _MAX_FUSED_COLUMNS = 1024
 _TILE_ELEMENTS = 4096
+_ELEMENTS_PER_WARP = 1024
 _MIN_TILE_ROWS = 4
 
 
@@ -281,16 +282,17 @@ def _launch_route(
 ) -> None:
     num_rows, num_columns = logits.shape
     groups, size = _block_shape(num_columns, route.num_groups)
+    mask, mask_stride = row_major_mask(mask)
     _route_kernel[(triton.cdiv(num_rows, rows),)](
         logits,
-        bias,
+        None if bias is None else bias.contiguous(),
         mask,
         given,
         *outputs,
         num_rows,
         triton.cdiv(num_rows, rows),
         logits.stride(0),
-        mask_stride(mask),
+        mask_stride,
         route.num_working,
         route.num_experts,
         float(route.scale),
@@ -309,7 +311,7 @@ def _launch_route(
         BALANCE=route.balance,
         FUSED=fused,
         ROWS=rows,
-        num_warps=min(16, max(1, rows * groups * size // 1024)),
+        num_warps=min(16, max(1, rows * groups * size // _ELEMENTS_PER_WARP)),
     )
 
 

@@ -13,7 +13,7 @@ from sonic.triton.scores import (
     _load_values,
     _pointwise_score,
     _slope,
-    mask_stride,
+    row_major_mask,
 )
 
 
@@ -220,6 +220,7 @@ def route_grad(
     """
     check_float("route_grad", logits=logits)
     logits = row_major(logits)
+    mask, mask_stride = row_major_mask(mask)
     num_rows, num_columns = logits.shape
     dlogits = torch.empty(num_rows, num_columns, dtype=logits.dtype, device=logits.device)
     block = min(triton.next_power_of_2(num_columns), 2048)
@@ -239,7 +240,7 @@ def route_grad(
             num_columns,
             num_rows // route.num_sequences,
             logits.stride(0),
-            mask_stride(mask),
+            mask_stride,
             route.num_working,
             float(route.scale),
             SCORE=SCORES[ScoreFunction(route.score)],

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from sonic.runtime.route import ScoreFunction
+from sonic.triton.common import row_major
 
 EPSILON = tl.constexpr(1e-20)
 SOFTMAX = tl.constexpr(0)
@@ -65,6 +66,10 @@ def _probabilities(value, inside, row, is_row, lse_by_row, norm_by_row, SCORE: t
         return score / tl.where(norm == 0.0, 1.0, norm)[:, None]
 
 
-def mask_stride(mask: torch.Tensor | None) -> int:
-    """Elements from one token's mask to the next; 0 if one row serves all."""
-    return 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
+def row_major_mask(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """The mask with a dense last axis, and the elements from one token's row to the next: 0 if one
+    row serves all."""
+    if mask is None:
+        return None, 0
+    mask = row_major(mask)
+    return mask, 0 if mask.shape[0] == 1 else mask.stride(0)

@@ -1,0 +1,288 @@
+"""The router kernels and modules on a GPU."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+pytest.importorskip("triton")
+
+from sonic import KernelBackendMoE, MoE
+from sonic.nn.routers import (
+    ProductKeyRouter,
+    SharedExperts,
+    SigmoidRouter,
+    SoftmaxRouter,
+    TopKRouter,
+    update_balance,
+)
+from sonic.reference import product_key as product_key_twin
+from sonic.routing.product_key import product_key_routing
+from sonic.routing.route import route
+from sonic.testing import assert_close
+from sonic.triton import router as router_module
+from tests import router_checks as checks
+
+CUDA = torch.device("cuda")
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:]
+)
+both_paths = pytest.mark.parametrize("fused", [True, False], ids=["fused", "rows"])
+
+
+@contextlib.contextmanager
+def no_synchronization() -> Iterator[None]:
+    """Any wait of the host for the device that torch knows of is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@both_paths
+@pytest.mark.parametrize("case", list(checks.option_grid()), ids=str)
+def test_every_option(case, fused, poisoned):
+    options, bias, mask, null = case
+    inputs = checks.make_inputs(1000, 120, torch.float32, CUDA, bias=bias, mask=mask)
+    # Groups are runs of all columns, the null ones included.
+    config = checks.make_route(120, 6, **options, num_working=120 - null, num_experts=100)
+    checks.check_route(inputs, config, fused=fused)
+
+
+SIZES = [
+    # tokens, columns, top_k, sequences
+    (1, 8, 2, 1),
+    (257, 64, 64, 1),
+    (1000, 60, 4, 1),
+    (4097, 128, 8, 1),
+    (4096, 128, 8, 4),
+    (2048, 512, 10, 2),
+    (513, 1000, 9, 1),
+    (96, 256, 8, 8),
+    (300, 5, 3, 1),
+]
+
+
+@both_paths
+@every_dtype
+@pytest.mark.parametrize("case", SIZES, ids=str)
+def test_sizes(case, dtype, fused, guarded):
+    tokens, columns, top_k, sequences = case
+    logits, bias, mask = checks.make_inputs(tokens, columns, dtype, CUDA)
+    config = checks.make_route(columns, top_k, num_sequences=sequences)
+    checks.check_route((guarded.copy_of(logits), bias, mask), config, fused=fused)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("tokens", "columns", "top_k"), [(300, 2000, 8), (100, 16384, 16), (33, 65536, 64)]
+)
+def test_wide_rows(tokens, columns, top_k, score, poisoned):
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = checks.make_inputs(tokens, columns, dtype, CUDA)
+        config = checks.make_route(columns, top_k, score=score)
+        assert not router_module.is_fused(tokens, columns, False, config)
+        checks.check_route(inputs, config, fused=False)
+
+
+@pytest.mark.parametrize("columns", [256, 4096])
+def test_deepseek_v3_sizes(columns, poisoned):
+    groups = {"num_groups": 8, "topk_groups": 4, "scale": 2.5, "score": "sigmoid"}
+    inputs = checks.make_inputs(2000, columns, torch.float32, CUDA, bias=True)
+    checks.check_route(inputs, checks.make_route(columns, 8, **groups), fused=columns == 256)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_given_winners(score, poisoned):
+    inputs = checks.make_inputs(700, 40, torch.float32, CUDA, mask="row")
+    ids = torch.randint(-1, 42, (700, 4), device=CUDA)
+    config = checks.make_route(40, 4, score=score, num_working=36, num_experts=32)
+    checks.check_route(inputs, config, fused=False, ids=ids)
+
+
+@pytest.mark.parametrize("columns", [16, 1000, 9000])
+def test_ties_and_specials(columns, poisoned):
+    """Few distinct values, so that most winners are ties, NaN and infinities among them."""
+    values = torch.tensor([0.0, -0.0, 1.0, 1.0, -torch.inf, torch.inf, torch.nan], device=CUDA)
+    for chosen in (values[:4], values[:5], values):
+        logits = chosen[torch.randint(len(chosen), (200, columns), device=CUDA)]
+        out = route(logits, 8)
+        ranked = torch.sort(logits.cpu(), dim=1, descending=True, stable=True)
+        expected = torch.where(ranked.values == -torch.inf, -1, ranked.indices)[:, :8]
+        assert torch.equal(out.ids.cpu().long(), expected)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@every_dtype
+@pytest.mark.parametrize(
+    ("tokens", "size", "top_k"), [(1, 1, 1), (1000, 32, 8), (513, 100, 16), (300, 256, 64)]
+)
+def test_product_keys(tokens, size, top_k, dtype, renormalize, guarded):
+    logits = guarded.copy_of((2 * torch.randn(tokens, 2, size, device=CUDA)).to(dtype))
+    leaf = logits.detach().requires_grad_()
+    scores, ids = product_key_routing(leaf, top_k, renormalize=renormalize)
+    low, expected_ids, _ = product_key_twin.product_key_reference(logits, top_k, renormalize)
+    assert torch.equal(ids, expected_ids)
+    pairs = logits.double()[:, 0, :, None] + logits.double()[:, 1, None, :]
+    chosen = pairs.flatten(1).gather(1, ids.long())
+    exact = chosen.softmax(1) if renormalize else pairs.flatten(1).softmax(1).gather(1, ids.long())
+    assert_close(scores, exact, low, ulps=16.0, magnitude=0.01, name="scores")
+    dscores = torch.randn_like(scores)
+    scores.backward(dscores)
+    twins = [
+        product_key_twin.product_key_grad_reference(dscores.to(s.dtype), v, s, ids, renormalize)
+        for v, s in ((logits.double(), exact), (logits, low))
+    ]
+    zero = {"allow_zero_reference": size == 1}
+    magnitude = 0.1 if dtype is torch.float32 else 1e-4
+    assert_close(leaf.grad, *twins, ulps=32.0, magnitude=magnitude, name="dlogits", **zero)
+
+
+# ----------------------------------------------------------------- launches, graphs, compile
+
+
+def kernels_of(function) -> list[str]:
+    """Names of what the GPU ran, memory operations included."""
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    on_gpu = torch.autograd.DeviceType.CUDA
+    return [event.name for event in profile.events() if event.device_type == on_gpu]
+
+
+SHAPES = [(32768, 128, 8), (24576, 128, 8), (16384, 256, 8), (16384, 512, 10), (8192, 128, 4)]
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), SHAPES)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_launches(tokens, experts, top_k, score):
+    """Scores, top-k, plan and losses in four launches, their gradient in two."""
+    logits = torch.randn(tokens, experts, device=CUDA).bfloat16().requires_grad_()
+    bias = torch.zeros(experts, device=CUDA) if score == "sigmoid" else None
+
+    def forward():
+        return route(logits, top_k, score=score, bias=bias, num_experts=experts)
+
+    assert len(kernels_of(forward)) <= 4, kernels_of(forward)
+    out = forward()
+    outputs = out.scores, out.switch, out.z
+    grads = [torch.randn_like(output) for output in outputs]
+
+    def backward():
+        torch.autograd.grad(outputs, logits, grads, retain_graph=True)
+
+    assert len(kernels_of(backward)) <= 3, kernels_of(backward)
+
+
+def routers():
+    options = {"device": CUDA, "dtype": torch.bfloat16}
+    losses = {"switch": 0.01, "sequence": 0.01, "global_batch": 0.01, "z": 1e-3}
+    deepseek = {"scale": 2.5, "num_groups": 4, "topk_groups": 2, "float32_logits": True}
+    yield SoftmaxRouter(128, 32, 4, losses=losses, **options)
+    yield SigmoidRouter(128, 32, 4, losses=losses, **deepseek, **options)
+    yield TopKRouter(128, 32, 6, num_identity=4, num_null=4, losses=losses, **options)
+    yield TopKRouter(128, 32, 4, capacity_factor=1.0, capacity_drop="score", **options)
+    yield ProductKeyRouter(128, 64, 4, losses={"switch": 0.01, "z": 1e-3}, **options)
+
+
+every_router = pytest.mark.parametrize("index", range(5))
+
+
+def layer_with(index: int) -> MoE:
+    torch.manual_seed(index)
+    router = list(routers())[index]
+    shared = SharedExperts(128, 64, gated=True, device=CUDA, dtype=torch.bfloat16)
+    sizes = (router.num_experts, router.top_k, 128, 64)
+    layer = MoE(*sizes, "swiglu", False, 0.05, router=router, shared_experts=shared)
+    return layer.to(CUDA, torch.bfloat16)
+
+
+@every_router
+def test_layer_against_the_reference(index):
+    """The same module by kernels and by torch: output, loss, and every gradient."""
+    layer = layer_with(index)
+    x = torch.randn(2, 256, 128, device=CUDA).bfloat16()
+    results = []
+    for backend in (KernelBackendMoE.sonicmoe, KernelBackendMoE.torch):
+        layer.zero_grad()
+        update_balance(layer, rate=0.0)
+        leaf = x.detach().requires_grad_()
+        out, loss = layer(leaf, backend)
+        (out.float().square().sum() + loss).backward()
+        results.append([out, loss, leaf.grad, *(p.grad for p in layer.parameters())])
+    for kernel, reference in zip(*results, strict=True):
+        assert reference.any()
+        error = (kernel.float() - reference.float()).norm() / reference.float().norm()
+        assert error < 2e-2, error
+
+
+@every_router
+def test_layer_does_not_synchronize_and_repeats_bitwise(index):
+    layer = layer_with(index)
+    x = torch.randn(512, 128, device=CUDA).bfloat16()
+    results = []
+    for _ in range(3):
+        layer.zero_grad()
+        update_balance(layer, rate=0.0)
+        with no_synchronization():
+            out, loss = layer(x)
+            (out.float().sum() + loss).backward()
+        results.append([out, loss, *(p.grad.clone() for p in layer.parameters())])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert results[0][0].any()
+
+
+def test_graph_capture_leaves_the_bias_alone_and_replays_count():
+    layer = layer_with(1)
+    router = layer.router
+    router.correction_bias.uniform_(-0.01, 0.01)
+    before = router.correction_bias.clone()
+    x = torch.randn(512, 128, device=CUDA).bfloat16()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            out, loss = layer(x)
+            (out.float().sum() + loss).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    eager = out.clone()
+    update_balance(layer, rate=0.0)
+    layer.zero_grad(set_to_none=False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, loss = layer(x)
+        (out.float().sum() + loss).backward()
+        with pytest.raises(NotImplementedError, match="captured"):
+            update_balance(layer)
+    assert torch.equal(router.correction_bias, before) and not router.step_load.any()
+    for replay in range(1, 4):
+        graph.replay()
+        assert router.step_load.sum() == 512 * router.top_k * replay
+    assert torch.equal(router.correction_bias, before)
+    assert torch.equal(out, eager)
+    load = router.step_load.clone()
+    update_balance(layer, rate=0.25)
+    expected = before + 0.25 * torch.sign(load.double().mean() - load).float()
+    assert torch.equal(router.correction_bias, expected)
+    graph.replay()
+    assert not torch.equal(out, eager), "a replay reads the bias as it is now"
+
+
+@every_router
+def test_layer_under_compile(index):
+    layer = layer_with(index)
+    layer.eval()
+    x = torch.randn(2, 64, 128, device=CUDA).bfloat16()
+    compiled = torch.compile(layer, fullgraph=True)
+    out, loss = compiled(x)
+    expected, expected_loss = layer(x)
+    assert expected.any()
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-3, atol=1e-5)
