@@ -1,0 +1,103 @@
+"""Every refusal of the Hopper kernels: a problem or tiles one change away from legal ones."""
+
+from dataclasses import replace
+
+import pytest
+
+from kernels_sm90.tiles import supports, supports_config
+from sonic.enums import ActivationType
+from sonic.runtime.limits import KERNEL_DTYPES
+from sonic.runtime.problem import (
+    EpilogueKind,
+    Operand,
+    Problem,
+    Ragged,
+    Schedule,
+    TileConfig,
+    down_backward_act_problem,
+    down_problem,
+    layer_problems,
+    up_backward_act_problem,
+    up_problem,
+    weight_grad_problem,
+)
+
+SWIGLU = ActivationType.SWIGLU
+DOWN = down_problem("bfloat16", has_bias=False)
+GATHERED = up_problem(SWIGLU, "bfloat16", has_bias=False, store_preact=True)
+DW = weight_grad_problem("bfloat16", Operand.A, gated=False, accumulate=False)
+ACCUMULATE = weight_grad_problem("bfloat16", Operand.A, gated=False, accumulate=True)
+DX = up_backward_act_problem("bfloat16", gated=False)
+DH = down_backward_act_problem(SWIGLU, "bfloat16")
+COOPERATIVE = TileConfig(128, 128)
+PINGPONG = TileConfig(128, 128, schedule=Schedule.PINGPONG)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("activation", list(ActivationType))
+def test_the_problems_of_a_layer_are_supported(activation, dtype):
+    for has_bias in (False, True):
+        for accumulate in (False, True):
+            for problem in layer_problems(activation, dtype, has_bias, accumulate):
+                assert supports(problem) is None, problem.name
+
+
+PROBLEMS = {
+    "dtype": (DOWN, {"dtype": "float32"}, "dtype float32"),
+    "gathered weight": (DOWN, {"gather": Operand.B}, "a gathered weight"),
+    "accumulated rows": (DOWN, {"epilogue": EpilogueKind.ACCUMULATE}, "into ragged rows"),
+    "epilogue of a weight gradient": (DW, {"epilogue": EpilogueKind.ACTIVATION}, "activation of"),
+    "bias of a transposed weight": (DX, {"has_bias": True}, "a bias of a transposed"),
+    "bias of a weight gradient": (DW, {"has_bias": True}, "a weight gradient"),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_refused_problem(name):
+    problem, change, reason = PROBLEMS[name]
+    assert supports(problem) is None
+    refusal = supports(replace(problem, **change))
+    assert refusal is not None and reason in refusal.reason and refusal.remedy
+
+
+CONFIGS = {
+    "rows of a cooperative tile": (DOWN, COOPERATIVE, {"tile_m": 64}, "a multiple of 128 up to"),
+    "rows of a ping-pong tile": (DOWN, PINGPONG, {"tile_m": 96}, "a multiple of 64 up to 256"),
+    "too many rows": (DOWN, COOPERATIVE, {"tile_m": 384}, "tile_m=384"),
+    "columns": (DOWN, COOPERATIVE, {"tile_n": 120}, "tile_n=120: a multiple of"),
+    "columns of a transposed weight": (DX, COOPERATIVE, {"tile_n": 96}, "a multiple of 64 up to"),
+    "no columns": (DOWN, COOPERATIVE, {"tile_n": 0}, "tile_n=0"),
+    "too many columns": (DOWN, COOPERATIVE, {"tile_n": 512}, "up to 256"),
+    "ping-pong weight gradient": (
+        DW, COOPERATIVE, {"schedule": Schedule.PINGPONG}, "ping-pong over a ragged reduction",
+    ),
+    "cluster": (DOWN, COOPERATIVE, {"cluster_m": 2, "cluster_n": 2}, "cluster 2x2"),
+    "shared gathered rows": (GATHERED, COOPERATIVE, {"cluster_n": 2}, "multicast of the gathered"),
+    "shared gathered columns": (
+        replace(DW, gather=Operand.B), COOPERATIVE, {"cluster_m": 2}, "multicast of the gathered",
+    ),
+    "accumulators": (DOWN, COOPERATIVE, {"tile_m": 256, "tile_n": 256}, "256 accumulators"),
+    "stages of the epilogue": (DOWN, COOPERATIVE, {"epilogue_stages": 0}, "at least 2 where"),
+    "stages of a loaded tile": (DH, COOPERATIVE, {"epilogue_stages": 1}, "epilogue_stages=1"),
+    "shared memory": (
+        ACCUMULATE, COOPERATIVE, {"tile_m": 256, "epilogue_stages": 8}, "bytes of shared memory",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_refused_tiles(name):
+    problem, config, change, reason = CONFIGS[name]
+    assert supports_config(problem, config) is None
+    refusal = supports_config(problem, replace(config, **change))
+    assert refusal is not None and reason in refusal.reason and refusal.remedy
+
+
+def test_a_refused_problem_is_an_error_that_says_what_to_do():
+    from kernels_sm90 import BACKEND
+    from sonic.runtime import launch
+    from sonic.runtime.errors import UnsupportedError
+
+    problem = Problem(Ragged.ROWS, "float32", EpilogueKind.LINEAR)
+    with pytest.raises(UnsupportedError, match='float32.*cast the tensors.*impl="reference"'):
+        launch.kernel_for(BACKEND, problem, COOPERATIVE)
