@@ -152,7 +152,7 @@ def _or_shape(
     return torch.zeros((), dtype=dtype, device=scores.device).expand(scores.shape[0], num_experts)
 
 
-def _backward_torch(
+def _backward_kernel(
     dscores: Tensor,
     logits: Tensor | None,
     scores: Tensor,
@@ -161,27 +161,12 @@ def _backward_torch(
     dtype: torch.dtype,
     order: str,
 ) -> Tensor:
-    from sonic.reference.routing import topk_scores_grad
-
+    if scores.is_cuda and dtype != torch.float64:
+        from sonic.triton.topk import topk_scores_grad
+    else:
+        from sonic.reference.routing import topk_scores_grad
     logits = _or_shape(logits, scores, num_experts, dtype)
     return topk_scores_grad(dscores, logits, scores, ids, ScoreOrder(order)).contiguous()
-
-
-def _backward_cuda(
-    dscores: Tensor,
-    logits: Tensor | None,
-    scores: Tensor,
-    ids: Tensor,
-    num_experts: int,
-    dtype: torch.dtype,
-    order: str,
-) -> Tensor:
-    if dtype == torch.float64:
-        return _backward_torch(dscores, logits, scores, ids, num_experts, dtype, order)
-    from sonic.triton.topk import topk_scores_grad
-
-    logits = _or_shape(logits, scores, num_experts, dtype)
-    return topk_scores_grad(dscores, logits, scores, ids, ScoreOrder(order))
 
 
 def _backward_fake(
@@ -234,8 +219,8 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("topk_routing", _forward_torch, "CPU")
 _LIBRARY.impl("topk_routing", _forward_cuda, "CUDA")
-_LIBRARY.impl("topk_routing_backward", _backward_torch, "CPU")
-_LIBRARY.impl("topk_routing_backward", _backward_cuda, "CUDA")
+_LIBRARY.impl("topk_routing_backward", _backward_kernel, "CPU")
+_LIBRARY.impl("topk_routing_backward", _backward_kernel, "CUDA")
 torch.library.register_fake("sonic::topk_routing", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("sonic::topk_routing_backward", _backward_fake, lib=_LIBRARY)
 _TOPK_ROUTING = torch.ops.sonic.topk_routing.default

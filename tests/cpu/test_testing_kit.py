@@ -10,7 +10,6 @@ from sonic.enums import ActivationType, GateUpLayout
 from sonic.reference import experts_low_precision, plan_oracle, stages
 from sonic.testing import (
     GuardedAllocator,
-    LayerProblem,
     Routing,
     assert_close,
     assert_layer_close,
@@ -30,22 +29,16 @@ from sonic.testing import (
     shift_offsets,
     swap_experts,
 )
+from tests import layers
 
-PROBLEM = LayerProblem(
+PROBLEM = layers.PROBLEM.with_changes(
     seed=3,
     num_tokens=150,
     hidden_size=72,
     intermediate_size=40,
     num_experts=6,
     top_k=2,
-    activation=ActivationType.SWIGLU,
-    layout=GateUpLayout.INTERLEAVED,
-    has_bias=True,
-    dtype=torch.bfloat16,
-    ids_dtype=torch.int64,
-    routing=Routing.UNIFORM,
     drop_fraction=0.0,
-    contiguous=True,
 )
 
 
