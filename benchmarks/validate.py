@@ -47,12 +47,13 @@ from sonic.testing import (
     LayerProblem,
     LayerResult,
     assert_layer_close,
+    drop_plan_row,
     layer_references,
     make_inputs,
     omit_scores,
     random_problem,
     run_layer,
-    shift_offsets,
+    shift_plan_offsets,
     swap_experts,
 )
 
@@ -131,7 +132,7 @@ def mutations(argument: tuple[int, str, str]) -> dict[str, Any]:
             every - {"db2"},
         ),
         "last row dropped": (
-            lambda: run_layer(_planned_experts(impl, _without_last_row), problem, inputs),
+            lambda: run_layer(_planned_experts(impl, drop_plan_row), problem, inputs),
             every,
         ),
         "score omitted": (
@@ -139,7 +140,7 @@ def mutations(argument: tuple[int, str, str]) -> dict[str, Any]:
             every - {"dtopk_weights"},
         ),
         "offsets shifted": (
-            lambda: run_layer(_planned_experts(impl, _with_shifted_offsets), problem, inputs),
+            lambda: run_layer(_planned_experts(impl, shift_plan_offsets), problem, inputs),
             every,
         ),
     }
@@ -267,20 +268,6 @@ def _planned_experts(
         return out
 
     return run
-
-
-def _with_shifted_offsets(plan: RoutingPlan) -> RoutingPlan:
-    return replace(plan, offset_by_expert=shift_offsets(plan.offset_by_expert))
-
-
-def _without_last_row(plan: RoutingPlan) -> RoutingPlan:
-    """The last row of the first busy expert belongs to no slot any more."""
-    expert = int(plan.offset_by_expert.diff().nonzero()[0])
-    row = int(plan.offset_by_expert[expert + 1]) - 1
-    row_by_slot, slot_by_row = plan.row_by_slot.clone(), plan.slot_by_row.clone()
-    row_by_slot[int(slot_by_row[row])] = -1
-    slot_by_row[row] = -1
-    return replace(plan, row_by_slot=row_by_slot, slot_by_row=slot_by_row)
 
 
 def _plain_problem(seed: int) -> LayerProblem:

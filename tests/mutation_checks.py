@@ -3,8 +3,6 @@
 Shared by the reference's tests on a CPU and the kernels' tests on a GPU.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,26 +21,15 @@ from sonic.testing import (
     Routing,
     assert_close,
     assert_mutations_fail,
+    drop_plan_row,
     make_inputs,
     omit_scores,
     shift_offsets,
+    shift_plan_offsets,
     swap_experts,
 )
 
 TENSORS = ("hidden_states", "w1", "w2", "b1", "b2")
-
-
-def _drop_last_row(plan):
-    """The last row of the first expert that has rows is combined into no token."""
-    first = int(plan.offset_by_expert.diff().nonzero()[0, 0])
-    row = int(plan.offset_by_expert[first + 1]) - 1
-    row_by_slot = plan.row_by_slot.clone()
-    row_by_slot[plan.slot_by_row[row].long()] = -1
-    return replace(plan, row_by_slot=row_by_slot)
-
-
-def _shift_offsets(plan):
-    return replace(plan, offset_by_expert=shift_offsets(plan.offset_by_expert))
 
 
 def _with_w1(operands, change):
@@ -52,8 +39,8 @@ def _with_w1(operands, change):
 
 # What ``functional._run`` is called with: operands, routing weights, plan.
 MISTAKES = {
-    "a row dropped": lambda o, w, plan: (o, w, _drop_last_row(plan)),
-    "offsets shifted": lambda o, w, plan: (o, w, _shift_offsets(plan)),
+    "a row dropped": lambda o, w, plan: (o, w, drop_plan_row(plan)),
+    "offsets shifted": lambda o, w, plan: (o, w, shift_plan_offsets(plan)),
     "scores omitted": lambda o, w, plan: (o, omit_scores(w), plan),
     "experts swapped": lambda o, w, plan: (
         _with_w1(o, lambda w1: swap_experts(w1, 0, w1.shape[0] - 1)),

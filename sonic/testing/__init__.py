@@ -23,9 +23,11 @@ from sonic.testing.memory import (
 from sonic.testing.mutations import (
     assert_mutations_fail,
     drop_last_row,
+    drop_plan_row,
     omit_scores,
     output_mutations,
     shift_offsets,
+    shift_plan_offsets,
     swap_experts,
     zero_output,
 )
@@ -50,6 +52,7 @@ __all__ = [
     "assert_layer_close",
     "assert_mutations_fail",
     "drop_last_row",
+    "drop_plan_row",
     "layer_references",
     "make_inputs",
     "omit_scores",
@@ -63,6 +66,7 @@ __all__ = [
     "relative_error",
     "run_layer",
     "shift_offsets",
+    "shift_plan_offsets",
     "swap_experts",
     "zero_output",
 ]

@@ -1,6 +1,8 @@
 """Wrong results on purpose: a comparison that accepts one is too loose to mean anything."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +58,21 @@ def shift_offsets(offset_by_expert: Tensor, by: int = 1) -> Tensor:
     shifted = offset_by_expert.clone()
     shifted[1:-1] = (shifted[1:-1] + by).clamp(min=0, max=int(offset_by_expert[-1]))
     return shifted
+
+
+def shift_plan_offsets(plan: Any) -> Any:
+    """A :class:`sonic.RoutingPlan` with every inner boundary between experts a row late."""
+    return replace(plan, offset_by_expert=shift_offsets(plan.offset_by_expert))
+
+
+def drop_plan_row(plan: Any) -> Any:
+    """A :class:`sonic.RoutingPlan` whose last row of the first busy expert belongs to no slot any more."""
+    expert = int(plan.offset_by_expert.diff().nonzero()[0])
+    row = int(plan.offset_by_expert[expert + 1]) - 1
+    row_by_slot, slot_by_row = plan.row_by_slot.clone(), plan.slot_by_row.clone()
+    row_by_slot[int(slot_by_row[row])] = -1
+    slot_by_row[row] = -1
+    return replace(plan, row_by_slot=row_by_slot, slot_by_row=slot_by_row)
 
 
 def output_mutations(tensor: Tensor, offset_by_expert: Tensor | None = None) -> dict[str, Tensor]:
