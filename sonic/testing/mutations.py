@@ -66,7 +66,7 @@ def shift_plan_offsets(plan: Any) -> Any:
 
 
 def drop_plan_row(plan: Any) -> Any:
-    """A :class:`sonic.RoutingPlan` whose last row of the first busy expert belongs to no slot any more."""
+    """A :class:`sonic.RoutingPlan` that lacks the last row of the first busy expert."""
     expert = int(plan.offset_by_expert.diff().nonzero()[0])
     row = int(plan.offset_by_expert[expert + 1]) - 1
     row_by_slot, slot_by_row = plan.row_by_slot.clone(), plan.slot_by_row.clone()
