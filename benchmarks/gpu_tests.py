@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,10 +25,16 @@ from benchmarks.report import Result
 OUTCOMES = ("passed", "failed", "skipped")
 
 
-def run_file(path: Path, report: Path) -> str:
+def run_file(path: Path, report: Path, limit: float) -> str:
     """Run one file's tests; the JUnit report goes to ``report``. Returns what pytest printed."""
     command = [sys.executable, "-m", "pytest", "-q", str(path), f"--junitxml={report}"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        run = subprocess.run(
+            command, cwd=ROOT, timeout=limit, capture_output=True, text=True, check=False
+        )
+    except subprocess.TimeoutExpired as expired:
+        printed = expired.stdout or b""
+        return f"not finished after {limit:.0f} s\n{printed.decode(errors='replace')}"
     return run.stdout + run.stderr
 
 
@@ -46,6 +52,7 @@ def count(report: Path) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=4, help="files at a time")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for each file")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,14 +61,16 @@ def main() -> int:
     total = dict.fromkeys(OUTCOMES, 0)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
-        reports = [Path(folder) / f"{path.stem}.xml" for path in files]
-        for path, report, output in zip(
-            files, reports, pool.map(run_file, files, reports), strict=True
-        ):
+        running = {}
+        for path in files:
+            report = Path(folder) / f"{path.stem}.xml"
+            running[pool.submit(run_file, path, report, arguments.limit)] = (path, report)
+        for done in as_completed(running):
+            path, report = running[done]
             counts = count(report)
             print(f"{path.name}: " + ", ".join(f"{counts[o]} {o}" for o in OUTCOMES), flush=True)
             if counts["failed"]:
-                print(output[-6000:], flush=True)
+                print(done.result()[-4000:], flush=True)
             for outcome in OUTCOMES:
                 total[outcome] += counts[outcome]
                 result.add(f"{path.name}/{outcome}", counts[outcome], "tests", [])
