@@ -10,8 +10,8 @@ MAX_TOP_K = 64  # the winners of a token lie in the registers of one program
 # Of the kernels only, on every architecture.
 KERNEL_DTYPES = ("bfloat16", "float16")
 KERNEL_ALIGNMENT = 8  # elements of 2 bytes: rows move in pieces of 16 bytes
-# A descriptor of ragged rows reaches this far from an expert's last row (``sonic.device.tensormap``),
-# and one expert may receive every row.
+# A descriptor of ragged rows reaches this far from an expert's last row, see
+# ``sonic.device.tensormap``, and one expert may receive every row.
 MAX_KERNEL_ROWS = 2**30
 
 
