@@ -31,7 +31,8 @@ def run_with(cache, problem, monkeypatch):
     monkeypatch.setattr(launch, "kernel_cache", lambda: cache)
     monkeypatch.setattr(launch, "_kernels", {})
     leaves, inputs = leaves_of(problem)
-    return step(leaves, inputs.topk_ids, inputs.dout), launch._kernels
+    options = {"activation": problem.activation, "layout": problem.layout}
+    return step(leaves, inputs.topk_ids, inputs.dout, **options), launch._kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
