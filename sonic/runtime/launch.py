@@ -12,7 +12,7 @@ import torch
 
 from sonic.runtime.backend import Backend, backend_for
 from sonic.runtime.cache import KernelKey, kernel_cache
-from sonic.runtime.errors import CompileError, UnsupportedError
+from sonic.runtime.errors import CompileError, SonicError, UnsupportedError
 from sonic.runtime.problem import Problem, Ragged, TileConfig
 
 _log = logging.getLogger("sonic")
@@ -51,6 +51,8 @@ def _compile(backend: Backend, problem: Problem, config: TileConfig) -> Any:
     start = time.perf_counter()
     try:
         kernel = backend.compile(problem, config)
+    except SonicError:  # a refusal, which says what to do
+        raise
     except Exception as error:
         raise CompileError(
             f"compiling {problem.name} with tile {config.name} for {backend.arch.value} failed: "
@@ -89,7 +91,15 @@ def config_for(
     problem: Problem, device: torch.device, rows: int, experts: int, n: int, k: int
 ) -> TileConfig:
     """The tiles that :func:`grouped_gemm` will use for this size."""
-    return backend_for(device).default_config(problem, rows // max(experts, 1), n, k)
+    return _default_config(backend_for(device), problem, rows // max(experts, 1), n, k)
+
+
+# Routing changes the row count from call to call; a bounded memo keeps the choice off the hot path.
+@functools.lru_cache(maxsize=4096)
+def _default_config(
+    backend: Backend, problem: Problem, rows_per_expert: int, n: int, k: int
+) -> TileConfig:
+    return backend.default_config(problem, rows_per_expert, n, k)
 
 
 def grouped_gemm(

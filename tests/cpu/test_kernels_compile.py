@@ -13,6 +13,7 @@ pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed")
 
 from sonic.runtime.backend import load_backend
 from sonic.runtime.errors import UnsupportedError
+from sonic.runtime.launch import kernel_for
 from sonic.runtime.problem import (
     Arch,
     Operand,
@@ -91,3 +92,9 @@ def test_unfit_tiles_are_refused_before_compiling(config, reason):
     problem = weight_grad_problem("bfloat16", Operand.A, gated=False, accumulate=False)
     with pytest.raises(UnsupportedError, match=reason):
         load_backend(Arch.SM90).compile(problem, config)
+
+
+def test_a_refusal_of_tiles_is_not_called_a_compiler_failure():
+    problem = weight_grad_problem("bfloat16", None, gated=False, accumulate=False)
+    with pytest.raises(UnsupportedError, match="tile_m=96"):
+        kernel_for(load_backend(Arch.SM90), problem, TileConfig(96, 128))
