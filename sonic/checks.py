@@ -111,8 +111,8 @@ def resolve_impl(op: str, impl: Any, device: torch.device) -> str:
     return str(impl)
 
 
-def check_int(op: str, name: str, value: Any, low: int, high: int, why: str) -> None:
-    """``value`` is an int in ``[low, high]``."""
+def check_is_int(op: str, name: str, value: Any, low: int, high: int) -> None:
+    """``value`` is an int, in a range that the caller checks."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise ArgumentError(
             message(
@@ -122,6 +122,11 @@ def check_int(op: str, name: str, value: Any, low: int, high: int, why: str) -> 
                 f"Pass {name} as a Python int.",
             )
         )
+
+
+def check_int(op: str, name: str, value: Any, low: int, high: int, why: str) -> None:
+    """``value`` is an int in ``[low, high]``."""
+    check_is_int(op, name, value, low, high)
     if not low <= value <= high:
         raise ArgumentError(
             message(
@@ -148,12 +153,12 @@ def check_std(op: str, std: Any) -> None:
         )
 
 
-def check_dtype_option(op: str, dtype: Any, name: str = "dtype") -> None:
-    """None, or a dtype that the layer computes in."""
-    if dtype is None or dtype in FLOAT_DTYPES:
+def check_dtype_option(op: str, dtype: Any, optional: bool = True) -> None:
+    """A dtype that the layer computes in, or None if ``optional``."""
+    if dtype in FLOAT_DTYPES or (optional and dtype is None):
         return
     raise DTypeError(
-        message(op, f"{name}={dtype!r}", _names(FLOAT_DTYPES), "Pass torch.bfloat16, for instance.")
+        message(op, f"dtype={dtype!r}", _names(FLOAT_DTYPES), "Pass torch.bfloat16, for instance.")
     )
 
 
@@ -184,14 +189,13 @@ def check_num_experts(op: str, name: str, value: Any) -> None:
 def check_is_tensor(op: str, name: str, value: Any) -> None:
     """``value`` is a strided tensor."""
     if not isinstance(value, Tensor):
-        raise ArgumentError(
-            message(
-                op,
-                f"{name} is of type {type(value).__name__}",
-                "a torch.Tensor",
-                f"Convert {name} with torch.as_tensor.",
-            )
-        )
+        todo = f"Convert {name} with torch.as_tensor."
+        if isinstance(value, torch.nn.Module):
+            todo = f"Pass the parameter of that module: {name}=module.weight."
+        elif value is None:
+            todo = f"Pass {name}; it is not optional."
+        kind = type(value).__name__
+        raise ArgumentError(message(op, f"{name} is of type {kind}", "a torch.Tensor", todo))
     if value.layout is not torch.strided:
         raise LayoutError(
             message(
@@ -241,31 +245,38 @@ def check_same_device(op: str, first: str, anchor: Tensor, **others: Tensor | No
 def check_same_dtype(op: str, first: str, anchor: Tensor, **others: Tensor | None) -> None:
     """Every tensor of ``others`` has the dtype of ``anchor``."""
     for name, other in others.items():
-        if other is not None and other.dtype != anchor.dtype:
-            raise DTypeError(
-                message(
-                    op,
-                    f"{name} is {_dtype(other)} and {first} {_dtype(anchor)}",
-                    "one dtype for activations, weights and biases",
-                    f"Cast one of them, or run under torch.autocast({anchor.device.type!r}).",
-                )
+        if other is None or other.dtype == anchor.dtype:
+            continue
+        check_float(op, name, other)
+        todo = f"Cast one of them, or run under torch.autocast({anchor.device.type!r})."
+        if anchor.dtype == torch.float64:  # autocast leaves it alone
+            todo = f"Cast one of them, for instance {first}.to({other.dtype})."
+        raise DTypeError(
+            message(
+                op,
+                f"{name} is {_dtype(other)} and {first} {_dtype(anchor)}",
+                "one dtype for activations, weights and biases",
+                todo,
             )
+        )
 
 
 def check_ids(op: str, name: str, ids: Tensor) -> None:
     if ids.dtype not in ID_DTYPES:
-        raise DTypeError(
-            message(op, f"{name} is {_dtype(ids)}", _names(ID_DTYPES), f"Cast it: {name}.int().")
-        )
+        todo = f"Cast it: {name}.int()."
+        if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+            todo = "Pass indices, as torch.topk returns them, rather than scores or a mask."
+        raise DTypeError(message(op, f"{name} is {_dtype(ids)}", _names(ID_DTYPES), todo))
 
 
 def check_float(op: str, name: str, value: Tensor) -> None:
     if value.dtype not in FLOAT_DTYPES:
-        raise DTypeError(
-            message(
-                op, f"{name} is {_dtype(value)}", _names(FLOAT_DTYPES), f"Cast it: {name}.float()."
-            )
-        )
+        todo = f"Cast it: {name}.float()."
+        if value.is_complex():
+            todo = f"Pass a real tensor, such as {name}.real or {name}.abs()."
+        elif value.dtype.itemsize == 1 and value.dtype != torch.bool:
+            todo = f"If {name} is quantised, multiply by its scales first: the layer reads none."
+        raise DTypeError(message(op, f"{name} is {_dtype(value)}", _names(FLOAT_DTYPES), todo))
 
 
 def check_num_slots(op: str, num_slots: int, impl: str) -> None:

@@ -1,6 +1,8 @@
-"""The closed vocabularies of the public API. Imports nothing but the standard library."""
+"""The closed vocabularies of the public API. Imports the errors and the standard library only."""
 
 from enum import Enum
+
+from sonic.runtime.errors import ArgumentError
 
 
 class ActivationType(str, Enum):
@@ -52,9 +54,20 @@ _GATED = frozenset(
 )
 
 
-def is_glu(activation: ActivationType) -> bool:
-    """True if the activation takes a gate and an up half (``w1`` has ``2I`` rows per expert)."""
-    return ActivationType(activation).is_gated
+def is_glu(activation: str | ActivationType) -> bool:
+    """True if the activation takes a gate and an up half (``w1`` has ``2I`` rows per expert).
+
+    Raises:
+        ArgumentError: ``activation`` is no :class:`ActivationType` and no value of it.
+    """
+    try:
+        return ActivationType(activation).is_gated
+    except ValueError:
+        known = ", ".join(repr(member.value) for member in ActivationType)
+        raise ArgumentError(
+            f"is_glu: activation={activation!r} is not known. Allowed: {known}. Pass one of these "
+            "strings, or a member of sonic.ActivationType."
+        ) from None
 
 
 class GateUpLayout(str, Enum):

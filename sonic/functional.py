@@ -24,6 +24,7 @@ of a flat list, R rows. Shared conventions:
 Source: SonicMoE (arXiv 2512.14080), section 3.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from sonic.plan import RoutingPlan, build_plan, build_plan_flat
 from sonic.routing.logits import router_logits
 from sonic.routing.token_rounding import rounding_scores, token_rounding_plan
 from sonic.routing.topk import topk_routing
-from sonic.runtime.errors import ArgumentError, ShapeError
+from sonic.runtime.errors import ArgumentError, ShapeError, SonicError
 
 MainGrads = tuple[Tensor | None, Tensor | None]
 _PLAN_IMPL = {"cute": "triton", "reference": "torch"}
@@ -364,19 +365,22 @@ def moe_TC_softmax_topk_layer(
         if norm_topk_probs:
             order = ScoreOrder.TOPK_OVER_SOFTMAX_NORM
     w1, w2 = _unpermuted(op, w1, w2)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference_mode_enabled):
-        return moe(
-            x,
-            router_w,
-            w1,
-            w2,
-            top_k=K,
-            score_order=order,
-            b1=b1,
-            b2=b2,
-            activation=activation_type,
-            layout=_layout(concat_layout),
-        )
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference_mode_enabled):
+            return moe(
+                x,
+                router_w,
+                w1,
+                w2,
+                top_k=K,
+                score_order=order,
+                b1=b1,
+                b2=b2,
+                activation=activation_type,
+                layout=_layout(concat_layout),
+            )
+    except SonicError as error:
+        raise _in_names_of(op, error, _TC_NAMES) from error
 
 
 def moe_general_routing_inputs(
@@ -418,14 +422,17 @@ def moe_general_routing_inputs(
                 "Pass E=w1.shape[-1], and the weights as W.permute(1, 2, 0) of (E, rows, columns).",
             )
         )
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference_mode_enabled):
-        out, plan = _experts_flat(
-            op,
-            x,
-            (token_indices, expert_indices, router_scores),
-            (w1, b1, w2, b2),
-            (activation_type, _layout(concat_layout), "auto", None),
-        )
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference_mode_enabled):
+            out, plan = _experts_flat(
+                op,
+                x,
+                (token_indices, expert_indices, router_scores),
+                (w1, b1, w2, b2),
+                (activation_type, _layout(concat_layout), "auto", None),
+            )
+    except SonicError as error:
+        raise _in_names_of(op, error, _GENERAL_NAMES) from error
     return out, plan.expert_frequency()
 
 
@@ -434,6 +441,29 @@ def moe_general_routing_inputs(
 
 def _layout(concat_layout: bool) -> GateUpLayout:
     return GateUpLayout.CONCATENATED if concat_layout else GateUpLayout.INTERLEAVED
+
+
+_COMMON_NAMES = {"hidden_states": "x", "activation=": "activation_type="}
+_TC_NAMES = {**_COMMON_NAMES, "router_weight": "router_w", "top_k": "K"}
+_GENERAL_NAMES = {
+    **_COMMON_NAMES,
+    "token_ids": "token_indices",
+    "expert_ids": "expert_indices",
+    "weights has": "router_scores has",
+    "weights is": "router_scores is",
+    "weights have": "router_scores have",
+    "weights.reshape": "router_scores.reshape",
+}
+
+
+def _in_names_of(op: str, error: SonicError, names: dict[str, str]) -> SonicError:
+    """``error`` of a function below, by the names of the arguments that ``op`` was called with."""
+    text = str(error).removeprefix("moe: ").removeprefix(f"{op}: ")
+    for name, theirs in names.items():
+        text = re.sub(rf"\b{re.escape(name)}", theirs, text)
+    if re.search(r"\bw[12]\b.*\(\d+, \d+, \d+\)", text):
+        text += " Shapes of w1 and w2 are those before W.permute(1, 2, 0): (E, rows, columns)."
+    return type(error)(f"{op}: {text}")
 
 
 def _unpermuted(op: str, w1: Any, w2: Any) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from sonic import checks
 from sonic.enums import ActivationType
+from sonic.runtime.errors import ArgumentError
 
 _INT32 = 4
 _FP32 = 4
@@ -57,9 +59,16 @@ def saved_bytes(
         activation: decides between 2I and I columns of pre-activation.
         dtype: working dtype.
         weights_frozen: True if ``w1`` requires no gradient; the input is then not kept.
+
+    Raises:
+        ArgumentError: a size is no int or too small, neither or both of ``top_k`` and ``num_slots``
+            are given, or ``activation`` is unknown.
+        DTypeError: ``dtype`` is none that the layer computes in.
     """
-    rows = _rows(num_tokens, top_k, num_slots)
-    width = _preact_width(intermediate_size, activation)
+    op = "saved_bytes"
+    rows = _rows(op, num_tokens, top_k, num_slots)
+    _check(op, num_tokens, hidden_size, intermediate_size, num_experts, dtype)
+    width = _preact_width(op, intermediate_size, activation)
     total = rows * width * dtype.itemsize
     if not weights_frozen:
         total += num_tokens * hidden_size * dtype.itemsize
@@ -92,9 +101,11 @@ def memory_estimate(
         >>> f"{estimate.saved / 2**30:.2f} GiB"
         '1.25 GiB'
     """
+    op = "memory_estimate"
+    rows = _rows(op, num_tokens, top_k, None)
+    _check(op, num_tokens, hidden_size, intermediate_size, num_experts, dtype)
+    width = _preact_width(op, intermediate_size, activation)
     size = dtype.itemsize
-    rows = num_tokens * top_k
-    width = _preact_width(intermediate_size, activation)
     saved = saved_bytes(
         num_tokens,
         hidden_size,
@@ -122,16 +133,39 @@ def memory_estimate(
     return MemoryEstimate(saved, forward, backward, w1 + w2)
 
 
-def _preact_width(intermediate_size: int, activation: str | ActivationType) -> int:
-    return (2 if ActivationType(activation).is_gated else 1) * intermediate_size
+def _preact_width(op: str, intermediate_size: int, activation: str | ActivationType) -> int:
+    act = checks.choice(op, "activation", activation, ActivationType)
+    return (2 if act.is_gated else 1) * intermediate_size
 
 
-def _rows(num_tokens: int, top_k: int | None, num_slots: int | None) -> int:
-    from sonic.runtime.errors import ArgumentError
+def _check(
+    op: str,
+    num_tokens: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    dtype: torch.dtype,
+) -> None:
+    _check_count(op, "num_tokens", num_tokens, 0)
+    _check_count(op, "hidden_size", hidden_size, 1)
+    _check_count(op, "intermediate_size", intermediate_size, 1)
+    checks.check_num_experts(op, "num_experts", num_experts)
+    checks.check_dtype_option(op, dtype, optional=False)
 
-    if (top_k is None) == (num_slots is None):
-        raise ArgumentError(
-            f"saved_bytes: top_k={top_k} and num_slots={num_slots} came together. Allowed: exactly "
-            "one of them. Pass top_k for sonic.experts, num_slots for sonic.experts_flat."
-        )
-    return num_slots if top_k is None and num_slots is not None else num_tokens * (top_k or 0)
+
+def _check_count(op: str, name: str, value: int, low: int) -> None:
+    checks.check_int(op, name, value, low, 2**63 - 1, "a count")
+
+
+def _rows(op: str, num_tokens: int, top_k: int | None, num_slots: int | None) -> int:
+    if num_slots is None and top_k is not None:
+        _check_count(op, "top_k", top_k, 1)
+        _check_count(op, "num_tokens", num_tokens, 0)
+        return num_tokens * top_k
+    if num_slots is not None and top_k is None:
+        _check_count(op, "num_slots", num_slots, 0)
+        return num_slots
+    raise ArgumentError(
+        f"{op}: top_k={top_k} and num_slots={num_slots} came together. Allowed: exactly one of "
+        "them. Pass top_k for sonic.experts, num_slots for sonic.experts_flat."
+    )

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from sonic import checks
 from sonic.runtime.errors import (
     ArgumentError,
     DeviceError,
-    DTypeError,
     MissingPackageError,
     ShapeError,
 )
@@ -24,9 +24,11 @@ from sonic.runtime.limits import MAX_EXPERTS, MAX_SLOTS, message
 _IMPLS = ("auto", "triton", "torch")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RoutingPlan:
     """Where every slot goes. All tensors are contiguous int32 on one device.
+
+    A plan equals itself only, since comparing tensors would wait for the device.
 
     Attributes:
         offset_by_expert: (E+1,) expert ``e`` owns rows ``offset[e]`` up to ``offset[e+1]``; starts
@@ -89,6 +91,7 @@ def build_plan(topk_ids: torch.Tensor, num_experts: int, impl: str = "auto") -> 
         DeviceError: ``impl="triton"`` with tensors that are not on a GPU.
         MissingPackageError: the Triton plan is asked for and triton is not installed.
     """
+    checks.check_is_tensor("build_plan", "topk_ids", topk_ids)
     if topk_ids.dim() != 2 or topk_ids.shape[1] < 1:
         raise ShapeError(
             message(
@@ -138,6 +141,8 @@ def build_plan_flat(
         As :func:`build_plan`.
     """
     op = "build_plan_flat"
+    for name, ids in (("token_ids", token_ids), ("expert_ids", expert_ids)):
+        checks.check_is_tensor("build_plan_flat", name, ids)
     if token_ids.dim() != 1 or token_ids.shape != expert_ids.shape:
         raise ShapeError(
             message(
@@ -157,6 +162,7 @@ def build_plan_flat(
                 f"Move expert_ids to {token_ids.device}.",
             )
         )
+    checks.check_is_int(op, "num_tokens", num_tokens, 0, MAX_SLOTS - 1)
     if not 0 <= num_tokens <= MAX_SLOTS - 1:
         raise ArgumentError(
             message(
@@ -185,11 +191,7 @@ def build_plan_flat(
 
 def _check(op: str, num_experts: int, impl: str, **ids: torch.Tensor) -> None:
     for name, tensor in ids.items():
-        if tensor.dtype not in (torch.int32, torch.int64):
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise DTypeError(
-                message(op, f"{name} is {dtype}", "int32, int64", f"Cast it: {name}.int().")
-            )
+        checks.check_ids(op, name, tensor)
         if tensor.numel() > MAX_SLOTS:
             raise ShapeError(
                 message(
@@ -199,6 +201,7 @@ def _check(op: str, num_experts: int, impl: str, **ids: torch.Tensor) -> None:
                     "Split the tokens over several plans.",
                 )
             )
+    checks.check_is_int(op, "num_experts", num_experts, 1, MAX_EXPERTS)
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise ArgumentError(
             message(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sonic import checks
 from sonic.enums import ScoreOrder
 from sonic.plan import MAX_EXPERTS, MAX_SLOTS, RoutingPlan
 from sonic.routing.topk import MAX_TOP_K
@@ -229,6 +230,7 @@ def resolve_tile(op: str, tile: int | str) -> int:
 
 
 def _check_table(op: str, name: str, table: Tensor, top_k: int) -> None:
+    checks.check_is_tensor(op, name, table)
     if table.dim() != 2:
         raise ShapeError(
             f"{op}: {name} has shape {tuple(table.shape)}, expected (T, E). "
@@ -240,6 +242,7 @@ def _check_table(op: str, name: str, table: Tensor, top_k: int) -> None:
     if table.dtype not in _DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise DTypeError(f"{op}: {name} has dtype {table.dtype}, expected {allowed}.")
+    checks.check_is_int(op, "top_k", top_k, 1, min(MAX_TOP_K, num_experts))
     if not 1 <= top_k <= min(MAX_TOP_K, num_experts):
         raise ArgumentError(
             f"{op}: top_k={top_k} with {num_experts} experts; "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sonic import checks
 from sonic.enums import ScoreOrder
 from sonic.runtime.derivatives import differentiable_function, register_gradient
 from sonic.runtime.errors import ArgumentError, DTypeError, MissingPackageError, ShapeError
@@ -61,6 +62,7 @@ def topk_routing(
         ([[0.5, 0.5]], [[1, 2]])
     """
     op = "topk_routing"
+    checks.check_is_tensor(op, "logits", logits)
     if logits.dim() != 2:
         raise ShapeError(
             message(
@@ -84,6 +86,7 @@ def topk_routing(
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         dtype = str(logits.dtype).removeprefix("torch.")
         raise DTypeError(message(op, f"logits is {dtype}", allowed, "Cast it: logits.float()."))
+    checks.check_is_int(op, "top_k", top_k, 1, min(MAX_TOP_K, num_experts))
     if not 1 <= top_k <= min(MAX_TOP_K, num_experts):
         raise ArgumentError(
             message(

@@ -159,7 +159,7 @@ CASES = [
     Case("ids rank", experts, {"topk_ids": z(T, dtype=torch.int32)}, ShapeError,
          "topk_ids has shape (5,)", "2 axes, (T, top_k)", "per token"),
     Case("ids dtype", experts, {"topk_ids": z(T, K)}, DTypeError,
-         "topk_ids is float32", "int32, int64", "topk_ids.int()"),
+         "topk_ids is float32", "int32, int64", "Pass indices"),
     Case("ids rows", experts, {"topk_ids": z(3, K, dtype=torch.int32)}, ShapeError,
          "3 rows for 5 tokens", "one row per token", "sonic.experts_flat"),
     Case("ids without columns", experts,
@@ -193,7 +193,7 @@ CASES = [
     Case("flat rank", flat, {"token_ids": z(7, 1, dtype=torch.int32)}, ShapeError,
          "token_ids has shape (7, 1)", "1 axes, (S)", "token_ids.reshape(-1)"),
     Case("flat dtype", flat, {"expert_ids": z(7)}, DTypeError,
-         "expert_ids is float32", "int32, int64", "expert_ids.int()"),
+         "expert_ids is float32", "int32, int64", "Pass indices"),
     Case("flat lengths", flat, {"weights": z(6)}, ShapeError,
          "7, 7 and 6 entries", "one length S", "same pairs"),
     Case("flat weights", flat, {"weights": z(7, dtype=torch.bool)}, DTypeError,
@@ -201,7 +201,7 @@ CASES = [
     Case("router shape", moe, {"router_weight": z(H, E)}, ShapeError,
          "router_weight has shape (16, 4)", "(E=4, H=16)", "one row of router weights"),
     Case("router dtype", moe, {"router_weight": z(E, H, dtype=torch.int8)}, DTypeError,
-         "router_weight is int8", "float32", ".float()"),
+         "router_weight is int8", "float32", "scales"),
     Case("top_k too large", moe, {"top_k": 5}, ArgumentError,
          "top_k=5 is out of range", "1 to 4 (at most 64 and at most E=4)", "inside that range"),
     Case("top_k no int", moe, {"top_k": 2.0}, ArgumentError,
@@ -288,7 +288,7 @@ CASES = [
     Case("plan without columns", build_plan, {"topk_ids": z(T, 0, dtype=torch.int32)}, ShapeError,
          "topk_ids has shape (5, 0)", "top_k of at least 1", "one row of expert ids"),
     Case("plan dtype", build_plan, {"topk_ids": z(T, K)}, DTypeError,
-         "topk_ids is float32", "int32, int64", "topk_ids.int()"),
+         "topk_ids is float32", "int32, int64", "Pass indices"),
     Case("plan experts", build_plan, {"num_experts": 65537}, ArgumentError,
          "num_experts=65537", "1 to 65536", "of the layer"),
     Case("plan impl", build_plan, {"impl": "cute"}, ArgumentError,
@@ -386,6 +386,127 @@ def test_errors_are_also_the_errors_python_programs_expect():
 def test_saved_bytes_wants_one_way_of_counting_rows():
     with pytest.raises(ArgumentError, match="top_k=2 and num_slots=9.*exactly one.*Pass top_k"):
         sonic.saved_bytes(T, H, I, E, 2, num_slots=9)
+
+
+COUNTS = {"num_tokens": T, "hidden_size": H, "intermediate_size": I, "num_experts": E, "top_k": K}
+
+
+@pytest.mark.parametrize("function", [sonic.saved_bytes, sonic.memory_estimate])
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        *(({name: wrong}, ArgumentError) for name in COUNTS for wrong in (-1, 2.0, "2", True)),
+        ({"hidden_size": 0}, ArgumentError),
+        ({"activation": "foo"}, ArgumentError),
+        ({"dtype": "bfloat16"}, DTypeError),
+        ({"dtype": torch.int8}, DTypeError),
+        ({"dtype": None}, DTypeError),
+    ],
+    ids=str,
+)
+def test_memory_formulas_refuse(function, changes, error):
+    function(**COUNTS)
+    (name,) = changes
+    with pytest.raises(error, match=f"{function.__name__}: {name}=.*Allowed: .*Pass"):
+        function(**{**COUNTS, **changes})
+
+
+def test_saved_bytes_refuses_lists():
+    with pytest.raises(ArgumentError, match="num_slots=-2"):
+        sonic.saved_bytes(T, H, I, E, num_slots=-2)
+    with pytest.raises(ArgumentError, match="top_k=None and num_slots=None.*exactly one"):
+        sonic.saved_bytes(T, H, I, E)
+
+
+@pytest.mark.parametrize("activation", ["foo", None, 3])
+def test_is_glu_refuses(activation):
+    assert sonic.is_glu("swiglu") and not sonic.is_glu(sonic.ActivationType.RELU)
+    with pytest.raises(ArgumentError, match="is_glu: activation=.*'swiglu'.*Pass"):
+        sonic.is_glu(activation)
+
+
+IDS, LOGITS = torch.zeros(T, K, dtype=torch.int32), torch.zeros(T, E)
+COUNTED = {
+    "topk_routing: top_k": lambda n: sonic.topk_routing(LOGITS, n),
+    "token_rounding: top_k": lambda n: sonic.token_rounding(LOGITS, n, 4),
+    "build_plan: num_experts": lambda n: sonic.build_plan(IDS, n),
+    "build_plan_flat: num_experts": lambda n: sonic.build_plan_flat(IDS[:, 0], IDS[:, 0], T, n),
+    "build_plan_flat: num_tokens": lambda n: sonic.build_plan_flat(IDS[:, 0], IDS[:, 0], n, E),
+}
+LOOKED_AT = {
+    "topk_routing: logits": lambda x: sonic.topk_routing(x, K),
+    "token_rounding: scores": lambda x: sonic.token_rounding(x, K, 4),
+    "build_plan: topk_ids": lambda x: sonic.build_plan(x, E),
+    "build_plan_flat: token_ids": lambda x: sonic.build_plan_flat(x, IDS[:, 0], T, E),
+    "build_plan_flat: expert_ids": lambda x: sonic.build_plan_flat(IDS[:, 0], x, T, E),
+}
+
+
+@pytest.mark.parametrize("what", COUNTED)
+@pytest.mark.parametrize("value", [2.0, "2", True, None])
+def test_routing_refuses_what_is_no_int(what, value):
+    with pytest.raises(ArgumentError, match=f"{what}={value!r} is of type.*Allowed: an int from"):
+        COUNTED[what](value)
+
+
+@pytest.mark.parametrize("what", LOOKED_AT)
+@pytest.mark.parametrize("value", [None, [[1]], LOGITS.numpy()], ids=["None", "list", "array"])
+def test_routing_refuses_what_is_no_tensor(what, value):
+    with pytest.raises(ArgumentError, match=f"{what} is of type .*Allowed: a torch.Tensor"):
+        LOOKED_AT[what](value)
+
+
+def test_advice_can_be_followed():
+    w1 = torch.zeros(*W1)
+    for weight, says in (
+        (w1.to(torch.int8), "w1 is int8.*quantised.*scales"),
+        (w1.to(torch.complex64), r"w1 is complex64.*w1\.real"),
+    ):
+        with pytest.raises(DTypeError, match=says) as caught:
+            experts(w1=weight)
+        assert "autocast" not in str(caught.value)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(DTypeError) as caught:
+        experts(hidden_states=torch.zeros(T, H, dtype=torch.float64))
+    assert "autocast" not in str(caught.value)
+    assert "hidden_states.to(torch.float32)" in str(caught.value)
+    with pytest.raises(ArgumentError, match=r"of type Linear.*router_weight=module\.weight"):
+        moe(router_weight=torch.nn.Linear(H, E))
+    for ids in (torch.zeros(T, K), torch.zeros(T, K, dtype=torch.bool)):
+        with pytest.raises(DTypeError, match="topk_ids is (float32|bool).*Pass indices"):
+            experts(topk_ids=ids)
+
+
+def test_names_known_to_users_are_used_in_their_errors():
+    w1, w2 = torch.zeros(*W1).permute(1, 2, 0), torch.zeros(*W2).permute(1, 2, 0)
+    x, router, ids = torch.zeros(T, H), torch.zeros(E, H), torch.zeros(T, dtype=torch.int32)
+    layer = {"x": x, "router_w": router, "w1": w1, "b1": None, "w2": w2, "b2": None, "K": K}
+    flat = {"x": x, "router_scores": torch.zeros(T), "token_indices": ids, "expert_indices": ids}
+    flat |= {"w1": w1, "b1": None, "w2": w2, "b2": None, "E": E}
+    for function, arguments, changes, says in (
+        (sonic.moe_TC_softmax_topk_layer, layer, {"K": 9}, "K=9"),
+        (sonic.moe_TC_softmax_topk_layer, layer, {"x": x[None]}, "x has shape"),
+        (sonic.moe_TC_softmax_topk_layer, layer, {"router_w": router[:2]}, "router_w has shape"),
+        (sonic.moe_TC_softmax_topk_layer, layer, {"w2": w2[:, 1:]}, r"w2 .*W.permute\(1, 2, 0\)"),
+        (
+            sonic.moe_TC_softmax_topk_layer,
+            layer,
+            {"activation_type": "foo"},
+            "activation_type='foo'",
+        ),
+        (sonic.moe_general_routing_inputs, flat, {"x": x[None]}, "x has shape"),
+        (sonic.moe_general_routing_inputs, flat, {"token_indices": x}, "token_indices has shape"),
+        (sonic.moe_general_routing_inputs, flat, {"router_scores": ids}, "router_scores is int32"),
+    ):
+        function(**arguments)
+        with pytest.raises(SonicError, match=f"^{function.__name__}: .*{says}") as caught:
+            function(**{**arguments, **changes})
+        text = str(caught.value)
+        assert not any(name in text for name in ("hidden_states", "router_weight", "top_k", "_ids"))
+
+
+def test_plans_compare_by_identity():
+    first, second = (sonic.build_plan(IDS, E) for _ in range(2))
+    assert first == first and first != second and len({first, second}) == 2
 
 
 # --------------------------------------------------- what only a GPU or an installation tells

@@ -18,7 +18,7 @@ ROOMS = [
     ("sonic.nn",),
     ("sonic.parallel",),
     ("sonic.functional",),
-    ("sonic.checks", "sonic.memory"),
+    ("sonic.memory",),
     ("sonic.autograd",),
     ("sonic.ops",),
     ("sonic.routing",),
@@ -30,8 +30,10 @@ ROOMS = [
     ("sonic.runtime.backend", "sonic.runtime.launch"),
     ("kernels_sm90", "kernels_sm100", "kernels_sm120"),
     ("sonic.device",),
+    ("sonic.checks",),
     ("sonic.runtime",),
     ("sonic.enums",),
+    ("sonic.runtime.errors",),
 ]
 OPTIONAL = ("triton", "cutlass", "tvm_ffi", "kernels_sm90", "kernels_sm100", "kernels_sm120")
 # Where optional packages may be imported when the module itself is.
