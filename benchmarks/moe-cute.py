@@ -27,6 +27,8 @@ from benchmarks.measure import (
     saved_bytes,
     speed_table,
 )
+from benchmarks.options import device as device_option
+from benchmarks.options import output_file
 from benchmarks.report import Result, provider_of, text_table
 from benchmarks.shapes import DEFAULT_SHAPE, SMALL_SHAPE, Shape
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
@@ -59,8 +61,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--concat_layout", action="store_true", help="w1 has all gate rows before all up rows"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write a result file")
-    parser.add_argument("--device", type=torch.device, help="cuda or cpu")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write a result file")
+    parser.add_argument("--device", type=device_option, help="cuda or cpu")
     parser.add_argument(
         "--impl", choices=["auto", "cute", "reference"], default="auto", help="implementation"
     )
@@ -80,6 +82,8 @@ def choose(arguments: argparse.Namespace) -> tuple[Shape, torch.device, str]:
     available = sonic.is_available(device)
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"No GPU for --device {device}: {available.reason}")
     if impl != "reference" and available.ok:
         return arguments.thiek or DEFAULT_SHAPE, device, impl
     if impl == "cute":

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from sonic.runtime.limits import MAX_TOP_K
+
 # Multiply-adds of the six GEMMs, in units of rows * H * I * 2 FLOPs: (gated, not gated).
 _GEMM_UNITS = {
     "up": (2, 1),
@@ -35,6 +37,8 @@ class Shape:
         if len(numbers) != 5 or min(numbers) < 1:
             raise ValueError(f"expected five positive integers T,H,I,E,top_k, got {text!r}")
         shape = cls(*numbers)
+        if shape.top_k > MAX_TOP_K:
+            raise ValueError(f"top_k={shape.top_k} exceeds {MAX_TOP_K} in {text!r}")
         if shape.top_k > shape.E:
             raise ValueError(f"top_k={shape.top_k} exceeds E={shape.E} in {text!r}")
         return shape

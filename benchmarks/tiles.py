@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.measure import environment
+from benchmarks.options import output_file
 from benchmarks.report import Result
 from benchmarks.shapes import Shape, named_shape
 from sonic import stages
@@ -156,7 +157,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["A", "B", "C", "E", "F"])
     parser.add_argument("--gemms", nargs="+", help="some of: up down dh dw2 dx dw1")
     parser.add_argument("--all", action="store_true", help="the whole search space, not candidates")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file)
     arguments = parser.parse_args()
     backend_for(torch.device("cuda"))
     result = Result(environment(torch.device("cuda")))

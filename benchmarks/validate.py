@@ -36,6 +36,8 @@ from benchmarks.measure import (
     saved_bytes,
     speed_table,
 )
+from benchmarks.options import device as device_option
+from benchmarks.options import not_negative, positive
 from benchmarks.report import RESULTS, Result, provider_of
 from benchmarks.shapes import NAMED_SHAPES, NamedShape, Shape, named_shape
 from benchmarks.workers import Outcome, Pool, Task
@@ -350,7 +352,7 @@ def _disturb(device: str) -> None:
 
 
 def make_tasks(arguments: argparse.Namespace, part: str) -> Iterator[Task]:
-    device, impl = arguments.device, arguments.impl
+    device, impl = str(arguments.device), arguments.impl
     if part in ("random", "mutations"):
         function = one_random_problem if part == "random" else mutations
         count = arguments.problems if part == "random" else arguments.mutation_problems
@@ -427,15 +429,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--shapes", nargs="+", type=_named, default=NAMED_SHAPES, metavar="SHAPE")
-    parser.add_argument("--problems", type=int, default=600, help="random problems")
-    parser.add_argument("--mutation_problems", type=int, default=12)
-    parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=8, help="worker processes")
+    parser.add_argument("--problems", type=not_negative, default=600, help="random problems")
+    parser.add_argument("--mutation_problems", type=not_negative, default=12)
+    parser.add_argument("--first_seed", type=not_negative, default=0)
+    parser.add_argument("--jobs", type=positive, default=8, help="worker processes")
     parser.add_argument("--limit", type=float, default=600, help="seconds for each part")
     parser.add_argument("--task_seconds", type=float, default=180, help="seconds for one task")
     parser.add_argument("--name", default="validation", help="of the result file")
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory for result files")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", type=device_option, default="cuda")
     parser.add_argument("--impl", choices=["auto", "cute", "reference"], default="auto")
     return parser.parse_args(argv)
 
@@ -452,12 +454,22 @@ def main(argv: list[str] | None = None) -> int:
     import sonic
 
     arguments = parse_arguments(argv)
-    device = torch.device(arguments.device)
+    device = arguments.device
     available = sonic.is_available(device)
     if arguments.impl != "reference" and not available.ok:
         print(f"No kernels for {device}: {available.reason}")
         print("Pass --device cpu --impl reference --shapes T,H,I,E,K to try the script itself.")
         return 2
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(f"No GPU for --device {device}: {available.reason}")
+        return 2
+    if device.type == "cpu":
+        big = [named.letter for named in arguments.shapes if named.model]
+        parts = [part for part in arguments.parts if part not in ("random", "mutations")]
+        if big and parts:
+            print(f"The shapes {', '.join(big)} are too large for the reference on a CPU.")
+            print("Pass --shapes with small sizes T,H,I,E,K, or --parts random mutations.")
+            return 2
     result = Result(environment(device), provider=provider_of(arguments.impl))
     budget = 8 * 2**30
     if device.type == "cuda":

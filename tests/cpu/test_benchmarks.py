@@ -487,3 +487,50 @@ def test_inputs_of_a_layer_are_seeded() -> None:
     assert not torch.equal(first.x, _tiny_layer(seed=2).x)
     assert first.x.detach().float().std().item() == pytest.approx(1, abs=0.1)
     assert benchmark_layer.experts_forward(first).std() > 0.1
+
+
+# --- options that are refused before any work ---------------------------------------------------
+
+
+def _refused(script: str, *flags: str) -> str:
+    """What the script says, which has to be quick and no traceback."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--json", "."], "is a directory"),
+        (["--json", "LICENSE/result.json"], "cannot be written"),
+        (["--thiek", "8,8,8,128,65"], "top_k=65 exceeds 64"),
+        (["--device", "banana"], "expected cuda or cpu"),
+        (["--device", "meta"], "expected cuda or cpu"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_layer_script_refuses(flags: list[str], says: str) -> None:
+    assert says in _refused("moe-cute.py", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--jobs", "0"], "positive integer"),
+        (["--problems", "-3"], "at least 0"),
+        (["--device", "banana"], "expected cuda or cpu"),
+        (["--device", "cpu", "--impl", "reference"], "A, B, C, D, E, F are too large"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_validation_script_refuses(flags: list[str], says: str) -> None:
+    assert says in _refused("validate.py", *flags)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
+@pytest.mark.parametrize("impl", ["auto", "cute", "reference"])
+@pytest.mark.parametrize("script", ["moe-cute.py", "validate.py"])
+def test_a_missing_gpu_is_a_sentence(script: str, impl: str) -> None:
+    assert "torch sees no CUDA device" in _refused(script, "--device", "cuda", "--impl", impl)
