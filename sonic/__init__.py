@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sonic import enums as enums
+    from sonic import flops as flops
     from sonic import integrations as integrations
     from sonic import nn as nn
     from sonic import reference as reference
@@ -76,7 +77,7 @@ _NAMES_BY_MODULE = {
     ),
 }
 # Modules that are used by their own names, such as ``sonic.reference.moe_reference``.
-_MODULES = ("enums", "integrations", "nn", "reference", "routing", "testing")
+_MODULES = ("enums", "flops", "integrations", "nn", "reference", "routing", "testing")
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
 __all__ = sorted([*_MODULE_BY_NAME, *_MODULES, "__version__"])

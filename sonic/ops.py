@@ -91,7 +91,8 @@ def _region(x: Tensor, impl: str) -> AbstractContextManager[Any]:
     """
     if impl == "cute":
         return torch.cuda.device(x.device)
-    if torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 

@@ -137,7 +137,8 @@ def experts_forward(
         w1, w2 = w1.transpose(1, 2).contiguous(), w2.transpose(1, 2).contiguous()
 
     # Norms in float32 hand over float32 tokens. Under autocast sonic.experts casts everything.
-    autocast = torch.is_autocast_enabled(hidden_states.device.type)
+    kind = hidden_states.device.type
+    autocast = kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind)
     output = run_experts(
         hidden_states if autocast else hidden_states.to(w1.dtype),
         top_k_index,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sonic import checks
 from sonic.enums import ActivationType, GateUpLayout, KernelBackendMoE, ScoreOrder
+from sonic.flops import register_if_counting
 from sonic.functional import experts, experts_planned, grouped_mm, moe
 from sonic.reference.routing import load_balancing_loss
 from sonic.routing.token_rounding import RULES as ROUNDING_RULES
@@ -119,6 +120,7 @@ class _ExpertsBase(nn.Module):
         for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
             checks.check_int(op, name, size, 1, 2**31 - 1, "a size")
         _check_parameters(op, add_bias, std, device, dtype)
+        register_if_counting()
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

@@ -18,7 +18,7 @@ ROOMS = [
     ("sonic.nn",),
     ("sonic.parallel",),
     ("sonic.functional",),
-    ("sonic.memory",),
+    ("sonic.memory", "sonic.flops"),
     ("sonic.autograd",),
     ("sonic.ops",),
     ("sonic.routing",),

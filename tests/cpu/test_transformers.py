@@ -483,6 +483,14 @@ def test_weights_by_expert_id() -> None:
         adapter.experts_forward(module, x, ids, torch.rand(9, 3))
 
 
+def test_meta_tensors_give_shapes() -> None:
+    module = make_experts(GatedExperts)
+    adapter._activation_of(module)
+    x, ids, weights = (tensor.to("meta") for tensor in module_inputs())
+    output = adapter.experts_forward(module.to("meta"), x, ids, weights)
+    assert output.is_meta and output.shape == x.shape
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_few_tokens(num_tokens: int) -> None:
     module = make_experts(GatedExperts)
