@@ -24,6 +24,9 @@ class Backend(Protocol):
 
     arch: Arch
 
+    def __hash__(self) -> int:
+        """A package's backend is one object, so identity will do."""
+
     def supports(self, problem: Problem) -> Unsupported | None:
         """Why ``problem`` cannot run, or ``None``."""
 
