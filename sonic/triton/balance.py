@@ -10,6 +10,10 @@ from sonic.runtime.route import Route, ScoreFunction
 from sonic.triton.common import device_of, row_major
 from sonic.triton.scores import SCORES, _load_values, _probabilities, row_major_mask
 
+# Tiles and columns that a program of the reduction takes at a time.
+_FEW_TILES = (64, 8)
+_MANY_TILES = (512, 8)
+
 
 @triton.jit(do_not_specialize=["num_tiles", "tiles_per_sequence", "num_sequences", "stride"])
 def _reduce_kernel(
@@ -264,8 +268,7 @@ def reduce_tiles(
     if route.balance:
         sums = torch.empty(2, dtype=torch.float32, device=count.device)
     tiles_per_sequence = tiles // route.num_sequences
-    block = 64 if tiles_per_sequence <= 64 else 512
-    columns = 8
+    block, columns = _FEW_TILES if tiles_per_sequence <= _FEW_TILES[0] else _MANY_TILES
     with device_of(count):
         _reduce_kernel[(triton.cdiv(num_columns, columns) + 1,)](
             *by_tile,
@@ -282,7 +285,7 @@ def reduce_tiles(
             BALANCE=route.balance,
             BLOCK_TILES=block,
             COLUMNS=columns,
-            num_warps=4 if block == 64 else 8,
+            num_warps=max(4, min(8, block * columns // 512)),
         )
     return sums
 

@@ -38,8 +38,8 @@ from sonic.triton.topk import LOWEST, _select, _sortable, _value_of
 BARRED = tl.constexpr(-(2**31) + 2**23 - 1)
 
 _MAX_FUSED_COLUMNS = 1024
-_TILE_ELEMENTS = 4096
-_ELEMENTS_PER_WARP = 1024
+_TILE_ELEMENTS = 2048
+_ELEMENTS_PER_WARP = 512
 _MIN_TILE_ROWS = 4
 
 

@@ -1,6 +1,8 @@
 """The routing operator and the router modules on the CPU."""
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -446,6 +448,26 @@ def test_router_under_compile():
     torch.testing.assert_close(ours.topk_weights, eager.topk_weights)
     torch.testing.assert_close(ours.aux_loss, eager.aux_loss)
     assert torch.equal(ours.plan.row_by_slot, build_plan(eager.topk_ids, E).row_by_slot)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_benchmark_compares_like_with_like(grouped):
+    """Its eager path and ours give the same winners, plan, losses and gradient."""
+    path = Path(__file__).parents[2] / "benchmarks" / "moe-router.py"
+    spec = importlib.util.spec_from_file_location("moe_router", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    logits = torch.randn(100, 64, requires_grad=True)
+    bias = 0.05 * torch.randn(64) if grouped else None
+    weighting = torch.randn(100, 6)
+    results = []
+    for function in (benchmark.sonic_path, benchmark.eager_path):
+        out = function(logits, 6, bias)
+        total = (out.scores * weighting).sum() + out.switch + out.z
+        results.append([*out, torch.autograd.grad(total, logits)[0]])
+    for ours, theirs in zip(*results, strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_logits_do_not_follow_autocast():

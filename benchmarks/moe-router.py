@@ -1,0 +1,196 @@
+"""Check and time the router after its matrix product, beside the same steps in torch's own kernels.
+
+    python benchmarks/moe-router.py --json benchmarks/results/router.json
+
+One call is everything between the logits and the experts: scores, top-k, plan, switch loss and
+z-loss; backward is the gradient of the logits from weights and losses. Winners, weights, plan,
+losses and gradient of the two are compared first; after a failed check nothing is timed and the
+exit status is 1. Times are of CUDA graph replays, so that neither side waits for the host, by the
+protocol of ``benchmarks.measure``; backward is the difference of two of them.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import environment, sustained_ms
+from benchmarks.report import Result, text_table
+from benchmarks.shapes import NAMED_SHAPES, NamedShape, named_shape
+from sonic.routing.route import route
+
+EAGER = "torch_eager"
+ROUTERS = ("softmax", "deepseek")  # top-k softmax; sigmoid with bias, 8 groups of which 4, scale
+SCALE, GROUPS, TOPK_GROUPS = 2.5, 8, 4
+# A bfloat16 gradient is rounded once on either side.
+TOLERANCE = 1e-2
+
+
+class Passed(NamedTuple):
+    """What either path hands on."""
+
+    scores: Tensor
+    ids: Tensor
+    offset_by_expert: Tensor
+    token_by_row: Tensor
+    row_by_slot: Tensor
+    switch: Tensor
+    z: Tensor
+
+
+def sonic_path(logits: Tensor, top_k: int, bias: Tensor | None) -> Passed:
+    options = {}
+    if bias is not None:
+        groups = {"num_groups": GROUPS, "topk_groups": TOPK_GROUPS}
+        options = {"score": "sigmoid", "bias": bias, "scale": SCALE, **groups}
+    out = route(logits, top_k, num_experts=logits.shape[1], **options)
+    plan = out.offset_by_expert, out.token_by_row, out.row_by_slot
+    return Passed(out.scores, out.ids, *plan, out.switch, out.z)
+
+
+def eager_path(logits: Tensor, top_k: int, bias: Tensor | None) -> Passed:
+    """The same in torch operations, as a model's author would write them."""
+    num_tokens, num_experts = logits.shape
+    values = logits.float()
+    if bias is None:
+        prob = torch.softmax(values, dim=-1)
+        best, ids = torch.topk(prob, top_k, dim=-1)
+        scores = best / best.sum(dim=-1, keepdim=True)
+    else:
+        raw = torch.sigmoid(values)
+        choice = (raw + bias).view(num_tokens, GROUPS, -1)
+        rank = choice.topk(2, dim=-1).values.sum(dim=-1)
+        chosen = rank.topk(TOPK_GROUPS, dim=-1).indices
+        mask = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, chosen, True)
+        choice = choice.masked_fill(~mask[..., None], -torch.inf).flatten(1)
+        ids = choice.topk(top_k, dim=-1).indices
+        scores = raw.gather(1, ids)
+        scores = SCALE * scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+        prob = raw / raw.sum(dim=-1, keepdim=True)
+    flat = ids.flatten()
+    order = torch.argsort(flat, stable=True)
+    rows = torch.arange(flat.numel(), device=flat.device)
+    row_by_slot = torch.empty_like(rows).scatter_(0, order, rows)
+    load = torch.zeros(num_experts, device=flat.device).scatter_add_(
+        0, flat, torch.ones_like(flat, dtype=torch.float32)
+    )
+    offset = F.pad(load.cumsum(0), (1, 0)).int()
+    switch = num_experts * (load / flat.numel() * prob.mean(dim=0)).sum()
+    z = torch.logsumexp(values, dim=-1).square().mean()
+    return Passed(scores, ids.int(), offset, (order // top_k).int(), row_by_slot.int(), switch, z)
+
+
+class Case:
+    """One shape and router: logits, and the graphs of both paths."""
+
+    def __init__(self, named: NamedShape, router: str) -> None:
+        shape = named.shape
+        self.label, self.router, self.problem = named.letter, router, shape.problem
+        self.top_k = shape.top_k
+        generator = torch.Generator("cuda").manual_seed(0)
+        size = (shape.T, shape.E)
+        logits = torch.randn(size, device="cuda", generator=generator)
+        # Distinct choices: a bfloat16 tie has several right answers, one of which torch takes.
+        self.logits = logits.requires_grad_()
+        self.bias = None
+        if router == "deepseek":
+            self.bias = 0.05 * torch.randn(shape.E, device="cuda", generator=generator)
+        self.grad = torch.randn(shape.T, shape.top_k, device="cuda", generator=generator)
+
+    def gradient(self, passed: Passed) -> Tensor:
+        ones = torch.ones_like(passed.switch)
+        outputs, grads = (passed.scores, passed.switch, passed.z), (self.grad, ones, ones)
+        return torch.autograd.grad(outputs, self.logits, grads)[0]
+
+    def findings(self) -> list[str]:
+        """What differs between the two paths."""
+        ours = sonic_path(self.logits, self.top_k, self.bias)
+        theirs = eager_path(self.logits, self.top_k, self.bias)
+        wrong = []
+        same = (ours.ids == theirs.ids).all(dim=1)
+        # Choices by fp32 score may be decided by the last bit.
+        if self.bias is None and not same.all() or same.float().mean() < 0.999:
+            wrong.append(f"ids: {(~same).sum().item()} tokens differ")
+        if same.all():
+            for name in ("offset_by_expert", "token_by_row", "row_by_slot"):
+                if not torch.equal(getattr(ours, name), getattr(theirs, name)):
+                    wrong.append(name)
+        pairs = {
+            "scores": (ours.scores[same], theirs.scores[same]),
+            "switch": (ours.switch, theirs.switch),
+            "z": (ours.z, theirs.z),
+            "dlogits": (self.gradient(ours)[same], self.gradient(theirs)[same]),
+        }
+        for name, (a, b) in pairs.items():
+            error = ((a - b).norm() / b.norm()).item()
+            if not error < TOLERANCE:
+                wrong.append(f"{name}: relative error {error:.1e}")
+        return wrong
+
+    def times(self, path: Callable[..., Passed]) -> tuple[float, float]:
+        """Milliseconds of forward and backward."""
+
+        def forward() -> Passed:
+            return path(self.logits, self.top_k, self.bias)
+
+        forward_ms = sustained_ms(captured(forward).replay, self.logits.device)
+        both = captured(lambda: self.gradient(forward()))
+        return forward_ms, sustained_ms(both.replay, self.logits.device) - forward_ms
+
+
+def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--shapes", nargs="+", type=named_shape, default=NAMED_SHAPES, metavar="SHAPE"
+    )
+    parser.add_argument("--routers", nargs="+", choices=ROUTERS, default=ROUTERS)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write a result file")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("Needs a CUDA GPU: the router's kernels run nowhere else.")
+        return 0
+    result = Result(environment(torch.device("cuda")))
+    lines = []
+    for named in arguments.shapes:
+        for router in arguments.routers:
+            case = Case(named, router)
+            wrong = case.findings()
+            if wrong:
+                print(f"{named.letter} {router}: " + "; ".join(wrong), file=sys.stderr)
+                return 1
+            ours, theirs = case.times(sonic_path), case.times(eager_path)
+            for index, name in enumerate(("forward", "backward")):
+                metric = f"router {router}/{name}"
+                result.add(metric, ours[index], "ms", case.problem)
+                result.add(metric, theirs[index], "ms", case.problem, provider=EAGER)
+                ratio = theirs[index] / ours[index]
+                figures = f"{ours[index]:.4f}", f"{theirs[index]:.4f}", f"{ratio:.2f}"
+                lines.append([named.letter, router, name, *figures])
+    print(text_table(["shape", "router", "pass", "sonic ms", "eager ms", "ratio"], lines))
+    if arguments.json:
+        result.write(arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
