@@ -53,11 +53,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=4, help="files at a time")
     parser.add_argument("--limit", type=float, default=900, help="seconds for each file")
+    parser.add_argument("--files", nargs="+", help="some of them, as in: layer graph compile")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = Result(environment(device))
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    if arguments.files:
+        files = [path for path in files if path.stem.removeprefix("test_") in arguments.files]
     total = dict.fromkeys(OUTCOMES, 0)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
