@@ -133,7 +133,9 @@ def _make(*arguments: str) -> str:
 
 
 def _run_make(*arguments: str) -> str:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    # `make TORCH=... test` hands its own variables on to whatever it runs.
+    ours = ("MAKE", "TORCH", "EXTRAS", "VENV", "PYTHON")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     done = subprocess.run(
         ["make", *arguments],
         cwd=ROOT,
