@@ -1,31 +1,13 @@
 """Runs ``routers_interpreted.py`` in a process whose Triton interprets kernels on the CPU."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+from tests.interpreter import run_interpreted
 
-ROOT = Path(__file__).parents[2]
+pytest.importorskip("triton")
 
 
 def test_router_kernels_in_the_interpreter():
-    """A process of its own: the variable is read once, when triton is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-rs"]
-    result = subprocess.run(
-        [*command, str(Path(__file__).with_name("routers_interpreted.py"))],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    report = result.stdout[-8000:] + result.stderr[-2000:]
-    if "interpreter does not run on this NumPy" in report:
-        pytest.skip("this Triton's interpreter does not run on this NumPy")
-    assert result.returncode == 0, report
-    assert " passed" in report and " skipped" not in report, report
+    run_interpreted(Path(__file__).with_name("routers_interpreted.py"))

@@ -1,10 +1,7 @@
 """Token rounding's Triton kernels: in the interpreter, and compiled for sm_90."""
 
 import contextlib
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,30 +16,15 @@ from sonic.routing import max_pairs
 from sonic.routing.token_rounding import RULES
 from sonic.triton import token_rounding as kernels
 from tests.cpu.test_triton_compile import compiled  # noqa: F401
+from tests.interpreter import run_interpreted
 
-ROOT = Path(__file__).parents[2]
 compiles = pytest.mark.skipif(
     bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set: nothing compiles"
 )
 
 
 def test_kernels_in_the_interpreter():
-    """A process of its own: the variable is read once, when triton is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-rs"]
-    result = subprocess.run(
-        [*command, str(Path(__file__).with_name("token_rounding_interpreted.py"))],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    report = result.stdout[-8000:] + result.stderr[-2000:]
-    if "interpreter does not run on this NumPy" in report:
-        pytest.skip("this Triton's interpreter does not run on this NumPy")
-    assert result.returncode == 0, report
-    assert " passed" in report and " skipped" not in report, report
+    run_interpreted(Path(__file__).with_name("token_rounding_interpreted.py"))
 
 
 @pytest.fixture(autouse=True)
