@@ -6,6 +6,7 @@ is visible against the signal and the GPU draws realistic power; zeros would run
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -122,10 +123,11 @@ def experts_forward(layer: Layer) -> torch.Tensor:
 
 def moe_forward(layer: Layer) -> torch.Tensor:
     """Output (T,H) with the router included."""
-    return _moe(layer)[0]
+    return call_moe(layer)[0]
 
 
-def _moe(layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def call_moe(layer: Layer, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``sonic.moe`` on ``layer``, ``options`` passed through: output, logits, rows by expert."""
     import sonic
 
     return sonic.moe(
@@ -140,6 +142,7 @@ def _moe(layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         activation=layer.options.activation,
         layout=layer.options.layout,
         impl=layer.options.impl,
+        **options,
     )
 
 
@@ -172,7 +175,7 @@ def run_experts(layer: Layer) -> Run:
 
 def run_moe(layer: Layer) -> Run:
     """Output, router logits, expert frequency and gradients, with the router included."""
-    out, logits, frequency = _moe(layer)
+    out, logits, frequency = call_moe(layer)
     leaves = gradient_inputs(layer, with_router=True)
     gradients = torch.autograd.grad(out, tuple(leaves.values()), layer.dout)
     named = dict(zip(leaves, gradients, strict=True))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.check import Finding, _Stream, check_layer, exact_matmuls
-from benchmarks.layer import Layer, Run, gradient_inputs
+from benchmarks.layer import Layer, Run, call_moe, gradient_inputs
 from benchmarks.shapes import Shape
 from sonic.enums import ScoreOrder
 
@@ -77,26 +77,10 @@ def moe_forward(layer: Layer, rounding: Rounding) -> torch.Tensor:
 
 
 def _moe(layer: Layer, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    import sonic
-
     options = {}
     if rounding.name != "top_k":
         options = {"rounding": rounding.name, "generator": rounding.seeded()}
-    return sonic.moe(
-        layer.x,
-        layer.router_weight,
-        layer.w1,
-        layer.w2,
-        top_k=layer.shape.top_k,
-        score_order=layer.options.score_order,
-        b1=layer.b1,
-        b2=layer.b2,
-        activation=layer.options.activation,
-        layout=layer.options.layout,
-        impl=layer.options.impl,
-        tile=rounding.tile,
-        **options,
-    )
+    return call_moe(layer, tile=rounding.tile, **options)
 
 
 def routing_forward(layer: Layer, rounding: Rounding, logits: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,6 @@ from sonic.device.scheduler import (
     TileOrder,
     seek_ragged_reduction,
     seek_ragged_rows,
-    start_cursor,
 )
 from sonic.runtime.problem import Operand, Problem, Ragged, Schedule, TileConfig
 
@@ -283,9 +282,6 @@ class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
         block, _, _ = cute.arch.block_idx()
         blocks, _, _ = cute.arch.grid_dim()
         return block // self.cluster_size, blocks // self.cluster_size
-
-    def start_cursor(self):
-        return start_cursor()
 
     def major(self, is_k_major):
         return OperandMajorMode.K if is_k_major else OperandMajorMode.MN

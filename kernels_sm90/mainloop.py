@@ -9,6 +9,7 @@ from cutlass.cute.nvgpu import warpgroup
 from kernels_sm90.tiles import BLOCK_K, WARPGROUP
 from sonic.device.gather import GatherMajorColumns, GatherMajorRows
 from sonic.device.ptx import elect_one_lane, tma_load
+from sonic.device.scheduler import start_cursor
 from sonic.device.tensormap import ragged_coordinates, weight_coordinates
 
 SWIZZLE_ROW_BYTES = 128
@@ -53,7 +54,7 @@ class MainloopMixin:
         tile, tile_step = self.cluster_position()
         loader = self._make_loader(gathered, gather, sizes)
         stage, phase = Int32(0), Int32(1)
-        ahead = self._look_ahead(tile, self.start_cursor(), offset_by_expert, sizes, loader)
+        ahead = self._look_ahead(tile, start_cursor(), offset_by_expert, sizes, loader)
         while ahead[0][0] < num_experts:
             cursor, row, col, state = ahead
             expert, _, _, begin, end = cursor
@@ -196,7 +197,7 @@ class MainloopMixin:
         mma, a_fragments, b_fragments, accumulator = self._make_mma(smem, group)
         position = Int32(0)  # stages that earlier tiles consumed, the other warpgroup's too
         chunk = Int32(0)
-        cursor = self.seek(tile, self.start_cursor(), offset_by_expert, counts)
+        cursor = self.seek(tile, start_cursor(), offset_by_expert, counts)
         if cutlass.const_expr(self.pingpong):
             if group == 1:
                 self._pass_turn(group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sonic.device.blocks import EpilogueBlocks
+from sonic.runtime.limits import KERNEL_DTYPES
 from sonic.runtime.problem import (
     EpilogueKind,
     Operand,
@@ -52,9 +53,9 @@ class SharedMemoryPlan:
 
 def supports(problem: Problem) -> Unsupported | None:
     """Why the kernel cannot run ``problem``, or ``None``."""
-    if problem.dtype not in ("bfloat16", "float16"):
+    if problem.dtype not in KERNEL_DTYPES:
         return Unsupported(
-            f"dtype {problem.dtype}: the Hopper kernels multiply bfloat16 and float16",
+            f"dtype {problem.dtype}: the Hopper kernels multiply {' and '.join(KERNEL_DTYPES)}",
             'cast the tensors, or pass impl="reference"',
         )
     rows = problem.ragged is Ragged.ROWS
