@@ -1,6 +1,7 @@
 """The emulator on small CuTeDSL kernels: right answers, and every planted mistake found."""
 
 import re
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import torch
 
 cutlass = pytest.importorskip("cutlass")
 import cutlass.cute as cute  # noqa: E402
+from cutlass.cute.runtime import make_ptr  # noqa: E402
 
 from tests.emulator import STREAM, Const, Emulator, Fault, Policy, run_kernel  # noqa: E402
 from tests.emulator.compiled import compile_function, fake_argument  # noqa: E402
+from tests.emulator.host import Pointer  # noqa: E402
 from tests.emulator.samples import GatheredGemm, PairCopy  # noqa: E402
 
 NAN = float("nan")
@@ -49,6 +52,28 @@ def test_numpy_arrays_and_strided_views():
     run_kernel(scale, [x, storage[:, 2], 3.0, Const(0), STREAM])
     np.testing.assert_array_equal(storage[:, 2], x * 3)
     assert np.isnan(storage[:, [0, 1, 3]]).all()
+
+
+class Pair(NamedTuple):
+    x: cute.Tensor
+    factor: cutlass.Float32
+
+
+@cute.jit
+def scale_pair(pair: Pair, y: cute.Pointer, stream):
+    out = cute.make_tensor(y, cute.make_layout(128))
+    scale_kernel(pair.x, out, pair.factor, 0).launch(grid=[1, 1, 1], block=[128, 1, 1])
+
+
+def test_tuples_and_pointers():
+    x, y = torch.randn(128), torch.full((128,), NAN)
+    pointer = make_ptr(cutlass.Float32, 0, cute.AddressSpace.gmem, assumed_align=4)
+    fakes = [Pair(fake_argument(x), cutlass.Float32(1.0)), pointer, fake_argument(STREAM)]
+    emulator = Emulator(compile_function(scale_pair, fakes, "sm_90a"))
+    emulator([(x, 4.0), Pointer(y), STREAM])
+    assert torch.equal(y, x * 4)
+    with pytest.raises(RuntimeError, match="expected tuple size=2"):
+        emulator([(x,), Pointer(y), STREAM])
 
 
 def test_access_past_a_tensor_names_it_and_the_line():

@@ -25,7 +25,7 @@ LAUNCH = C.CFUNCTYPE(
 )
 DL_CUDA = 2
 # TVM-FFI type indices
-FFI_NONE, FFI_INT, FFI_BOOL, FFI_FLOAT, FFI_POINTER, FFI_DLTENSOR = 0, 1, 2, 3, 4, 7
+FFI_NONE, FFI_INT, FFI_BOOL, FFI_FLOAT, FFI_POINTER, FFI_DLTENSOR, FFI_ARRAY = 0, 1, 2, 3, 4, 7, 71
 # DLPack (type code, bits) by element type name
 DTYPES = {
     "bfloat16": (4, 16), "float16": (2, 16), "float32": (2, 32), "float64": (2, 64), "int8": (0, 8),
@@ -53,6 +53,23 @@ class DLTensor(C.Structure):
 
 class FFIAny(C.Structure):
     _fields_ = [("type_index", C.c_int32), ("pad", C.c_uint32), ("value", C.c_uint64)]
+
+
+class FFIArray(C.Structure):
+    """A TVMFFIObject header and the TVMFFISeqCell behind it (tvm/ffi/c_api.h)."""
+
+    _fields_ = [
+        ("references", C.c_uint64), ("type_index", C.c_int32), ("pad", C.c_uint32),
+        ("deleter", C.c_void_p), ("data", C.POINTER(FFIAny)), ("size", C.c_int64),
+        ("capacity", C.c_int64), ("data_deleter", C.c_void_p),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """An argument that is the address of `array`, where the signature has a pointer."""
+
+    array: object
 
 
 @dataclass
@@ -120,8 +137,20 @@ def is_array(x):
     return isinstance(x, np.ndarray) or hasattr(x, "untyped_storage")
 
 
+def buffers_of(value, found):
+    """`value` with its arrays, also those in tuples, as Buffers, which are appended to `found`."""
+    if isinstance(value, tuple):
+        return tuple(buffers_of(v, found) for v in value)
+    if isinstance(value, Pointer):
+        return Pointer(buffers_of(value.array, found))
+    if not is_array(value):
+        return value
+    found.append(Buffer.of(value))
+    return found[-1]
+
+
 def pack(slot, value, keep):
-    """Fills one argument slot from a Buffer, number, None, STREAM or integer pointer."""
+    """Fills one argument slot from a Buffer, number, None, STREAM, Pointer or tuple of these."""
     if isinstance(value, Buffer):
         parts = value.dltensor()
         keep.append(parts)
@@ -134,6 +163,15 @@ def pack(slot, value, keep):
         slot.type_index, slot.value = FFI_FLOAT, int(np.float64(value).view(np.uint64))
     elif isinstance(value, Stream):
         slot.type_index, slot.value = FFI_POINTER, 0
+    elif isinstance(value, Pointer):
+        slot.type_index, slot.value = FFI_POINTER, value.array.address
+    elif isinstance(value, tuple):
+        items = (FFIAny * len(value))()
+        for item, v in zip(items, value, strict=True):
+            pack(item, v, keep)
+        array = FFIArray(1, FFI_ARRAY, 0, None, items, len(value), len(value), None)
+        keep.append((items, array))
+        slot.type_index, slot.value = FFI_ARRAY, C.addressof(array)
     elif value is None:
         slot.type_index, slot.value = FFI_NONE, 0
     else:

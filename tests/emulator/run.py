@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from . import ptx
 from .compiled import compile_function, export, fake_argument, ptx_of
-from .host import Buffer, HostFunction, is_array
+from .host import HostFunction, buffers_of, is_array
 from .machine import Machine
 from .memory import GlobalMemory
 from .policy import Policy
@@ -39,17 +39,16 @@ class Emulator:
         """Runs the function on `args`, its signature's without the Constexprs; returns the Machine.
 
         Arrays are torch CPU tensors or numpy arrays and are used in place; other arguments are
-        numbers, None or STREAM. `sm_count` is what the host code reads as the number of SMs. Raises
-        Fault for what the emulator finds.
+        numbers, None, STREAM, a host.Pointer to an array, or tuples of all these. `sm_count` is
+        what the host code reads as the number of SMs. Raises Fault for what the emulator finds.
         """
-        memory, buffers, regions = GlobalMemory(), [], {}
+        memory, packed, regions = GlobalMemory(), [], {}
         for i, a in enumerate(args):
-            if is_array(a):
-                b = Buffer.of(a)
+            found = []
+            packed.append(buffers_of(a, found))
+            for b in found:
                 if len(b.data):
                     regions.setdefault(b.base, (b.data, f"argument {i} {b.dtype}{list(b.shape)}"))
-                a = b
-            buffers.append(a)
         for base, (data, label) in regions.items():
             memory.add(base, data, label)
         machine = self.machine = Machine(memory, policy or Policy(), **machine_options)
@@ -68,7 +67,7 @@ class Emulator:
             ]
             machine.launch(program, launch.grid, launch.block, launch.cluster, launch.smem, params)
 
-        self.host(buffers, on_launch, smem_optin, sm_count or sms)
+        self.host(packed, on_launch, smem_optin, sm_count or sms)
         return machine
 
 
