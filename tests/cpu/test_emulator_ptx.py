@@ -252,6 +252,15 @@ def test_vector_accesses_and_signed_bytes():
     assert out.reshape(-1).tolist() == src.tolist()
 
 
+def test_vector_registers():
+    out, a = np.zeros(LANES, np.uint32), words(4 * LANES)
+    body = """{ .reg .v4 .b32 quad;
+        mad.wide.u32 %d8, %r0, 16, %d1; ld.global.v4.b32 quad, [%d8];
+        xor.b32 quad.x, quad.x, quad.a; mov.b32 %r9, quad.r; }"""
+    run_ptx(body + STORE, out, a)
+    np.testing.assert_array_equal(out, a[::4] ^ a[3::4])
+
+
 def test_named_barriers_order_producer_and_consumer():
     body = """
     mov.b32 %r2, dynamic;

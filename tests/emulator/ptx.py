@@ -146,19 +146,20 @@ class Scope:
     """Register, label and call-parameter names of a `{ }` block."""
 
     def __init__(self, parent, kernel):
-        self.parent, self.kernel, self.regs, self.ranges, self.labels, self.params = (
-            parent,
-            kernel,
-            {},
-            {},
-            {},
-            {},
-        )
+        self.parent, self.kernel = parent, kernel
+        self.regs, self.ranges, self.vectors, self.labels, self.params = {}, {}, {}, {}, {}
 
     def declare(self, name, width):
         self.kernel.reg_names[len(self.kernel.reg_widths)] = name
         self.regs[name] = Reg(len(self.kernel.reg_widths), width)
         self.kernel.reg_widths.append(width)
+
+    def declare_vector(self, name, width, count):
+        """A vector variable (PTX ISA 5.4.2); its elements have two names each (5.4.3)."""
+        for i in range(count):
+            self.declare(f"{name}.{'xyzw'[i]}", width)
+            self.regs[f"{name}.{'rgba'[i]}"] = self.regs[f"{name}.{'xyzw'[i]}"]
+        self.vectors[name] = Vec(tuple(self.regs[f"{name}.{e}"] for e in "xyzw"[:count]))
 
     def declare_range(self, prefix, count, width):
         first = len(self.kernel.reg_widths)
@@ -182,7 +183,7 @@ class Scope:
         return None
 
     def find(self, kind, name):
-        """The label ("labels") or call parameter ("params") called `name`, or None."""
+        """The label ("labels"), call parameter ("params") or vector called `name`, or None."""
         s = self
         while s:
             if name in getattr(s, kind):
@@ -240,6 +241,8 @@ def parse_operand(s, scope):
         first, second = s.split("|")
         return Pair(parse_operand(first, scope), parse_operand(second, scope))
     r = scope.reg(s)
+    if r is None:
+        r = scope.find("vectors", s)
     if r is not None:
         return r
     if s[0] == "%":
@@ -349,11 +352,13 @@ def parse(text):
 
 
 def parse_registers(text, scope):
-    """`.reg .b32 %r<20>` or `.reg .pred P1, P2`."""
-    m = re.match(r"\.reg\s+\.(\w+)\s+(.*)", text)
-    width = WIDTH[m.group(1)]
-    for item in split_top(m.group(2)):
-        if r := re.fullmatch(r"(%?[\w$]+?)<(\d+)>", item):
+    """`.reg .b32 %r<20>`, `.reg .pred P1, P2` or `.reg .v4 .s32 quad`."""
+    m = re.match(r"\.reg\s+(?:\.v([24])\s+)?\.(\w+)\s+(.*)", text)
+    width = WIDTH[m.group(2)]
+    for item in split_top(m.group(3)):
+        if m.group(1):
+            scope.declare_vector(item, width, int(m.group(1)))
+        elif r := re.fullmatch(r"(%?[\w$]+?)<(\d+)>", item):
             scope.declare_range(r.group(1), int(r.group(2)), width)
         else:
             scope.declare(item, width)
