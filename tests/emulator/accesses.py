@@ -139,7 +139,8 @@ def load_param(b, ins, mem, raw, size, n, finish):
     at = entry[3] + mem.offset
 
     def ld_param(M, w, frag, m):
-        values = np.frombuffer(M.param[at : at + size * n].tobytes(), raw)
+        param = w.cta.cluster.grid.param
+        values = np.frombuffer(param[at : at + size * n].tobytes(), raw)
         lanes = LANES if m is None else int(m.sum())
         finish(w, [np.full(lanes, v, raw) for v in values], m)
 

@@ -1,4 +1,4 @@
-"""Named barriers, cluster barriers and fences (PTX ISA 9.7.13.1-9.7.13.4, 8.7 "Proxies")."""
+"""Barriers, fences and the dependence of launches (PTX ISA 9.7.13.1-5, 9.7.13.14, 8.7)."""
 
 from .builder import BLOCK, converged, first, instruction
 from .memory import Fault
@@ -145,3 +145,25 @@ def fence(b, ins):
 @instruction("membar", "cta gl sys")
 def membar(b, ins):
     return lambda M, w, frag, m: None
+
+
+@instruction("griddepcontrol.launch_dependents")
+def launch_dependents(b, ins):
+    """The next launch of the stream may start once every CTA has issued this or has exited."""
+    return lambda M, w, frag, m: w.cta.cluster.grid.speaks(w.cta)
+
+
+@instruction("griddepcontrol.wait")
+def grid_wait(b, ins):
+    """Until the launch before is complete and its memory visible; nothing else orders the two."""
+
+    def wait(M, w, frag, m):
+        before = w.cta.cluster.grid.previous
+        if before is None or before.complete:
+            w.waited = True
+            return None
+        w.why = f"the end of {before}"
+        before.waiters.append(w)
+        return BLOCK
+
+    return wait

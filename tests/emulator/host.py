@@ -21,6 +21,7 @@ LAUNCH = C.CFUNCTYPE(
     C.POINTER(C.c_uint32),
     C.POINTER(C.c_uint32),
     C.c_uint64,
+    C.c_int,
     C.POINTER(C.c_void_p),
 )
 DL_CUDA = 2
@@ -123,13 +124,17 @@ class Buffer:
 
 @dataclass
 class Launch:
-    """A captured launch; `args` are pointers to the kernel's parameters."""
+    """A captured launch; `args` are pointers to the kernel's parameters.
+
+    programmatic: it has the attribute programmatic stream serialization.
+    """
 
     name: str
     grid: tuple
     block: tuple
     cluster: tuple
     smem: int
+    programmatic: bool
     args: object
 
 
@@ -209,7 +214,7 @@ class HostFunction:
         """Calls the function; `on_launch(Launch)` runs at once for every kernel it launches."""
         failure = []
 
-        def callback(name, grid, block, cluster, smem, kernel_args):
+        def callback(name, grid, block, cluster, smem, programmatic, kernel_args):
             try:
                 on_launch(
                     Launch(
@@ -218,6 +223,7 @@ class HostFunction:
                         tuple(block[:3]),
                         tuple(cluster[:3]),
                         smem,
+                        bool(programmatic),
                         kernel_args,
                     )
                 )

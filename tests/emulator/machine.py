@@ -1,25 +1,26 @@
-"""The emulated GPU: launches, the randomised scheduler and the asynchronous units."""
+"""The emulated GPU: the stream of launches, the randomised scheduler, asynchronous events."""
 
 import heapq
 
 import numpy as np
 
 from .builder import SOFT
-from .memory import SMEM_RESERVED, Fault
+from .grid import Grid
+from .memory import Fault
 from .policy import Policy
 from .ptx import Not
 from .report import report
-from .state import Cluster, Cta, Fragment, Warp
-from .values import LANES, POISON32
+from .state import Fragment
+from .values import LANES
 
 FULL, NONE = b"\1" * LANES, b"\0" * LANES
 STALL = 300_000  # scheduler steps without any progress that count as a livelock
 
 
 class Machine:
-    """Runs launches one after another against one GlobalMemory.
+    """Runs a stream of launches against one GlobalMemory.
 
-    resident: clusters that run at a time. race_check: report unordered accesses to shared memory.
+    resident: clusters of a launch that run at a time. race_check: report unordered accesses.
     exit_check: report CTAs that exit while a bulk store still reads their shared memory.
     """
 
@@ -36,10 +37,13 @@ class Machine:
         self.race_check, self.exit_check, self.max_steps = race_check, exit_check, max_steps
         self.rng = self.policy.rng
         self.stats, self.warnings, self.output = {}, set(), []
-        self.executed = set()  # first instructions of the nodes that ran: coverage
+        self.coverage = {}  # by kernel, the first instructions of the nodes that ran
         self.operand_cache = {}
         self.steps = self.tick = self.progress = self.sequence = 0
-        self.events, self.queue_due, self.ready, self.active, self.blocks = [], {}, [], [], []
+        self.idle = self.idle_at = 0
+        self.events, self.queue_due, self.ready, self.active = [], {}, [], []
+        self.stream, self.launches, self.clusters = [], 0, 0
+        self.attention = False  # a cluster or a launch may be able to start
 
     def count(self, name):
         self.stats[name] = self.stats.get(name, 0) + 1
@@ -58,6 +62,9 @@ class Machine:
 
     def fire(self):
         _, _, fn, cause = heapq.heappop(self.events)
+        self.run_event(fn, cause)
+
+    def run_event(self, fn, cause):
         self.progress = self.tick
         try:
             fn()
@@ -91,168 +98,67 @@ class Machine:
     # ---- launching ----
     def launch(self, program, grid, block, cluster, smem, params):
         """Runs a kernel to its end. `params`: bytes of each; `smem`: dynamic shared bytes."""
-        self.program, self.grid, self.block, self.cluster_dim = program, grid, block, cluster
+        self.enqueue(program, grid, block, cluster, smem, params)
+        self.synchronize()
+
+    def enqueue(self, program, grid, block, cluster, smem, params, programmatic=False):
+        """Appends a launch to the stream; `programmatic`: with the attribute of that name
+        (programmatic stream serialization), which lets it overlap with the launch before it.
+        """
+        self.launches += 1
+        g = Grid(self, self.launches, program, grid, block, cluster, smem, params)
+        g.previous = self.stream[-1] if self.stream else None
+        g.programmatic = programmatic
+        self.stream.append(g)
+
+    def synchronize(self):
+        """Runs all launches in the stream."""
         self.tick = self.progress = self.idle_at = 0
         self.idle = 0
-        self.events, self.queue_due, self.ready, self.active, self.blocks = [], {}, [], [], []
+        self.events, self.queue_due, self.ready, self.active = [], {}, [], []
         self.operand_cache.clear()
-        bases = [self.load_params(program.kernel, params), *self.load_globals(program.kernel)]
-        self.lay_out_shared(program.kernel, smem)
-        counts = [g // c for g, c in zip(grid, cluster, strict=True)]
-        if [c * d for c, d in zip(counts, cluster, strict=True)] != list(grid):
-            raise Fault(f"grid {grid} is not a multiple of the cluster {cluster}")
-        todo = [
-            (x, y, z) for z in range(counts[2]) for y in range(counts[1]) for x in range(counts[0])
-        ]
-        todo.reverse()
         try:
             with np.errstate(all="ignore"):
-                while todo or self.active:
-                    while todo and len(self.active) < self.resident:
-                        self.start_cluster(todo.pop(), counts)
+                while self.stream:
+                    self.start_some()
                     self.run_some()
         except Fault as e:
-            raise Fault(f"{program.kernel.name}: {e}\n{report(self)}") from None
+            names = dict.fromkeys(g.name for g in self.stream if g.active)
+            raise Fault(f"{' and '.join(names)}: {e}\n{report(self)}") from None
         finally:
-            for base in bases:
-                self.memory.remove(base)
+            for g in self.stream:
+                g.finish()
+            self.stream.clear()
 
-    def aligned_block(self, size, name):
-        """A registered, 256-byte aligned block of host memory; it lives as long as the launch."""
-        store = np.zeros(size + 256, np.uint8)
-        shift = -store.ctypes.data % 256
-        block = store[shift : shift + size]
-        self.blocks.append(store)
-        self.memory.add(block.ctypes.data, block, name)
-        return block
+    def start_some(self):
+        """Starts the clusters for which there is room, of the grids that may run."""
+        self.attention = False
+        for g in self.stream:
+            if not g.started and not g.may_start():
+                break
+            if not g.started and g.previous is not None and not g.previous.complete:
+                if not g.due:
+                    g.due = True
+                    self.later("launch", g.release)
+                if not g.released:
+                    break
+            while g.todo and g.active < self.resident:
+                g.start_cluster()
 
-    def load_params(self, kernel, params):
-        self.param = self.aligned_block(max(kernel.param_bytes, 16), "kernel parameters")
-        for (_, n, _, at), raw in zip(kernel.params, params, strict=True):
-            self.param[at : at + n] = np.frombuffer(raw, np.uint8, n)
-        return self.param.ctypes.data
+    def new_cluster_serial(self):
+        self.clusters += 1
+        return self.clusters
 
-    def load_globals(self, kernel):
-        self.global_at = {}
-        for name, (data, _) in kernel.globals.items():
-            block = self.aligned_block(max(len(data), 1), name)
-            block[: len(data)] = np.frombuffer(data, np.uint8)
-            self.global_at[name] = block.ctypes.data
-        return list(self.global_at.values())
-
-    def lay_out_shared(self, kernel, dynamic):
-        """Addresses of shared variables; dynamic shared memory comes last."""
-        self.shared_at, at = {}, SMEM_RESERVED
-        for name, (n, align) in kernel.shared.items():
-            at = -(-at // align) * align
-            self.shared_at[name] = at
-            at += n
-        for name, (_, align) in kernel.extern_shared.items():
-            at = -(-at // max(align, 16)) * max(align, 16)
-            self.shared_at[name] = at
-        self.smem_end = at + dynamic
-
-    def start_cluster(self, at, counts):
-        """Puts the CTAs of the cluster at position `at` of the grid of clusters on the machine."""
-        cdim, threads = self.cluster_dim, self.block[0] * self.block[1] * self.block[2]
-        ctas = cdim[0] * cdim[1] * cdim[2]
-        cluster = Cluster(at, ctas * -(-threads // LANES))
-        for rank in range(ctas):
-            local = (rank % cdim[0], rank // cdim[0] % cdim[1], rank // (cdim[0] * cdim[1]))
-            ctaid = tuple(a * c + i for a, c, i in zip(at, cdim, local, strict=True))
-            cta = Cta(cluster, rank, ctaid, self.program, self.smem_end, self.race_check)
-            cluster.ctas.append(cta)
-            for index in range(-(-threads // LANES)):
-                tid = np.arange(index * LANES, (index + 1) * LANES)
-                w = Warp(
-                    cta,
-                    index,
-                    self.registers(cta, tid, at, counts, local),
-                    tid < threads,
-                    self.program.local_bytes,
-                )
-                w.rank = self.rng.random()
-                cta.warps.append(w)
-                cta.live_warps += 1
-                cluster.live_warps += 1
-                cluster.barrier.live_lanes += int(w.live.sum())
-                self.ready.append(w)
-        self.active.append(cluster)
-
-    def registers(self, cta, tid, at, counts, local):
-        """A warp's initial registers: poison, then special registers and symbols."""
-        blank = {
-            1: np.zeros(LANES, bool),
-            16: np.full(LANES, 0x7FFF, np.uint16),
-            32: np.full(LANES, POISON32, np.uint32),
-            64: np.full(LANES, POISON32 << 32 | POISON32, np.uint64),
-        }
-        r = [blank.get(w, blank[32]) for w in self.program.kernel.reg_widths]
-        special = self.special_registers(cta, tid, at, counts, local)
-        params = {name: offset for name, _, _, offset in self.program.kernel.params}
-        for name in self.program.extra:
-            if name in special:
-                r.append(special[name])
-                continue
-            if name in self.shared_at:
-                value = cta.rank << 24 | self.shared_at[name]
-            elif name in params:
-                value = self.param.ctypes.data + params[name]
-            elif name in self.program.local_at:
-                value = self.program.local_at[name]
-            elif name in self.global_at:
-                value = self.global_at[name]
-            else:
-                raise Fault(f"unknown symbol or special register {name}")
-            r.append(np.full(LANES, value, np.uint64))
-        return r
-
-    def special_registers(self, cta, tid, at, counts, local):
-        def u4(v):
-            return np.full(LANES, v, np.uint32)
-
-        b, c, g = self.block, self.cluster_dim, self.grid
-        lane = np.arange(LANES, dtype=np.uint32)
-        below = (np.uint32(1) << lane) - np.uint32(1)
-        special = {
-            "%laneid": lane,
-            "%warpid": u4(tid[0] // LANES),
-            "%nwarpid": u4(64),
-            "%cluster_ctarank": u4(cta.rank),
-            "%cluster_nctarank": u4(c[0] * c[1] * c[2]),
-            "%is_explicit_cluster": np.full(LANES, True),
-            "%smid": u4(self.rng.randrange(132)),
-            "%nsmid": u4(132),
-            "%clock": u4(0),
-            "%clock64": np.zeros(LANES, np.uint64),
-            "%globaltimer": np.zeros(LANES, np.uint64),
-            "%dynamic_smem_size": u4(self.smem_end - SMEM_RESERVED),
-            "%lanemask_lt": below,
-            "%lanemask_le": below << np.uint32(1) | np.uint32(1),
-            "%lanemask_eq": np.uint32(1) << lane,
-            "%lanemask_gt": ~(below << np.uint32(1) | np.uint32(1)),
-            "%lanemask_ge": ~below,
-        }
-        pos = {"x": tid % b[0], "y": tid // b[0] % b[1], "z": tid // (b[0] * b[1])}
-        for i, axis in enumerate("xyz"):
-            special["%tid." + axis] = pos[axis].astype(np.uint32)
-            values = {
-                "ntid": b[i],
-                "ctaid": cta.ctaid[i],
-                "nctaid": g[i],
-                "clusterid": at[i],
-                "nclusterid": counts[i],
-            }
-            values |= {"cluster_ctaid": local[i], "cluster_nctaid": c[i]}
-            for name, value in values.items():
-                special[f"%{name}.{axis}"] = u4(value)
-        return special
+    @property
+    def executed(self):
+        """First instructions of the nodes that ran, of all kernels."""
+        return set().union(*self.coverage.values())
 
     # ---- scheduling ----
     def run_some(self):
-        """Runs until a cluster finishes."""
-        n, rng, ready, events = len(self.active), self.rng, self.ready, self.events
-        while len(self.active) == n:
+        """Runs until a cluster may be able to start."""
+        rng, ready, events = self.rng, self.ready, self.events
+        while not self.attention:
             self.tick += 1
             while events and events[0][0] <= self.tick:
                 self.fire()
@@ -305,7 +211,8 @@ class Machine:
 
     def step(self, w, budget):
         """Runs a warp for about `budget` operations, or until it sleeps."""
-        nodes, r, frags = self.program.nodes, w.r, w.frags
+        nodes, r, frags = w.cta.program.nodes, w.r, w.frags
+        executed = w.cta.cluster.grid.executed
         frag = frags[0]
         while budget > 0:
             if len(frags) > 1:
@@ -316,7 +223,7 @@ class Machine:
             pc = frag.pc
             kind, a, b = nodes[pc]
             self.steps += 1
-            self.executed.add(pc)
+            executed.add(pc)
             if kind == "run":
                 m = frag.mask
                 (a[0] if m is None else a[1])(r, m)
@@ -357,7 +264,8 @@ class Machine:
         try:
             out = op(self, w, frag, m)
         except Fault as e:
-            raise Fault(f"{e}\n  at {w}, {self.program.kernel.instrs[frag.pc].where()}") from None
+            where = w.cta.program.kernel.instrs[frag.pc].where()
+            raise Fault(f"{e}\n  at {w}, {where}") from None
         if out is None:
             frag.pc += 1
             return False
@@ -431,10 +339,26 @@ class Machine:
             cluster.live_warps -= 1
             if cta.live_warps == 0:
                 cta.check_exit(self)
+                cluster.grid.speaks(cta)
         cluster.barrier.settle(self)
         for bar in cta.bars.values():
             bar.settle(self, cta)
         if cluster.live_warps == 0:
-            while self.events:  # let the stores reach global memory
+            self.end(cluster)
+
+    def end(self, cluster):
+        """The last warp of a cluster has exited: its stores reach global memory."""
+        events, grid = self.events, cluster.grid
+        while own := [e for e in events if e[3] and e[3][0].cta.cluster is cluster]:
+            first = min(own)
+            events.remove(first)
+            heapq.heapify(events)
+            self.run_event(*first[2:])
+        self.active.remove(cluster)
+        grid.active -= 1
+        self.attention = True
+        if not grid.active and not grid.todo:
+            while self.events:
                 self.fire()
-            self.active.remove(cluster)
+            self.stream.remove(grid)
+            grid.finish()

@@ -35,8 +35,11 @@ class GlobalMemory:
     def __init__(self):
         self.bases, self.regions = [], []
 
-    def add(self, base, data, name=""):
-        """Registers the bytes of the uint8 array `data`, which lie at host address `base`."""
+    def add(self, base, data, name="", track=True):
+        """Registers the bytes of the uint8 array `data`, which lie at host address `base`.
+
+        track: report races on them.
+        """
         i = bisect.bisect(self.bases, base)
         self.bases.insert(i, base)
         self.regions.insert(i, (base, len(data), data, name))

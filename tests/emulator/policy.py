@@ -2,7 +2,7 @@
 
 import random
 
-ENGINES = ("tma_load", "tma_store", "mma", "cp_async")
+ENGINES = ("tma_load", "tma_store", "mma", "cp_async", "launch")
 MODES = ("eager", "random", "lazy")
 LAZY = 10**12
 

@@ -19,7 +19,6 @@ IGNORED = {
     "prefetchu",
     "discard",
     "applypriority",
-    "griddepcontrol",
     "nanosleep",
     "createpolicy",
     "pmevent",

@@ -47,7 +47,7 @@ def report(machine):
     ]
     for cluster in machine.active[:2]:
         for cta in cluster.ctas:
-            out += cta_report(cta, machine.program.kernel.instrs)
+            out += cta_report(cta, cta.program.kernel.instrs)
         if cluster.barrier.arrived:
             out.append(f"    {cluster.barrier}")
     return "\n".join(out)

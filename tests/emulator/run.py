@@ -65,9 +65,18 @@ class Emulator:
             params = [
                 ctypes.string_at(launch.args[i], p[1]) for i, p in enumerate(program.kernel.params)
             ]
-            machine.launch(program, launch.grid, launch.block, launch.cluster, launch.smem, params)
+            machine.enqueue(
+                program,
+                launch.grid,
+                launch.block,
+                launch.cluster,
+                launch.smem,
+                params,
+                launch.programmatic,
+            )
 
         self.host(packed, on_launch, smem_optin, sm_count or sms)
+        machine.synchronize()
         return machine
 
 

@@ -11,9 +11,9 @@ typedef struct { int32_t id; int32_t pad; union { uint32_t u32[16]; int32_t i32[
 typedef struct { dim3_t grid, block; size_t smem; void *stream; attr_t *attrs; uint32_t num_attrs; } config_t;
 typedef struct { char name[2048]; } kernel_t;
 typedef int (*launch_cb_t)(const char *name, const uint32_t *grid, const uint32_t *block, const uint32_t *cluster,
-                           uint64_t smem, void **args);
+                           uint64_t smem, int programmatic, void **args);
 
-enum { ATTR_SM_COUNT = 16, ATTR_SMEM_OPTIN = 97, LAUNCH_CLUSTER = 4 };
+enum { ATTR_SM_COUNT = 16, ATTR_SMEM_OPTIN = 97, LAUNCH_CLUSTER = 4, LAUNCH_PROGRAMMATIC = 6 };
 
 static launch_cb_t g_launch;
 static char g_error[4096];
@@ -47,10 +47,14 @@ int _cudaDeviceGetAttribute(int *out, int attr, int dev) {
 }
 int _cudaLaunchKernelEx(const config_t *cfg, void *kernel, void **args) {
   uint32_t cluster[3] = {1, 1, 1};
-  for (uint32_t i = 0; i < cfg->num_attrs; i++)
+  int programmatic = 0;
+  for (uint32_t i = 0; i < cfg->num_attrs; i++) {
     if (cfg->attrs[i].id == LAUNCH_CLUSTER) memcpy(cluster, cfg->attrs[i].val.u32, sizeof cluster);
+    if (cfg->attrs[i].id == LAUNCH_PROGRAMMATIC) programmatic = cfg->attrs[i].val.i32[0];
+  }
   if (!g_launch || g_error[0]) return 1;  // an earlier call failed where the caller does not look at its result
-  return g_launch(((kernel_t *)kernel)->name, &cfg->grid.x, &cfg->block.x, cluster, cfg->smem, args);
+  return g_launch(((kernel_t *)kernel)->name, &cfg->grid.x, &cfg->block.x, cluster, cfg->smem, programmatic,
+                  args);
 }
 
 // The documented checks of cuTensorMapEncodeTiled and the format that tensormap.py decodes.

@@ -36,6 +36,7 @@ class Warp:
         self.dirty = (
             set()
         )  # unfenced generic stores that are ordered before what this warp does next
+        self.waited = False  # has passed a griddepcontrol.wait
         self.cluster_target = 0
         self.init_fence = 0  # the time of its last fence.mbarrier_init
         self.bulk_open, self.bulk_groups = [], []  # cp.async.bulk
@@ -78,6 +79,7 @@ class Cta:
         self.mbars, self.bars, self.warps = {}, {}, []
         self.live_warps = 0
         self.registers = None  # the setmaxnreg pool
+        self.spoke = False  # issued griddepcontrol.launch_dependents, or exited
         self.wgmma = {}  # (warpgroup, number) -> operation that not all its warps have issued yet
         self.tmem = None  # made on the first allocation
         self.tmem_busy = np.zeros(TMEM_COLUMNS, np.int16)
@@ -103,7 +105,8 @@ class Cta:
 class Cluster:
     """The CTAs of a cluster and their common barrier."""
 
-    def __init__(self, index, warps):
+    def __init__(self, grid, index, warps, serial):
+        self.grid, self.serial = grid, serial  # `serial` numbers the clusters of the machine
         self.index, self.warps, self.ctas, self.live_warps = index, warps, [], 0
         self.components = 0  # of its clocks, in use
         self.barrier = ClusterBarrier()
