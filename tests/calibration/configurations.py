@@ -62,45 +62,177 @@ class Configuration:
         return f"{self.name}-{hashlib.sha256(repr(self).encode()).hexdigest()[:12]}"
 
 
-def _hopper():
-    dense = {"arch": "sm_90a", "kind": "dense", "m": 300, "n": 264, "k": 328}
-    rows = {"arch": "sm_90a", "kind": "varlen_m", "m": 0, "n": 272, "k": 200}
-    depth = {"arch": "sm_90a", "kind": "varlen_k", "m": 200, "n": 264, "k": 0, "majors": "mnn"}
+SPLIT = (130, 0, 77, 200)  # segments: two tiles, none, a part of one, two
+
+
+def _family(prefix, arch, kind, problem, configurations):
+    """Configurations of one kind on one problem; each value changes fields of it."""
     return [
-        Configuration("h-dense", **dense),
-        Configuration("h-dense-pingpong", **dense, pingpong=True, cluster=(2, 1)),
-        Configuration("h-rows", **rows, lengths=(130, 0, 77, 200), cluster=(2, 1)),
-        Configuration("h-rows-gather", **rows, lengths=(130, 0, 77), gather=True),
-        Configuration("h-rows-swiglu", **rows, lengths=(130, 0, 77), epilogue="swiglu"),
-        Configuration("h-depth", **depth, lengths=(130, 0, 77, 200), cluster=(2, 1)),
+        Configuration(f"{prefix}-{name}", arch, kind, **{**problem, **changes})
+        for name, changes in configurations.items()
     ]
 
 
-def _blackwell():
-    dense = {"arch": "sm_100a", "kind": "dense", "m": 300, "n": 264, "k": 328}
-    rows = {"arch": "sm_100a", "kind": "varlen_m", "m": 0, "n": 272, "k": 200}
-    depth = {"arch": "sm_100a", "kind": "varlen_k", "m": 200, "n": 264, "k": 0, "majors": "mnn"}
+def _hopper():
+    dense = {
+        "128x128": {},
+        "128x128-m-n-m": {"majors": "mnm", "dtype": "float16", "out": "float16"},
+        "128x128-m-k-n": {"majors": "mkn"},
+        "128x128-k-n-n": {"majors": "knn", "m": 130, "n": 200},
+        "256x128-2x1": {"tile": (256, 128), "cluster": (2, 1), "m": 600},
+        "128x192-1x2": {"tile": (128, 192), "cluster": (1, 2), "n": 700},
+        "128x256-f32": {"tile": (128, 256), "out": "float32", "n": 520},
+        "128x128-2x2-batch": {"cluster": (2, 2), "batch": 2},
+        "64x128-4x1": {"tile": (64, 128), "cluster": (4, 1), "dtype": "float16"},
+        "192x128": {"tile": (192, 128), "m": 400},
+        "128x128x32": {"tile": (128, 128, 32)},
+        "pingpong-2x1": {"pingpong": True, "cluster": (2, 1)},
+        "pingpong-128x160-1x2": {
+            "pingpong": True, "tile": (128, 160), "cluster": (1, 2), "n": 480, "majors": "mkm",
+        },
+        "pingpong-192x128": {"pingpong": True, "tile": (192, 128), "m": 600},
+        "fp8": {"dtype": "float8_e4m3fn", "m": 200},
+        "fp8-pingpong": {"dtype": "float8_e5m2", "pingpong": True, "m": 520},
+        "c": {"alpha": 0.75, "beta": -1.5, "majors": "kkm"},
+        "c-pingpong": {"beta": 1.0, "pingpong": True, "cluster": (1, 2)},
+        "bias": {"row": True, "col": True, "batch": 2, "m": 200},
+        "add": {"add": True, "out": "float32", "cluster": (2, 1)},
+        "one-tile-each": {"persistent": False, "cluster": (2, 1)},
+        "counter": {"dynamic": True, "cluster": (2, 1)},
+        "gelu": {"epilogue": "gelu_tanh_approx", "beta": 1.0, "n": 272},
+        "swiglu-pingpong": {"epilogue": "swiglu", "pingpong": True, "n": 272, "row": True},
+        "dswiglu": {"epilogue": "dswiglu", "n": 144},
+    }  # fmt: skip
+    rows = {
+        "2x1": {"cluster": (2, 1)},
+        "1x2-n": {"cluster": (1, 2), "majors": "knn", "tile": (128, 64)},
+        "pingpong": {"pingpong": True, "cluster": (2, 1)},
+        "256x128": {"tile": (256, 128), "dtype": "float16", "out": "float16"},
+        "swiglu": {"epilogue": "swiglu"},
+        "swiglu-pingpong": {"epilogue": "swiglu", "pingpong": True, "cluster": (2, 1)},
+        "dswiglu": {"epilogue": "dswiglu", "n": 136, "cluster": (2, 1)},
+        "c": {"beta": 1.0, "row": True, "col": True},
+        "gather": {"gather": True},
+        "gather-pingpong": {"gather": True, "pingpong": True, "cluster": (2, 1)},
+        "gather-geglu": {"gather": True, "epilogue": "geglu", "tile": (256, 128)},
+    }
+    depth = {
+        "2x1": {"cluster": (2, 1)},
+        "1x2-pingpong": {"cluster": (1, 2), "pingpong": True},
+        "add": {"add": True, "out": "float32", "tile": (256, 128)},
+        "gather": {"gather": True, "dtype": "float16", "out": "float16"},
+    }
+    arch = "sm_90a"
     return [
-        Configuration("b-dense", **dense),
-        Configuration("b-dense-2cta", **dense, tile=(256, 128), cluster=(2, 1)),
-        Configuration("b-rows-2cta", **rows, lengths=(130, 0, 77), tile=(256, 128), cluster=(2, 1)),
-        Configuration("b-rows-gather", **rows, lengths=(130, 0, 77), gather=True),
-        Configuration("b-rows-swiglu", **rows, lengths=(130, 0, 77), epilogue="swiglu"),
-        Configuration("b-depth", **depth, lengths=(130, 0, 77, 200), cluster=(2, 1)),
+        *_family("h-dense", arch, "dense", {"m": 300, "n": 264, "k": 328}, dense),
+        *_family("h-rows", arch, "varlen_m", {"m": 0, "n": 272, "k": 200, "lengths": SPLIT}, rows),
+        *_family("h-depth", arch, "varlen_k", _DEPTH, depth),
+    ]
+
+
+_DEPTH = {"m": 200, "n": 264, "k": 0, "lengths": SPLIT, "majors": "mnn"}
+
+
+def _blackwell():
+    dense = {
+        "128x128": {},
+        "128x128-m-n-m": {"majors": "mnm", "dtype": "float16", "out": "float16"},
+        "128x64-m-k-n": {"majors": "mkn", "tile": (128, 64)},
+        "128x256-k-n-n-f32": {"majors": "knn", "tile": (128, 256), "out": "float32", "n": 520},
+        "128x128-1x2": {"cluster": (1, 2)},
+        "128x32-4x1": {"tile": (128, 32), "cluster": (1, 4)},
+        "256x128-2x1": {"tile": (256, 128), "cluster": (2, 1)},
+        "256x256-2x1": {"tile": (256, 256), "cluster": (2, 1), "n": 520},
+        "128x128-2x1": {"tile": (128, 128), "cluster": (2, 1), "majors": "mnm"},
+        "256x64-2x2": {"tile": (256, 64), "cluster": (2, 2), "batch": 2},
+        "256x128-4x1": {"tile": (256, 128), "cluster": (4, 1), "m": 600},
+        "64x128": {"tile": (64, 128), "m": 130},
+        "128x160": {"tile": (128, 160), "n": 480},
+        "fp8": {"dtype": "float8_e4m3fn"},
+        "fp8-2cta": {"dtype": "float8_e5m2", "tile": (256, 128), "cluster": (2, 1)},
+        "c": {"alpha": 0.75, "beta": -1.5, "majors": "kkm"},
+        "c-2cta": {"beta": 1.0, "tile": (256, 128), "cluster": (2, 1)},
+        "bias": {"row": True, "col": True, "batch": 2, "m": 200},
+        "add": {"add": True, "out": "float32", "tile": (256, 128), "cluster": (2, 1)},
+        "one-tile-each": {"persistent": False, "cluster": (2, 1)},
+        "gelu": {"epilogue": "gelu_tanh_approx", "beta": 1.0, "n": 272},
+        "swiglu-2cta": {"epilogue": "swiglu", "tile": (256, 128), "cluster": (2, 1), "n": 272},
+        "dswiglu": {"epilogue": "dswiglu", "n": 144},
+    }
+    rows = {
+        "128x128": {"dtype": "float16", "out": "float16"},
+        "1x2-n": {"cluster": (1, 2), "majors": "knn", "tile": (128, 64)},
+        "2cta": {"tile": (256, 128), "cluster": (2, 1)},
+        "swiglu": {"epilogue": "swiglu"},
+        "swiglu-2cta": {"epilogue": "swiglu", "tile": (256, 128), "cluster": (2, 1)},
+        "dswiglu": {"epilogue": "dswiglu", "n": 136, "tile": (256, 128), "cluster": (2, 1)},
+        "c": {"beta": 1.0, "row": True, "col": True},
+        "gather": {"gather": True},
+        "gather-2cta": {"gather": True, "tile": (256, 128), "cluster": (2, 1)},
+        "gather-geglu": {"gather": True, "epilogue": "geglu"},
+    }
+    depth = {
+        "128x128": {},
+        "2cta": {"tile": (256, 128), "cluster": (2, 1)},
+        "add": {"add": True, "out": "float32", "cluster": (2, 1)},
+        "gather": {"gather": True, "dtype": "float16", "out": "float16"},
+    }
+    arch = "sm_100a"
+    return [
+        *_family("b-dense", arch, "dense", {"m": 300, "n": 264, "k": 328}, dense),
+        *_family("b-rows", arch, "varlen_m", {"m": 0, "n": 272, "k": 200, "lengths": SPLIT}, rows),
+        *_family("b-depth", arch, "varlen_k", _DEPTH, depth),
     ]
 
 
 def _geforce():
-    dense = {"arch": "sm_120a", "kind": "dense", "m": 200, "n": 136, "k": 200}
-    rows = {"arch": "sm_120a", "kind": "varlen_m", "m": 0, "n": 144, "k": 136}
-    depth = {"arch": "sm_120a", "kind": "varlen_k", "m": 136, "n": 136, "k": 0, "majors": "mnn"}
+    dense = {
+        "128x128": {},
+        "128x128-m-n-m": {"majors": "mnm", "dtype": "float16", "out": "float16"},
+        "128x64-m-k-n": {"majors": "mkn", "tile": (128, 64)},
+        "64x128-k-n-n-f32": {"majors": "knn", "tile": (64, 128), "out": "float32"},
+        "128x160": {"tile": (128, 160), "n": 200},
+        "128x192": {"tile": (128, 192), "n": 200},
+        "128x128x32-batch": {"tile": (128, 128, 32), "batch": 2},
+        "pingpong": {"pingpong": True},
+        "pingpong-128x64": {"pingpong": True, "tile": (128, 64), "majors": "mnm"},
+        "pingpong-64x128": {"pingpong": True, "tile": (64, 128), "dtype": "float16"},
+        "fp8": {"dtype": "float8_e4m3fn"},
+        "fp8-pingpong": {"dtype": "float8_e5m2", "pingpong": True},
+        "c": {"alpha": 0.75, "beta": -1.5, "majors": "kkm"},
+        "c-pingpong": {"beta": 1.0, "pingpong": True},
+        "bias": {"row": True, "col": True, "batch": 2, "m": 130},
+        "add": {"add": True, "out": "float32"},
+        "one-tile-each": {"persistent": False},
+        "gelu": {"epilogue": "gelu_tanh_approx", "beta": 1.0},
+        "swiglu-pingpong": {"epilogue": "swiglu", "pingpong": True, "n": 144, "row": True},
+        "dswiglu": {"epilogue": "dswiglu", "n": 72},
+    }
+    rows = {
+        "128x128": {"dtype": "float16", "out": "float16"},
+        "128x64-n": {"majors": "knn", "tile": (128, 64)},
+        "pingpong": {"pingpong": True},
+        "swiglu": {"epilogue": "swiglu"},
+        "dswiglu": {"epilogue": "dswiglu", "n": 72},
+        "c": {"beta": 1.0, "row": True, "col": True},
+        "gather": {"gather": True},
+        "gather-pingpong": {"gather": True, "pingpong": True},
+        "gather-geglu": {"gather": True, "epilogue": "geglu", "tile": (64, 128)},
+    }
+    depth = {
+        "128x128": {"lengths": (130, 77)},
+        "pingpong": {"pingpong": True, "lengths": (130, 77)},
+        "add": {"add": True, "out": "float32", "lengths": (40, 130)},
+        "gather": {"gather": True, "lengths": (130, 77), "dtype": "float16", "out": "float16"},
+        "empty": {"lengths": (130, 0, 77)},
+    }
+    arch, lengths = "sm_120a", SPLIT[:3]
     return [
-        Configuration("g-dense", **dense),
-        Configuration("g-dense-pingpong", **dense, pingpong=True),
-        Configuration("g-rows", **rows, lengths=(130, 0, 77)),
-        Configuration("g-rows-gather", **rows, lengths=(130, 0, 77), gather=True),
-        Configuration("g-rows-swiglu", **rows, lengths=(130, 0, 77), epilogue="swiglu"),
-        Configuration("g-depth", **depth, lengths=(130, 77)),
+        *_family("g-dense", arch, "dense", {"m": 200, "n": 136, "k": 200}, dense),
+        *_family(
+            "g-rows", arch, "varlen_m", {"m": 0, "n": 144, "k": 136, "lengths": lengths}, rows
+        ),
+        *_family("g-depth", arch, "varlen_k", {**_DEPTH, "m": 136, "n": 136}, depth),
     ]
 
 
