@@ -9,7 +9,7 @@ Anywhere, the same problems in the emulator, compared with that file:
     python benchmarks/emulator_hardware.py --compare hardware --json result.json
 
 Each case runs on exact inputs (small integers, powers of two: every sum is exact in float32 in any
-order) and on normal ones. Both sides must lie in the bands of ``emulator_bounds``, which ask
+order) and on normal ones. Both sides must lie in the bands of ``tests.gemm_bounds``, which ask
 bitwise equality where arithmetic is exact and one rounding within float32's error elsewhere.
 """
 
@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 import sonic
-from benchmarks.emulator_bounds import Band, bands
 from benchmarks.emulator_cases import Case, all_cases
 from sonic.testing import poisoned_empty
+from tests.gemm_bounds import Band, bands
 from tests.grouped_gemms import EXACT, NORMAL, cast, digest, tiles
 
 OUTPUTS = "outputs.npz"
