@@ -6,6 +6,7 @@ import numpy as np
 
 from .builder import SOFT
 from .grid import Grid
+from .inflight import touch
 from .memory import Fault
 from .policy import Policy
 from .ptx import Not
@@ -222,6 +223,8 @@ class Machine:
                     return
             pc = frag.pc
             kind, a, b = nodes[pc]
+            if w.late:
+                touch(self, w, pc)
             self.steps += 1
             executed.add(pc)
             if kind == "run":

@@ -4,13 +4,17 @@ import functools
 
 import numpy as np
 
+from .formats import FORMATS, to_float, unpack_nibbles, unpack_padded
 from .memory import SMEM_RESERVED, Fault
 from .tensormap import swizzle
-from .values import LANES, UINT, bf16_float
+from .values import LANES, UINT
 
 SM100_SWIZZLE = {0: 0, 2: 128, 4: 64, 6: 32}
 SM90_SWIZZLE = {0: 0, 1: 128, 2: 64, 3: 32}
-ELEM = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1}
+ELEM = {
+    "f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "e2m3": 1, "e3m2": 1, "e2m1": 1,
+    "s8": 1, "u8": 1,
+}  # fmt: skip
 
 
 @functools.lru_cache(8192)
@@ -69,47 +73,21 @@ def check_extent(smem, units, what):
         raise Fault(f"{what}: operand at {start:#x}..{end:#x} is outside the allocation")
 
 
-def f8_table(exp_bits, man_bits, bias, finite):
-    """The float32 value of every 8-bit code; `finite` types have no infinities and one NaN code."""
-    out = np.zeros(256, np.float32)
-    for code in range(256):
-        s, e, m = (
-            code >> 7,
-            (code >> man_bits) & ((1 << exp_bits) - 1),
-            code & ((1 << man_bits) - 1),
-        )
-        v = (
-            m * 2.0 ** (1 - bias - man_bits)
-            if e == 0
-            else (1 + m / (1 << man_bits)) * 2.0 ** (e - bias)
-        )
-        if e == (1 << exp_bits) - 1:
-            if finite and m == (1 << man_bits) - 1:
-                v = np.nan
-            elif not finite:
-                v = np.inf if m == 0 else np.nan
-        out[code] = -v if s else v
-    return out
+def read_operand(smem, desc, rows, k, dtype, mn_major, negate, sm100, packed=False):
+    """The rows x k operand as the async proxy sees it now, float32.
 
-
-F8_TABLE = {"e4m3": f8_table(4, 3, 7, True), "e5m2": f8_table(5, 2, 15, False)}
-
-
-def to_float(bits, dtype):
-    """Raw element bits as float32."""
-    if dtype == "bf16":
-        return bf16_float(bits)
-    if dtype == "f16":
-        return bits.view(np.float16).astype(np.float32)
-    if dtype == "tf32":
-        return (bits & np.uint32(0xFFFFE000)).view(np.float32)
-    return F8_TABLE[dtype][bits]
-
-
-def read_operand(smem, desc, rows, k, dtype, mn_major, negate, sm100):
-    """The rows x k operand as the async proxy sees it now, float32."""
-    index, _ = operand_offsets(desc, rows, k, ELEM[dtype], bool(mn_major), sm100)
-    x = to_float(smem.asynchronous[ELEM[dtype]][index], dtype)
+    Codes of 4 and 6 bits are padded to 16 bytes for 16 of them along the contiguous dimension;
+    `packed`: two 4-bit codes a byte, K-major.
+    """
+    bytes_k = k // 2 if packed else k
+    index, _ = operand_offsets(desc, rows, bytes_k, ELEM[dtype], bool(mn_major), sm100)
+    bits = smem.asynchronous[ELEM[dtype]][index]
+    if packed:
+        bits = unpack_nibbles(bits)
+    elif dtype in FORMATS and FORMATS[dtype].bits < 8:
+        width = FORMATS[dtype].bits
+        bits = unpack_padded(bits.T, width).T if mn_major else unpack_padded(bits, width)
+    x = to_float(bits, dtype)
     return -x if negate else x
 
 

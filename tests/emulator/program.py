@@ -10,7 +10,7 @@ from .memory import LOCAL_WINDOW, SHARED_WINDOW
 
 MODULES = (
     "accesses", "barriers", "calls", "copies", "fragments", "lanes", "mbarriers", "registers",
-    "tcgen05", "tma", "wgmma",
+    "tcgen05", "tcgen05_mma", "tma", "wgmma",
 )  # fmt: skip
 for _module in MODULES:  # each enters its instructions in the table
     importlib.import_module("." + _module, __package__)
@@ -36,6 +36,7 @@ class Program:
             SHARED_WINDOW=np.uint64(SHARED_WINDOW), LOCAL_WINDOW=np.uint64(LOCAL_WINDOW)
         )
         self.nodes = [None] * (len(kernel.instrs) + 1)
+        self.uses = {}  # by node: the registers that its instructions name (see inflight)
         self.local_at, self.local_bytes = {}, 0
         for name, (size, align) in kernel.local.items():
             self.local_bytes = -(-self.local_bytes // align) * align
@@ -87,3 +88,8 @@ class Program:
         exec(compile("\n".join(source), f"<{self.kernel.name}>", "exec"), names)
         for i, j in runs:
             self.nodes[i] = ("run", (names[f"run{i}"], names[f"run{i}m"]), j)
+
+    def node_instructions(self, pc):
+        """The instructions of the node at `pc`."""
+        kind, _, end = self.nodes[pc]
+        return self.kernel.instrs[pc : end if kind == "run" else pc + 1]

@@ -7,8 +7,6 @@ from .ordering import COMPONENTS, new_clock
 from .sync import ClusterBarrier
 from .values import LANES
 
-TMEM_COLUMNS = 512
-
 
 class Fragment:
     """Lanes of a warp that share a program counter; `mask` is None when all 32 do."""
@@ -46,8 +44,12 @@ class Warp:
             None,
             {},
         )  # registers at the last wgmma.fence, and those a wgmma wrote since
-        self.mma_open = []  # tcgen05.mma since the last commit
-        self.st_pending, self.st_waiting = 0, False  # tcgen05.st
+        self.late = {}  # register -> asynchronous operation that has not finished with it
+        self.engine, self.commits = None, 0  # its tcgen05 operations: their clock component, time
+        self.mma_open = []  # those since the last commit
+        self.tmem_clock = new_clock()  # its clock at the last tcgen05.fence::after_thread_sync
+        self.tmem_loads, self.tmem_stores = [], []  # tcgen05.ld and tcgen05.st not waited for
+        self.tmem_unfenced = {}  # TMEM accesses since the last tcgen05.fence::before_thread_sync
         self.local = np.zeros((LANES, local_bytes), np.uint8) if local_bytes else None
         self.call_params = {}
 
@@ -81,20 +83,12 @@ class Cta:
         self.registers = None  # the setmaxnreg pool
         self.spoke = False  # issued griddepcontrol.launch_dependents, or exited
         self.wgmma = {}  # (warpgroup, number) -> operation that not all its warps have issued yet
-        self.tmem = None  # made on the first allocation
-        self.tmem_busy = np.zeros(TMEM_COLUMNS, np.int16)
-        self.tmem_alloc = {}  # first column -> columns
-        self.tmem_relinquished = False
-        self.alloc_calls, self.alloc_waiters, self.alloc_done = (
-            0,
-            [],
-            {},
-        )  # of tcgen05.alloc.cta_group::2
+        self.tmem = None  # its TensorMemory, made on the first allocation
 
     def check_exit(self, machine):
         """The rules for a CTA whose last warp has exited."""
-        if self.tmem_alloc:
-            raise Fault(f"cta{self.ctaid} exits with TMEM still allocated: {self.tmem_alloc}")
+        if self.tmem and self.tmem.taken:
+            raise Fault(f"cta{self.ctaid} exits with TMEM still allocated: {self.tmem.taken}")
         for access in self.smem.accesses:
             report = f"cta{self.ctaid} exits while its shared memory is in use: {access}"
             if machine.exit_check or access.kind != "bulk store read":

@@ -1,76 +1,102 @@
-"""tcgen05: allocation, MMA and commit, loads and stores of its memory (PTX ISA 9.7.16).
+"""tcgen05: allocation, fences, loads and stores of tensor memory (PTX ISA 9.7.16.7-8, 9.7.16.6).
 
-MMAs and commits of one thread run in order. `tcgen05.ld` reads at its issue, so that a missing
-`wait::ld` cannot be found; nor are `tcgen05.fence`s needed.
+A load reads at its issue or as late as it may, by chance: at `tcgen05.wait::ld` or when one of its
+registers is used, since 9.7.16.6.4.5 has a true register dependency respected. A store is a later
+event, over at the latest at `tcgen05.wait::st`. `tmem` checks what is ordered.
 """
 
 import numpy as np
 
 from .accesses import store_shared
-from .builder import BLOCK, converged, first, instruction, lanes_of, set_reg
+from .builder import BLOCK, converged, first, instruction, set_reg
 from .memory import Fault
-from .ordering import new_clock
-from .ptx import Mem, Vec
-from .state import TMEM_COLUMNS
-from .tensorcore import Mma, check_tmem, shape_of
-from .tma import ranks_of
-from .values import LANE_IDS, POISON32
+from .ordering import PENDING
+from .ptx import Sink
+from .tmem import COLUMNS, TensorMemory
+from .values import LANE_IDS
 
 GROUPS = "cta_group::1 cta_group::2 sync aligned"
+LAYOUTS = "sync aligned 32x32b 16x32bx2 16x64b 16x128b 16x256b x1 x2 x4 x8 x16 x32 x64 x128"
+LATE = 0.5  # how often a load waits for its registers' first use
 
 
-def allocate(cta, columns):
-    """First fit; None if there is no room."""
+def tensor_memory(cta):
+    """A CTA's TensorMemory."""
     if cta.tmem is None:
-        cta.tmem = np.full((128, TMEM_COLUMNS), POISON32, np.uint32)
-    at = 0
-    for start, n in sorted(cta.tmem_alloc.items()):
-        if start - at >= columns:
-            break
-        at = start + n
-    if at + columns > TMEM_COLUMNS:
-        return None
-    cta.tmem_alloc[at] = columns
-    return at
+        cta.tmem = TensorMemory(cta, cta.smem.check)
+    return cta.tmem
 
 
+def cta_group(b, ins):
+    """1 or 2; 9.7.16.5 wants the same in all instructions of a kernel."""
+    mine = next(p for p in ins.parts if p.startswith("cta_group::"))
+    for other in b.program.kernel.instrs:
+        if other.parts[0] == "tcgen05" and {"cta_group::1", "cta_group::2"} & set(other.parts):
+            if mine not in other.parts:
+                raise b.unsupported(ins)
+    return int(mine[-1])
+
+
+# ---- allocation ----
 def allocate_pair(M, w, frag, n):
-    """Collective over the CTA pair: the address once both have asked, else None."""
+    """Collective over the CTA pair: (whether both have asked, the address or None)."""
     cta, peer = w.cta, w.cta.cluster.ctas[w.cta.rank ^ 1]
+    mine, other = tensor_memory(cta), tensor_memory(peer)
     if frag.token is None:
-        frag.token = cta.alloc_calls = cta.alloc_calls + 1
-        cta.alloc_waiters.append(w)
-    if peer.alloc_calls < frag.token:
+        frag.token = mine.calls = mine.calls + 1
+        mine.waiters.append(w)
+    if other.calls < frag.token:
         w.why = "tcgen05.alloc of the peer CTA"
-        return None
-    if frag.token not in cta.alloc_done:
-        for c in (cta, peer):
-            c.alloc_done[frag.token] = allocate(c, n)
-    for x in peer.alloc_waiters:
+        return False, None
+    if frag.token not in mine.done:
+        for memory in (mine, other):
+            memory.done[frag.token] = memory.allocate(n)
+    for x in other.waiters:
         M.wake(x)
-    peer.alloc_waiters.clear()
-    at, frag.token = cta.alloc_done[frag.token], None
-    return -1 if at is None else at
+    other.waiters.clear()
+    at = mine.done[frag.token]
+    if at is None:  # both try again after a deallocation
+        mine.done.pop(frag.token), other.done.pop(frag.token)
+        mine.waiters.append(w)
+        w.why = f"tcgen05.alloc of {n} columns: {mine.taken} and {other.taken} are taken"
+        return False, None
+    frag.token = None
+    return True, at
+
+
+def check_columns(n, what):
+    if n < 32 or n > COLUMNS or n & (n - 1):
+        raise Fault(f"{what} of {n} columns: a power of two from 32 to {COLUMNS} is allowed")
 
 
 @instruction("tcgen05.alloc", GROUPS + " shared::cta")
 def alloc(b, ins):
+    """9.7.16.7.1: blocks until there is room; later allocations may not be larger."""
     addr, columns = b.shared_address(ins.operands[0]), b.get(ins.operands[1], "u4")
-    pair = "cta_group::2" in ins.parts
+    pair = cta_group(b, ins) == 2
 
     def run(M, w, frag, m):
-        n = first(columns(w.r), m)
-        if n < 32 or n > TMEM_COLUMNS or n & (n - 1):
-            raise Fault(f"tcgen05.alloc of {n} columns")
-        if w.cta.tmem_relinquished:
-            raise Fault("tcgen05.alloc after relinquish_alloc_permit")
-        at = allocate_pair(M, w, frag, n) if pair else allocate(w.cta, n)
-        if at is None and pair:
+        if not converged(w, frag):
             return BLOCK
-        if at is None or at < 0:
+        n, memory = first(columns(w.r), m), tensor_memory(w.cta)
+        check_columns(n, "tcgen05.alloc")
+        if memory.relinquished:
+            raise Fault("tcgen05.alloc after relinquish_alloc_permit")
+        if n > memory.last:
             raise Fault(
-                f"tcgen05.alloc of {n} columns can never succeed: {w.cta.tmem_alloc} are taken"
+                f"tcgen05.alloc of {n} columns after one of {memory.last}: sizes must not increase"
             )
+        if pair:
+            ready, at = allocate_pair(M, w, frag, n)
+            if not ready:
+                return BLOCK
+        else:
+            at = memory.allocate(n)
+            if at is None:
+                w.why = f"tcgen05.alloc of {n} columns: {memory.taken} are taken"
+                memory.waiters.append(w)
+                return BLOCK
+        memory.last = n
         M.progress = M.tick
         store_shared(w, addr(w.r)[:1], 4, [np.array([at], np.uint32)], ins)
 
@@ -80,33 +106,73 @@ def alloc(b, ins):
 @instruction("tcgen05.dealloc", GROUPS)
 def dealloc(b, ins):
     addr, columns = b.get(ins.operands[0], "u4"), b.get(ins.operands[1], "u4")
+    cta_group(b, ins)
 
     def run(M, w, frag, m):
+        if not converged(w, frag):
+            return BLOCK
         at, n = first(addr(w.r), m) & 0xFFFF, first(columns(w.r), m)
-        if w.cta.tmem_alloc.pop(at, None) != n:
-            raise Fault(f"tcgen05.dealloc of {n} columns at {at}: not an allocation")
-        if w.cta.tmem_busy[at : at + n].any():
-            raise Fault("tcgen05.dealloc while MMAs are still writing")
+        check_columns(n, "tcgen05.dealloc")
+        memory = tensor_memory(w.cta)
+        if memory.taken.get(at) != n:
+            raise Fault(
+                f"tcgen05.dealloc of {n} columns at {at}: not an allocation, those are "
+                f"{memory.taken}"
+            )
+        if memory.check:
+            memory.idle(w, slice(at, at + n), ins)
+        del memory.taken[at]
+        for x in memory.waiters:
+            M.wake(x)
+        memory.waiters.clear()
 
     return run
 
 
 @instruction("tcgen05.relinquish_alloc_permit", GROUPS)
 def relinquish(b, ins):
+    cta_group(b, ins)
+
     def run(M, w, frag, m):
-        w.cta.tmem_relinquished = True
+        if not converged(w, frag):
+            return BLOCK
+        tensor_memory(w.cta).relinquished = True
 
     return run
 
 
-@instruction("tcgen05.fence", "*")
-def fence(b, ins):
-    return lambda M, w, frag, m: None
+# ---- fences and waits ----
+@instruction("tcgen05.fence::before_thread_sync")
+def fence_before(b, ins):
+    """9.7.16.6.3: earlier tcgen05 operations come before what follows, for other threads too."""
+
+    def run(M, w, frag, m):
+        for fenced, at in w.tmem_unfenced.values():
+            fenced[at] = w.clock[w.id]
+        w.tmem_unfenced.clear()
+
+    return run
+
+
+@instruction("tcgen05.fence::after_thread_sync")
+def fence_after(b, ins):
+    def run(M, w, frag, m):
+        np.maximum(w.tmem_clock, w.clock, out=w.tmem_clock)
+
+    return run
 
 
 @instruction("tcgen05.wait::ld", "sync aligned")
 def wait_ld(b, ins):
-    return lambda M, w, frag, m: None if converged(w, frag) else BLOCK
+    def run(M, w, frag, m):
+        if not converged(w, frag):
+            return BLOCK
+        for load in w.tmem_loads:
+            load.finish(w)
+            load.stamp(w, int(w.clock[w.id]))
+        w.tmem_loads.clear()
+
+    return run
 
 
 @instruction("tcgen05.wait::st", "sync aligned")
@@ -114,163 +180,218 @@ def wait_st(b, ins):
     def run(M, w, frag, m):
         if not converged(w, frag):
             return BLOCK
-        if not w.st_pending:
-            return None
-        w.st_waiting, w.why = True, "tcgen05.st"
-        return BLOCK
+        for store in w.tmem_stores:
+            store.fire()
+            store.over(w)
+        w.tmem_stores.clear()
 
     return run
 
 
-def access_shape(b, ins):
-    """9.7.16.2.3: (columns, lane and column of each register and thread, whole lanes or not)."""
-    shape = next(p for p in ins.parts if p[0].isdigit() and "x" in p and p.endswith("b"))
+# ---- loads and stores ----
+class Shape:
+    """9.7.16.8.2: where register j of thread t lies, from the start of an access.
+
+    `lanes`, `columns`: (registers, 32) offsets; `ranges`: (first column, columns) that it covers;
+    `packed`: a register holds the low halves of two columns, the second in `columns + 1`.
+    """
+
+    def __init__(self, shape, count, packed, split):
+        t = LANE_IDS.astype(np.int64)
+        one = {
+            "32x32b": [(t, 0 * t)],
+            "16x32bx2": [(t % 16, 0 * t)],
+            "16x64b": [(t // 4 + 8 * (t & 1), (t >> 1) & 1)],
+            "16x128b": [(t // 4 + 8 * h, t % 4) for h in (0, 1)],
+            "16x256b": [(t // 4 + 8 * h, 2 * (t % 4) + j) for h in (0, 1) for j in (0, 1)],
+        }[shape]
+        per = 2 if packed else 1
+        width = {"16x64b": 2, "16x128b": 4, "16x256b": 8}.get(shape, 1)
+        self.lanes = np.stack([lane for _ in range(count) for lane, _ in one])
+        self.columns = np.stack([per * (c + width * i) for i in range(count) for _, c in one])
+        self.ranges = [(0, per * width * count)]
+        if shape == "16x32bx2":
+            self.columns = self.columns + np.where(t < 16, 0, split)
+            self.ranges.append((split, per * count))
+        self.packed, self.whole = packed, shape == "32x32b"
+
+    def read(self, data, lane, column):
+        """The registers, (registers, 32) words."""
+        at = lane + self.lanes, column + self.columns
+        if not self.packed:
+            return data[at]
+        low, high = data[at], data[at[0], at[1] + 1]
+        return (low & np.uint32(0xFFFF)) | (high << np.uint32(16))
+
+    def write(self, data, lane, column, values):
+        at = lane + self.lanes, column + self.columns
+        if not self.packed:
+            data[at] = values
+            return
+        data[at] = values & np.uint32(0xFFFF)
+        data[at[0], at[1] + 1] = values >> np.uint32(16)
+
+
+def shape_of(b, ins, registers, split):
+    """The Shape of a tcgen05.ld or .st with that many registers."""
+    name = next(p for p in ins.parts if p[0].isdigit())
     count = int(next(p for p in ins.parts if p[0] == "x" and p[1:].isdigit())[1:])
-    t = LANE_IDS.astype(np.int64)
-    one = {
-        "32x32b": [(t, 0 * t)],
-        "16x64b": [(t // 4 + 8 * (t & 1), (t >> 1) & 1)],
-        "16x128b": [(t // 4 + 8 * h, t % 4) for h in (0, 1)],
-        "16x256b": [(t // 4 + 8 * h, 2 * (t % 4) + j) for h in (0, 1) for j in (0, 1)],
-    }.get(shape)
-    if one is None or "pack::16b" in ins.parts or "unpack::16b" in ins.parts:
+    each = {"32x32b": 1, "16x32bx2": 1, "16x64b": 1, "16x128b": 2, "16x256b": 4}.get(name)
+    if each is None or each * count != registers or registers > 128:
         raise b.unsupported(ins)
-    width = {"32x32b": 1, "16x64b": 2, "16x128b": 4, "16x256b": 8}[shape]
-    lanes = np.stack([lane for _ in range(count) for lane, _ in one])
-    columns = np.stack([c + width * i for i in range(count) for _, c in one])
-    return width * count, lanes, columns, shape == "32x32b"
+    return Shape(name, count, ins.parts[-2] in ("pack::16b", "unpack::16b"), split)
 
 
-def place(w, address, n, whole, what):
-    """The lane and column that a warp's access starts at, checked."""
+def place(w, address, shape, what):
+    """(memory, lane, column, cells) of a warp's access, checked; a cell: (halves, columns)."""
     lane, column = address >> 16, address & 0xFFFF
     quarter = 32 * (w.index % 4)
-    if lane != quarter and (whole or lane != quarter + 16):
+    if lane != quarter and (shape.whole or lane != quarter + 16):
         raise Fault(
-            f"{what} of TMEM lane {lane} by warp {w.index}, which owns {quarter}..{quarter + 31}"
+            f"{what} of TMEM lane {lane} by warp {w.index}, which may access lanes "
+            f"{quarter}..{quarter + 31}"
         )
-    check_tmem(w.cta, column, n)
-    if w.cta.smem.check and w.cta.tmem_busy[column : column + n].any():
-        raise Fault(
-            f"race: {what} of TMEM columns {column}..{column + n - 1} that an MMA is still using"
-        )
-    return lane, column
+    memory = tensor_memory(w.cta)
+    halves = slice(lane // 16, lane // 16 + (2 if shape.whole else 1))
+    cells = []
+    for start, n in shape.ranges:
+        memory.check_columns(column + start, n)
+        cells.append((halves, slice(column + start, column + start + n)))
+    return memory, lane, column, cells
 
 
-@instruction("tcgen05.ld.sync.aligned", "*")
+def unfenced(w, times, at):
+    """Notes an access whose stamp in `times` waits for a fence::before_thread_sync."""
+    times[at] = PENDING
+    w.tmem_unfenced[id(times), str(at)] = times, at
+
+
+class Load:
+    """A tcgen05.ld of warp `w`: `take()` gives its registers' values, `out` has where they go."""
+
+    def __init__(self, w, memory, cells, out, mask, take, ins):
+        self.w, self.memory, self.cells, self.out, self.mask = w, memory, cells, out, mask
+        self.take, self.slot, self.done = take, w.index // 4, False
+        self.stamp(w, PENDING, ins.line)
+        if memory.check:
+            for at in cells:
+                unfenced(w, memory.read_fence, (*at, self.slot))
+        memory.version += 1
+
+    def stamp(self, w, time, line=None, by_registers=False):
+        if not self.memory.check:
+            return
+        for halves, columns in self.cells:
+            at = halves, columns, self.slot
+            self.memory.reader[at], self.memory.read[at] = w.id, time
+            self.memory.by_registers[at] = by_registers
+            if line is not None:
+                self.memory.read_line[at] = line
+
+    def finish(self, w):
+        """Delivers the registers."""
+        if self.done:
+            return
+        self.done = True
+        for d, v in zip(self.out, self.take(), strict=True):
+            if not isinstance(d, Sink):
+                if w.late.get(d.index) is self:
+                    del w.late[d.index]
+                set_reg(w, d, v, self.mask)
+
+    def touched(self, M, w, ins, register):
+        """An instruction is about to use one of the registers: so the load is over."""
+        self.finish(w)
+        self.stamp(w, int(w.clock[w.id]), by_registers=True)
+
+
+def reduction(ins):
+    """`.red` of tcgen05.ld: a function of the (registers, 32) words to 32, or None."""
+    if "red" not in ins.parts:
+        return None
+    f = np.maximum if "max" in ins.parts else np.minimum
+    kind = {"f32": np.float32, "s32": np.int32, "u32": np.uint32}[ins.parts[-1]]
+    if kind is np.float32 and "NaN" not in ins.parts:
+        f = np.fmax if "max" in ins.parts else np.fmin
+    magnitude = np.abs if "abs" in ins.parts else lambda x: x
+    return lambda words: f.reduce(magnitude(words.view(kind)), axis=0).view(np.uint32)
+
+
+@instruction("tcgen05.ld", LAYOUTS + " pack::16b red min max abs NaN")
 def load(b, ins):
-    n, lanes, columns, whole = access_shape(b, ins)
-    dst = b.vector(ins.operands[0])
-    if len(dst) != len(lanes):
+    d, *rest = ins.operands
+    out = list(b.vector(d))
+    reduce = reduction(ins)
+    red = [rest.pop(0)] if reduce else []
+    split = rest[1].bits if len(rest) > 1 else 0
+    shape, addr = shape_of(b, ins, len(out), split), b.address(rest[0], "u4")
+    if reduce and (shape.packed or not {"32x32b", "16x32bx2"} & set(ins.parts)):
         raise b.unsupported(ins)
-    addr = b.address(ins.operands[1], "u4")
 
     def run(M, w, frag, m):
         if not converged(w, frag):
             return BLOCK
-        lane, column = place(w, first(addr(w.r), m), n, whole, "tcgen05.ld")
-        for d, v in zip(dst, w.cta.tmem[lane + lanes, column + columns], strict=True):
-            set_reg(w, d, v, m)
+        memory, lane, column, cells = place(w, first(addr(w.r), m), shape, "tcgen05.ld")
+        if memory.check:
+            for halves, columns in cells:
+                memory.after_writes(M, w, halves, columns, ins)
+
+        def take():
+            words = shape.read(memory.data, lane, column)
+            return [*words, reduce(words)] if reduce else words
+
+        op = Load(w, memory, cells, [*out, *red], m, take, ins)
+        w.tmem_loads.append(op)
+        for x in op.out:
+            if not isinstance(x, Sink):
+                w.late[x.index] = op
+        if M.rng.random() > LATE:
+            words = take()
+            op.take = lambda: words
 
     return run
 
 
-@instruction("tcgen05.st.sync.aligned", "*")
+class Store:
+    """A tcgen05.st of warp `w`."""
+
+    def __init__(self, w, memory, cells, write, ins):
+        self.memory, self.cells, self.write, self.done = memory, cells, write, False
+        if memory.check:
+            for at in cells:
+                memory.stamp_write(*at, w.id, PENDING, ins.line)
+                unfenced(w, memory.write_fence, at)
+        memory.version += 1
+
+    def fire(self):
+        if not self.done:
+            self.done = True
+            self.write()
+
+    def over(self, w):
+        if self.memory.check:
+            for at in self.cells:
+                self.memory.written[at] = w.clock[w.id]
+
+
+@instruction("tcgen05.st", LAYOUTS + " unpack::16b")
 def store(b, ins):
-    n, lanes, columns, whole = access_shape(b, ins)
-    get = [b.get(x, "u4") for x in b.vector(ins.operands[1])]
-    addr = b.address(ins.operands[0], "u4")
+    mem, *rest = ins.operands
+    split = rest.pop(0).bits if len(rest) > 1 else 0
+    get = [b.get(x, "u4") for x in b.vector(rest[0])]
+    shape, addr = shape_of(b, ins, len(get), split), b.address(mem, "u4")
 
     def run(M, w, frag, m):
         if not converged(w, frag):
             return BLOCK
-        lane, column = place(w, first(addr(w.r), m), n, whole, "tcgen05.st")
+        memory, lane, column, cells = place(w, first(addr(w.r), m), shape, "tcgen05.st")
+        if memory.check:
+            for halves, columns in cells:
+                memory.after_writes(M, w, halves, columns, ins)
+                memory.after_reads(M, w, halves, columns, ins)
         data = np.stack([g(w.r) for g in get])
-        w.st_pending += 1
-
-        def fire():
-            w.cta.tmem[lane + lanes, column + columns] = data
-            w.st_pending -= 1
-            if w.st_waiting and not w.st_pending:
-                w.st_waiting = False
-                M.wake(w)
-
-        M.later("mma", fire, cause=(w, ins))
-
-    return run
-
-
-KINDS = "cta_group::1 cta_group::2 kind::f16 kind::tf32 kind::f8f6f4"
-COLLECTOR = "collector::a::fill collector::a::use collector::a::lastuse collector::a::discard"
-
-
-@instruction("tcgen05.mma", f"{KINDS} {COLLECTOR}")
-def mma(b, ins):
-    pair = "cta_group::2" in ins.parts
-    kind = next(x for x in ins.parts if x.startswith("kind::"))[6:]
-    d, a, bd, idesc, *rest = ins.operands
-    a_in_tmem = isinstance(a, Mem)
-    gd, ga = b.address(d, "u4"), b.address(a, "u4") if a_in_tmem else b.get(a, "u8")
-    gb, gi = b.get(bd, "u8"), b.get(idesc, "u4")
-    disabled = [b.get(x, "u4") for x in rest.pop(0).items] if isinstance(rest[0], Vec) else []
-    ge = b.get(rest[0], "?")
-
-    def run(M, w, frag, m):
-        r, cluster = w.r, w.cta.cluster
-        for i in lanes_of(m):
-            if pair and w.cta.rank & 1:
-                raise Fault("tcgen05.mma.cta_group::2 issued by the odd CTA of the pair")
-            if any(int(g(r)[i]) for g in disabled):
-                raise Fault("tcgen05.mma: disable-output-lane is not supported")
-            ctas = cluster.ctas[w.cta.rank : w.cta.rank + 2] if pair else [w.cta]
-            shape = shape_of(int(gi(r)[i]), kind)
-            op = Mma(
-                w,
-                ins,
-                ctas,
-                int(gd(r)[i]),
-                int(ga(r)[i]),
-                int(gb(r)[i]),
-                shape,
-                bool(ge(r)[i]),
-                a_in_tmem,
-            )
-            w.mma_open.append(op)
-            M.later("mma", op.run, queue=(w, i), cause=(w, ins))
-            M.count("mma")
-
-    return run
-
-
-@instruction("tcgen05.commit", GROUPS + " mbarrier::arrive::one shared::cluster multicast::cluster")
-def commit(b, ins):
-    """An arrival when the thread's earlier MMAs are complete and have read their operands."""
-    mem, *rest = ins.operands
-    addr = b.shared_address(mem)
-    mask = b.get(rest[0], "u4") if "multicast::cluster" in ins.parts else None
-
-    def run(M, w, frag, m):
-        for i in lanes_of(m):
-            a = int(addr(w.r)[i])
-            ranks = [a >> 24] if mask is None else ranks_of(int(mask(w.r)[i]))
-            bars = [w.cta.cluster.mbarrier(w, x << 24 | a & 0xFFFFFF, remote=True) for x in ranks]
-            ops, w.mma_open = w.mma_open, []
-            clock, time = new_clock(), int(w.clock[w.id])
-            w.release(clock)
-
-            def fire(ops=ops, bars=bars, clock=clock, time=time):
-                for op in ops:
-                    for smem, access in op.reads:
-                        smem.read_over_at(w, access, time)
-                for mb in bars:
-                    if mb.cta.live_warps == 0 and mb.cta is w.cta:
-                        M.warnings.add(f"tcgen05.commit still pending on {mb} when its CTA exited")
-                        continue
-                    if mb.cta.live_warps == 0:
-                        raise Fault(f"tcgen05.commit arrives at {mb} of a CTA that has exited")
-                    np.maximum(mb.clock, clock, out=mb.clock)
-                    mb.arrive(M, 1)
-
-            M.later("mma", fire, queue=(w, i), cause=(w, ins))
+        op = Store(w, memory, cells, lambda: shape.write(memory.data, lane, column, data), ins)
+        w.tmem_stores.append(op)
+        M.later("mma", op.fire, cause=(w, ins))
 
     return run

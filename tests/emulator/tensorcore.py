@@ -1,91 +1,200 @@
-"""tcgen05.mma: the instruction descriptor, one operation, and tensor memory (PTX ISA 9.7.16).
+"""tcgen05.mma: the instruction descriptor and one operation (PTX ISA 9.7.16.4, 9.7.16.10).
 
-Tensor memory is 128 lanes by 512 columns of 32 bits. Where an accumulator row lies depends on M and
-on the number of CTAs (9.7.16.10.5): M=128 on one CTA and M=256 on two: lane = row; M=64 on one: 16
-rows in each warp's 32 lanes; M=128 on two: 64 rows a CTA, lanes 0..63 hold the first half of N and
-64..127 the second.
+Where an accumulator row lies depends on M and on the number of CTAs (9.7.16.10.5): M=128 on one CTA
+and M=256 on two: lane = row; M=64 on one: 16 rows in each warp's 32 lanes; M=128 on two: 64 rows a
+CTA, lanes 0..63 hold the first half of N and 64..127 the second. A 16-bit accumulator takes the low
+half of a column.
+
+Scale factors: the word of row r of A or column r of B lies in lane r % 32 of each of the four lane
+partitions, r // 32 columns on; the descriptor's ID names its first byte.
 """
 
 import functools
 
 import numpy as np
 
+from .formats import TABLES, to_float, unpack_nibbles
 from .memory import Fault
-from .operands import ELEM, operand_offsets, read_operand, to_float
+from .operands import ELEM, operand_offsets, read_operand
 from .values import UINT
 
-F16_KIND = {0: "f16", 1: "bf16"}
-F8_KIND = {0: "e4m3", 1: "e5m2"}
+NARROW = {0: "e4m3", 1: "e5m2", 3: "e2m3", 4: "e3m2", 5: "e2m1"}
+TYPES = {
+    "f16": {0: "f16", 1: "bf16"},
+    "tf32": {2: "tf32"},
+    "i8": {0: "u8", 1: "s8"},
+    "f8f6f4": NARROW,
+    "mxf8f6f4": NARROW,
+    "mxf4": {1: "e2m1"},
+    "mxf4nvf4": {1: "e2m1"},
+}
+ACCUMULATORS = {
+    "f16": {0: "f16", 1: "f32"},
+    "f8f6f4": {0: "f16", 1: "f32"},
+    "tf32": {1: "f32"},
+    "i8": {2: "s32"},
+}
+BLOCK = {"mxf8f6f4": (1,), "mxf4": (2,), "mxf4nvf4": (2, 4)}  # scale factors along K
 
 
 class Shape:
-    """A 32-bit instruction descriptor (9.7.16.4.2), dense kinds without block scaling."""
+    """A 32-bit instruction descriptor (9.7.16.4.2) of a dense MMA.
 
-    def __init__(self, idesc, kind):
-        if idesc & 0xF:
-            raise Fault(
-                f"instruction descriptor {idesc:#x}: sparsity or saturation is not supported"
-            )
-        types = {"f16": F16_KIND, "tf32": {2: "tf32"}, "f8f6f4": F8_KIND}.get(kind, {})
+    `scales`: scale factors along K of a block-scaled kind, else 0.
+    """
+
+    def __init__(self, idesc, kind, scales):
+        self.kind, self.scales = kind, scales
+        if idesc & 7:
+            raise Fault(f"instruction descriptor {idesc:#x}: sparsity is not supported")
         try:
-            self.a, self.b = types[(idesc >> 7) & 7], types[(idesc >> 10) & 7]
+            self.a = TYPES[kind][(idesc >> 7) & 7]
+            self.b = TYPES[kind][(idesc >> 10) & (3 if "mxf4" in kind else 7)]
+            self.d = "f32" if scales else ACCUMULATORS[kind][(idesc >> 4) & 3]
         except KeyError:
             raise Fault(
-                f"instruction descriptor {idesc:#x}: types of kind::{kind} not supported"
+                f"instruction descriptor {idesc:#x}: its types are none of kind::{kind}"
             ) from None
-        if (idesc >> 4) & 3 != 1:
-            raise Fault("tcgen05.mma: f16 accumulators are not supported")
+        self.saturate = kind == "i8" and bool(idesc & 8)
         self.neg_a, self.neg_b = (idesc >> 13) & 1, (idesc >> 14) & 1
         self.mn_a, self.mn_b = (idesc >> 15) & 1, (idesc >> 16) & 1
         self.n, self.m = ((idesc >> 17) & 63) << 3, ((idesc >> 24) & 31) << 4
-        self.k = 32 // ELEM[self.a]
+        self.packed = kind in ("mxf4", "mxf4nvf4")
+        self.k = 64 if self.packed else 32 // ELEM[self.a]
+        if scales:
+            self.read_scales(idesc)
+        if kind == "i8" and (self.neg_a or self.neg_b):
+            raise Fault("tcgen05.mma.kind::i8 cannot negate an operand")
+        if self.packed and (self.mn_a or self.mn_b):
+            raise Fault(f"tcgen05.mma.kind::{kind}: both operands must be K-major")
+
+    def read_scales(self, idesc):
+        self.scale_type = "ue8m0" if (idesc >> 23) & 1 else "ue4m3"
+        self.id_a, self.id_b = (idesc >> 29) & 3, (idesc >> 4) & 3
+        if self.scale_type == "ue4m3" and self.scales != 4:
+            raise Fault("tcgen05.mma: ue4m3 scales need kind::mxf4nvf4 with scale_vec::4X")
+        if self.packed and idesc >> 31:
+            raise Fault("tcgen05.mma: K = 96 is not supported")
+        for name, value in (("A", self.id_a), ("B", self.id_b)):
+            if value % self.scales:
+                raise Fault(
+                    f"tcgen05.mma: scale factor {name} ID {value} with scale_vec::{self.scales}X"
+                )
+
+    def check(self, g):
+        """9.7.16.2.1: the shapes that exist on `g` CTAs."""
+        rows = {1: (64, 128), 2: (128, 256)}[g]
+        if self.scales:
+            rows = rows[1:]
+        step = 16 if self.m in (128, 256) else 8
+        if g == 2 and self.m == 256:
+            step = 16 if self.kind != "i8" else 32
+        if self.m not in rows or self.n % step or not step <= self.n <= 256:
+            raise Fault(
+                f"tcgen05.mma.cta_group::{g}.kind::{self.kind}: M={self.m} N={self.n}; M may be "
+                f"{' or '.join(map(str, rows))}, N a multiple of {step} up to 256"
+            )
 
 
 @functools.lru_cache(256)
-def shape_of(idesc, kind):
-    return Shape(idesc, kind)
+def shape_of(idesc, kind, scales):
+    return Shape(idesc, kind, scales)
+
+
+def scale_factors(data, address, rows, shape, identifier):
+    """The (rows, k) multipliers of a matrix from its scale factors in tensor memory."""
+    column = address & 0xFFFF
+    r = np.arange(rows)
+    words = [data[32 * p + r % 32, column + r // 32] for p in range(4)]
+    take = slice(identifier, identifier + shape.scales)
+    copies = [np.ascontiguousarray(w).view(np.uint8).reshape(rows, 4)[:, take] for w in words]
+    for p, other in enumerate(copies[1:], 1):
+        if not np.array_equal(copies[0], other):
+            row = int(np.flatnonzero((copies[0] != other).any(1))[0])
+            raise Fault(
+                f"tcgen05.mma: the scale factors of row {row} differ between lane partitions 0 and "
+                f"{p}; they must be the same in all four"
+            )
+    return np.repeat(TABLES[shape.scale_type][copies[0]], shape.k // shape.scales, axis=1)
 
 
 class Mma:
-    """One tcgen05.mma that warp `w` issued for `ctas`; `run` does it later."""
+    """One tcgen05.mma that warp `w` issued for `ctas`; `run` does it later.
 
-    def __init__(self, w, ins, ctas, d_addr, a, b_desc, shape, accumulate, a_in_tmem):
+    d, a, b: addresses or descriptors; `disabled`: lanes of each CTA that stay as they are;
+    `scale`: scale-input-d; `scales`: the addresses of scale A and scale B, or None.
+    """
+
+    def __init__(self, machine, w, ins, ctas, shape, d, a, b, accumulate, **options):
         self.ctas, self.shape, self.accumulate = ctas, shape, accumulate
-        self.a, self.b, self.a_in_tmem = a, b_desc, a_in_tmem
+        self.a, self.b, self.a_in_tmem = a, b, options["a_in_tmem"]
+        self.disabled, self.scale = options["disabled"], options["scale"]
+        self.scales = options["scales"]
         s, g = shape, len(ctas)
+        s.check(g)
         self.rows = s.m // g
-        self.lane, self.column = d_addr >> 16, d_addr & 0xFFFF
+        self.lane, self.column = d >> 16 & 0x7F, d & 0xFFFF
         self.split_n = g == 2 and s.m == 128
-        if not (g == 2 and s.m in (128, 256) or g == 1 and s.m in (64, 128)):
-            raise Fault(f"tcgen05.mma: M={s.m} with cta_group::{g}")
         self.columns = s.n // 2 if self.split_n else s.n
-        for c in ctas:
-            check_tmem(c, self.column, self.columns)
-        self.reads = []
-        for c in ctas:
-            if not a_in_tmem:
-                self.begin(
-                    w, ins, c, operand_offsets(a, self.rows, s.k, ELEM[s.a], bool(s.mn_a), True)[1]
-                )
-            self.begin(
-                w, ins, c, operand_offsets(b_desc, s.n // g, s.k, ELEM[s.b], bool(s.mn_b), True)[1]
-            )
-        for c in ctas:
-            c.tmem_busy[self.column : self.column + self.columns] += 1
+        if self.lane and not (s.m == 64 and self.lane == 16):
+            raise Fault(f"tcgen05.mma: M={s.m} with the accumulator at TMEM lane {self.lane}")
+        self.issue_tensor_memory(machine, w, ins)
+        self.issue_shared_memory(w, ins)
 
-    def begin(self, w, ins, cta, units):
-        cta.smem.check_async(w, units, "tcgen05.mma operand read", write=False)
-        self.reads.append((cta.smem, cta.smem.begin("tcgen05.mma read", units, ins, w)))
+    def issue_shared_memory(self, w, ins):
+        self.reads = []
+        s, bytes_k = self.shape, 32
+        for c in self.ctas:
+            operands = [(self.b, s.n // len(self.ctas), s.b, s.mn_b)]
+            if not self.a_in_tmem:
+                operands.append((self.a, self.rows, s.a, s.mn_a))
+            for desc, rows, dtype, mn in operands:
+                elem = ELEM[dtype]
+                units = operand_offsets(desc, rows, bytes_k // elem, elem, bool(mn), True)[1]
+                c.smem.check_async(w, units, "tcgen05.mma operand read", write=False)
+                self.reads.append((c.smem, c.smem.begin("tcgen05.mma read", units, ins, w)))
+
+    def issue_tensor_memory(self, machine, w, ins):
+        """Bounds and order of what it writes and reads in tensor memory."""
+        s = self.shape
+        halves = slice(self.lane // 16, 8, 2) if s.m == 64 else slice(0, 8)
+        written = slice(self.column, self.column + self.columns)
+        read = []
+        if self.a_in_tmem:
+            read.append((self.a & 0xFFFF, 8))
+        if self.scales:
+            read.append((self.scales[0] & 0xFFFF, -(-self.rows // 32)))
+            read.append((self.scales[1] & 0xFFFF, -(-s.n // 32)))
+        for c in self.ctas:
+            memory = c.tmem
+            if memory is None:
+                raise Fault(f"tcgen05.mma on cta{c.ctaid}, which has allocated no TMEM")
+            memory.check_columns(self.column, self.columns)
+            for column, n in read:
+                memory.check_columns(column, n)
+            if not memory.check:
+                continue
+            memory.mma_order(machine, w, halves, written, ins)
+            memory.stamp_write(halves, written, w.engine, w.commits + 1, ins.line)
+            for column, n in read:
+                at = slice(0, 8), slice(column, column + n)
+                memory.after_writes(machine, w, *at, ins, engine=True)
+                memory.stamp_read(*at, -1, w.engine, w.commits + 1, ins.line)
 
     def a_of(self, cta):
         """This CTA's rows of A."""
         s = self.shape
         if not self.a_in_tmem:
-            return read_operand(cta.smem, self.a, self.rows, s.k, s.a, s.mn_a, s.neg_a, True)
-        per = 4 // ELEM[s.a]
-        lane, column = self.a >> 16, self.a & 0xFFFF
-        bits = np.ascontiguousarray(cta.tmem[lane : lane + self.rows, column : column + s.k // per])
-        a = to_float(bits.view(UINT[ELEM[s.a]]), s.a)
+            return read_operand(
+                cta.smem, self.a, self.rows, s.k, s.a, s.mn_a, s.neg_a, True, s.packed
+            )
+        lane, column = self.a >> 16 & 0x7F, self.a & 0xFFFF
+        lanes = lane + np.arange(self.rows)
+        if s.m == 64:  # 16 rows in each warp's lanes, as in the accumulator
+            lanes = self.lane + np.arange(64) // 16 * 32 + np.arange(64) % 16
+        bits = np.ascontiguousarray(cta.tmem.data[lanes, column : column + 8])
+        bits = bits.view(UINT[ELEM[s.a]])
+        a = to_float(unpack_nibbles(bits) if s.packed else bits, s.a)
         return -a if s.neg_a else a
 
     def placed(self, d):
@@ -94,32 +203,51 @@ class Mma:
         if self.split_n:
             return [(slice(0, 64), d[:, : s.n // 2]), (slice(64, 128), d[:, s.n // 2 :])]
         if s.m == 64:
-            return [(slice(32 * i, 32 * i + 16), d[16 * i : 16 * i + 16]) for i in range(4)]
+            return [
+                (slice(32 * i + self.lane, 32 * i + self.lane + 16), d[16 * i : 16 * i + 16])
+                for i in range(4)
+            ]
         return [(slice(0, 128), d)]
 
     def run(self):
         s, g = self.shape, len(self.ctas)
         b = np.concatenate(
             [
-                read_operand(c.smem, self.b, s.n // g, s.k, s.b, s.mn_b, s.neg_b, True)
+                read_operand(c.smem, self.b, s.n // g, s.k, s.b, s.mn_b, s.neg_b, True, s.packed)
                 for c in self.ctas
             ]
         )
-        columns = slice(self.column, self.column + self.columns)
-        for c in self.ctas:
-            memory = c.tmem.view(np.float32)
-            for lanes, v in self.placed(self.a_of(c) @ b.T):
-                memory[lanes, columns] = memory[lanes, columns] + v if self.accumulate else v
-            c.tmem_busy[columns] -= 1
+        for i, c in enumerate(self.ctas):
+            av, bv, data = self.a_of(c), b, c.tmem.data
+            if self.scales:
+                av = av * scale_factors(data, self.scales[0], self.rows, s, s.id_a)
+                bv = bv * scale_factors(data, self.scales[1], s.n, s, s.id_b)
+            for lanes, v in self.placed(av @ bv.T):
+                keep = self.disabled[i][lanes] if self.disabled is not None else None
+                self.store(data, lanes, v, keep)
         for smem, access in self.reads:
             smem.end_access(access)
 
+    def store(self, data, lanes, product, keep):
+        """Adds to the accumulators or replaces them, but in the lanes of `keep`."""
+        at = lanes, slice(self.column, self.column + self.columns)
+        old, kind = data[at], self.shape.d
+        if kind == "f32":
+            new = self.accumulated(old.view(np.float32), product).view(np.uint32)
+        elif kind == "f16":
+            half = (old & np.uint32(0xFFFF)).astype(np.uint16).view(np.float16)
+            total = self.accumulated(half.astype(np.float32), product).astype(np.float16)
+            new = total.view(np.uint16).astype(np.uint32) | np.uint32(0x7FFF0000)
+        else:
+            total = product.astype(np.int64)
+            if self.accumulate:
+                total = total + old.view(np.int32)
+            if self.shape.saturate:
+                total = np.clip(total, -(2**31), 2**31 - 1)
+            new = total.astype(np.int32).view(np.uint32)
+        data[at] = new if keep is None else np.where(keep[:, None], old, new)
 
-def check_tmem(cta, column, n):
-    """Columns must lie in one allocation."""
-    for start, columns in cta.tmem_alloc.items():
-        if start <= column and column + n <= start + columns:
-            return
-    raise Fault(
-        f"TMEM columns {column}..{column + n - 1} are not in an allocation {cta.tmem_alloc}"
-    )
+    def accumulated(self, old, product):
+        if not self.accumulate:
+            return np.ascontiguousarray(product, np.float32)
+        return (old * np.float32(2.0**-self.scale) if self.scale else old) + product

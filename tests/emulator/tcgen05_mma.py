@@ -1,0 +1,144 @@
+"""tcgen05.mma, cp, shift and commit (PTX ISA 9.7.16.9-10).
+
+The operations of one thread run in order: 9.7.16.6.2 has the pairs that kernels use pipelined.
+"""
+
+import numpy as np
+
+from .builder import instruction, lanes_of
+from .memory import Fault
+from .ordering import new_clock
+from .ptx import Mem, Vec
+from .tcgen05 import GROUPS, cta_group
+from .tensorcore import BLOCK, Mma, shape_of
+from .tma import ranks_of
+
+KINDS = (
+    "cta_group::1 cta_group::2 kind::f16 kind::tf32 kind::f8f6f4 kind::i8 kind::mxf8f6f4 "
+    "kind::mxf4 kind::mxf4nvf4 block_scale scale_vec::1X scale_vec::2X scale_vec::4X block16 "
+    "block32"
+)
+COLLECTOR = "collector::a::fill collector::a::use collector::a::lastuse collector::a::discard"
+
+
+def engine_of(w):
+    """The clock component of a warp's asynchronous tcgen05 operations."""
+    if w.engine is None:
+        w.engine = w.cta.cluster.new_component()
+    return w.engine
+
+
+def pair_of(w, g, what):
+    """The CTAs that an instruction of cta_group::g works on."""
+    if g == 1:
+        return [w.cta]
+    if w.cta.rank & 1:
+        raise Fault(f"{what}.cta_group::2 issued by the odd CTA of the pair")
+    return w.cta.cluster.ctas[w.cta.rank : w.cta.rank + 2]
+
+
+def scale_count(b, ins, kind):
+    """Scale factors along K; 0 without block scaling."""
+    if ("block_scale" in ins.parts) != (kind in BLOCK):
+        raise b.unsupported(ins)
+    if kind not in BLOCK:
+        return 0
+    known = {
+        "scale_vec::1X": 1, "scale_vec::2X": 2, "scale_vec::4X": 4, "block16": 4,
+        "block32": BLOCK[kind][0],
+    }  # fmt: skip
+    given = [known[p] for p in ins.parts if p in known]
+    if kind == "mxf4nvf4" and not given or len(given) > 1:
+        raise b.unsupported(ins)
+    n = given[0] if given else BLOCK[kind][0]
+    if n not in BLOCK[kind]:
+        raise b.unsupported(ins)
+    return n
+
+
+@instruction("tcgen05.mma", f"{KINDS} {COLLECTOR}")
+def mma(b, ins):
+    """D = A B + D, of one thread: 9.7.16.10.9.1."""
+    g = cta_group(b, ins)
+    kind = next(x for x in ins.parts if x.startswith("kind::"))[6:]
+    scales = scale_count(b, ins, kind)
+    d, a, bd, idesc, *rest = ins.operands
+    a_in_tmem = isinstance(a, Mem)
+    gd, ga = b.address(d, "u4"), b.address(a, "u4") if a_in_tmem else b.get(a, "u8")
+    gb, gi = b.get(bd, "u8"), b.get(idesc, "u4")
+    addresses = [b.address(rest.pop(0), "u4") for _ in range(2 if scales else 0)]
+    masks = [b.get(x, "u4") for x in rest.pop(0).items] if isinstance(rest[0], Vec) else None
+    if masks is not None and len(masks) != 4 * g:
+        raise b.unsupported(ins)
+    ge, scale = b.get(rest.pop(0), "?"), rest[0].bits if rest else 0
+    if not 0 <= scale <= 15 or scale and kind not in ("f16", "tf32"):
+        raise b.unsupported(ins)
+
+    def run(M, w, frag, m):
+        r = w.r
+        for i in lanes_of(m):
+            shape = shape_of(int(gi(r)[i]), kind, scales)
+            engine_of(w)
+            op = Mma(
+                M,
+                w,
+                ins,
+                pair_of(w, g, "tcgen05.mma"),
+                shape,
+                int(gd(r)[i]),
+                int(ga(r)[i]),
+                int(gb(r)[i]),
+                bool(ge(r)[i]),
+                a_in_tmem=a_in_tmem,
+                disabled=None if masks is None else lane_masks(masks, r, i),
+                scale=scale,
+                scales=[int(f(r)[i]) for f in addresses] or None,
+            )
+            w.mma_open.append(op)
+            M.later("mma", op.run, queue=(w, i), cause=(w, ins))
+            M.count("mma")
+
+    return run
+
+
+def lane_masks(masks, r, lane):
+    """disable-output-lane as bools, by (CTA, TMEM lane)."""
+    words = np.array([int(g(r)[lane]) for g in masks], "<u4")
+    return np.unpackbits(words.view(np.uint8), bitorder="little").reshape(-1, 128).astype(bool)
+
+
+@instruction("tcgen05.commit", GROUPS + " mbarrier::arrive::one shared::cluster multicast::cluster")
+def commit(b, ins):
+    """An arrival when the thread's earlier operations are complete; a fence::before_thread_sync."""
+    mem, *rest = ins.operands
+    cta_group(b, ins)
+    addr = b.shared_address(mem)
+    mask = b.get(rest[0], "u4") if "multicast::cluster" in ins.parts else None
+
+    def run(M, w, frag, m):
+        for i in lanes_of(m):
+            a = int(addr(w.r)[i])
+            ranks = [a >> 24] if mask is None else ranks_of(int(mask(w.r)[i]))
+            bars = [w.cta.cluster.mbarrier(w, x << 24 | a & 0xFFFFFF, remote=True) for x in ranks]
+            ops, w.mma_open = w.mma_open, []
+            clock, time = new_clock(), int(w.clock[w.id])
+            w.release(clock)
+            w.commits += 1
+            clock[engine_of(w)] = w.commits
+
+            def fire(ops=ops, bars=bars, clock=clock, time=time):
+                for op in ops:
+                    for smem, access in op.reads:
+                        smem.read_over_at(w, access, time)
+                for mb in bars:
+                    if mb.cta.live_warps == 0 and mb.cta is w.cta:
+                        M.warnings.add(f"tcgen05.commit still pending on {mb} when its CTA exited")
+                        continue
+                    if mb.cta.live_warps == 0:
+                        raise Fault(f"tcgen05.commit arrives at {mb} of a CTA that has exited")
+                    np.maximum(mb.clock, clock, out=mb.clock)
+                    mb.arrive(M, 1)
+
+            M.later("mma", fire, queue=(w, i), cause=(w, ins))
+
+    return run

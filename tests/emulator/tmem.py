@@ -1,0 +1,159 @@
+"""Tensor memory of a CTA: 128 lanes of 512 columns of 32 bits, and what is ordered in it.
+
+PTX ISA 9.7.16.1 (allocation) and 9.7.16.6 (order). Each group of 16 lanes of a column remembers who
+wrote and read it last, as shared memory does (see `ordering`). MMAs and copies of a warp are an
+own component of the clocks, its engine, whose time counts the warp's commits: who has waited for a
+commit's mbarrier is ordered after them, whoever has merely heard from the warp is not. A
+`tcgen05.ld` is over at `wait::ld`, a `tcgen05.st` at `wait::st`, and until then its stamp is
+PENDING.
+
+What the ISA leaves undefined is a Fault. Two things work on hardware and are done by kernels known
+to be good, and are a warning of the machine: a load ordered by the use of its registers instead of
+`wait::ld`, and order between threads without `tcgen05.fence`.
+"""
+
+import numpy as np
+
+from .memory import Fault, line_of
+from .values import POISON32
+
+COLUMNS = 512
+HALVES = 8  # groups of 16 lanes; a warp owns two
+
+
+def name_of(ins):
+    return ".".join(ins.parts[:2])
+
+
+class TensorMemory:
+    """The data, the allocations (first column -> columns), and stamps by (half, column)."""
+
+    def __init__(self, cta, check):
+        self.cta, self.check = cta, check
+        self.data = np.full((128, COLUMNS), POISON32, np.uint32)
+        self.taken, self.last, self.relinquished = {}, COLUMNS, False
+        self.calls, self.waiters, self.done = 0, [], {}  # of tcgen05.alloc
+        self.version, self.checked = 0, None  # of the stamps, but an engine's own; see `mma_order`
+        shape = (HALVES, COLUMNS)
+        self.writer = np.zeros(shape, np.int16)
+        self.written = np.zeros(shape, np.int32)
+        self.write_fence = np.zeros(shape, np.int32)
+        self.write_line = np.zeros(shape, np.int32)
+        # loads, by the number of the reader's warpgroup; the last slot: reads of an engine
+        slots = -(-len(cta.warps) // 4) + 1
+        self.reader = np.zeros((*shape, slots), np.int16)
+        self.read = np.zeros((*shape, slots), np.int32)
+        self.read_fence = np.zeros((*shape, slots), np.int32)
+        self.read_line = np.zeros((*shape, slots), np.int32)
+        self.by_registers = np.zeros((*shape, slots), bool)
+
+    # ---- allocation ----
+    def allocate(self, columns):
+        """The first column of a free range, first fit; None if there is none."""
+        at = 0
+        for start, n in sorted(self.taken.items()):
+            if start - at >= columns:
+                break
+            at = start + n
+        if at + columns > COLUMNS:
+            return None
+        self.taken[at] = columns
+        self.data[:, at : at + columns] = POISON32
+        return at
+
+    def check_columns(self, column, n):
+        """Columns must lie in one allocation."""
+        for start, columns in self.taken.items():
+            if start <= column and column + n <= start + columns:
+                return
+        raise Fault(
+            f"TMEM columns {column}..{column + n - 1} are not in an allocation {self.taken}"
+        )
+
+    # ---- order ----
+    def after_writes(self, machine, w, halves, columns, ins, engine=False):
+        """An access by warp `w` (by its engine: `engine`) must come after earlier writes."""
+        at = halves, columns
+        writer, written = self.writer[at], self.written[at]
+        late = written > w.clock[writer]
+        if engine and w.engine is not None:
+            late &= writer != w.engine
+        if late.any():
+            raise self.unordered(w, at, late, ins, self.write_line, "write by")
+        self.after_fence(machine, w, writer, self.write_fence[at], self.write_line[at], ins, engine)
+
+    def after_reads(self, machine, w, halves, columns, ins, engine=False):
+        """A write by warp `w` (by its engine: `engine`) must come after earlier reads."""
+        at = halves, columns
+        reader, read = self.reader[at], self.read[at]
+        late = read > w.clock[reader]
+        if engine and w.engine is not None:
+            late &= reader != w.engine
+        if late.any():
+            raise self.unordered(w, at, late, ins, self.read_line, "read by")
+        soft = self.by_registers[at]
+        if soft.any():
+            where = line_of(w, int(self.read_line[at][soft][0]))
+            machine.warnings.add(
+                f"{name_of(ins)} overwrites what a tcgen05.ld read that no tcgen05.wait::ld "
+                f"follows, only uses of its registers: {where}; {ins.where()}"
+            )
+        self.after_fence(machine, w, reader, self.read_fence[at], self.read_line[at], ins, engine)
+
+    def after_fence(self, machine, w, who, fenced, lines, ins, engine):
+        """Warns of order that holds without the fences of 9.7.16.6.3."""
+        foreign = (fenced != 0) & (who != w.id)
+        if engine and w.engine is not None:
+            foreign &= who != w.engine
+        if not foreign.any():
+            return
+        for missing, clock in (("before", w.clock), ("after", w.tmem_clock)):
+            late = foreign & (fenced > clock[who])
+            if late.any():
+                earlier = line_of(w, int(lines[late][0]))
+                machine.warnings.add(
+                    f"no tcgen05.fence::{missing}_thread_sync between {earlier} and {ins.where()}"
+                )
+                return
+
+    def unordered(self, w, at, late, ins, lines, who):
+        """The Fault for an access that nothing orders after an earlier one."""
+        line = int(lines[at][late][0])
+        where = line_of(w, line)
+        kind = next((k for k in ("ld", "st") if f"tcgen05.{k}" in where), None)
+        why = "whose commit's mbarrier nothing here has waited for"
+        if kind:
+            why = f"which a tcgen05.wait::{kind} (and between warps a barrier) must order before it"
+        columns = f"TMEM columns {at[1].start}..{at[1].stop - 1}"
+        return Fault(f"race: {name_of(ins)} of {columns}, after the {who} {where}, {why}")
+
+    def idle(self, w, columns, ins):
+        """Nothing may be using columns that warp `w` is about to free."""
+        at = slice(None), columns
+        for who, times, lines, kind in (
+            (self.writer, self.written, self.write_line, "write by"),
+            (self.reader, self.read, self.read_line, "read by"),
+        ):
+            late = times[at] > w.clock[who[at]]
+            if late.any():
+                raise self.unordered(w, at, late, ins, lines, kind)
+
+    def mma_order(self, machine, w, halves, columns, ins):
+        """An MMA's accumulators must come after earlier accesses; repeats are checked once."""
+        key = w.id, halves, columns, self.version
+        if self.checked == key:
+            return
+        self.after_writes(machine, w, halves, columns, ins, engine=True)
+        self.after_reads(machine, w, halves, columns, ins, engine=True)
+        self.checked = key
+
+    def stamp_write(self, halves, columns, component, time, line):
+        at = halves, columns
+        self.writer[at], self.written[at] = component, time
+        self.write_fence[at], self.write_line[at] = time, line
+
+    def stamp_read(self, halves, columns, slot, component, time, line):
+        at = halves, columns, slot
+        self.reader[at], self.read[at] = component, time
+        self.read_fence[at], self.read_line[at] = time, line
+        self.by_registers[at] = False
