@@ -1,0 +1,368 @@
+"""Our layer beside other packages', in one process and in turns.
+
+    python benchmarks/compare.py --shapes A,B,C --json compare.json --plot compare.svg
+    python benchmarks/compare.py --small --host
+    python benchmarks/compare.py --plot-from compare.json --plot compare.svg
+
+A peer that cannot be imported, does not get ready in ``--limit`` seconds or fails is named with the
+reason and left out. Results are written after every size. Timed is the region from given ids and
+weights to the output, and to all gradients; ratios are to ours: above 1, ours is faster.
+"""
+
+import argparse
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks import small
+from benchmarks.contest import (
+    AGREEMENT,
+    PASSES,
+    Memory,
+    OutOfTime,
+    Times,
+    disagreements,
+    memory_of,
+    race,
+    time_limit,
+)
+from benchmarks.layer import Layer, LayerOptions, make_layer
+from benchmarks.measure import environment
+from benchmarks.options import device as device_option
+from benchmarks.options import not_negative, output_file, positive
+from benchmarks.peers import (
+    BOUND,
+    CONTENDERS,
+    FORWARD_ONLY,
+    NEEDS_LOGITS,
+    OURS,
+    Contender,
+    obstacle,
+    shorten_tuning,
+    versions,
+)
+from benchmarks.problems import BARS, SKEWS, random_shapes, with_skew
+from benchmarks.report import Result, text_table
+from benchmarks.shapes import Shape
+
+MIB = 2**20
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    sizes = parser.add_argument_group("what to compare")
+    sizes.add_argument("--shapes", type=_letters, default=[], metavar="A,B,...", help="the bars")
+    sizes.add_argument("--thiek", type=_shape, action="append", default=[], metavar="T,H,I,E,K")
+    sizes.add_argument("--random", type=not_negative, default=0, metavar="N", help="random sizes")
+    sizes.add_argument("--seed", type=not_negative, default=0, help="of the random sizes")
+    sizes.add_argument("--skew", choices=SKEWS, default="none", help="routing of those sizes")
+    sizes.add_argument("--small", action="store_true", help="few tokens under a CUDA graph")
+    sizes.add_argument("--host", action="store_true", help="host time of a call")
+    parser.add_argument("--peers", type=_peers, default=list(CONTENDERS), metavar="NAME,...")
+    parser.add_argument(
+        "--tuning",
+        choices=["full", "good"],
+        default="good",
+        help="what sonicmoe may choose from at each size: all its tiles, or those that were ever "
+        "near the best",
+    )
+    parser.add_argument("--seconds", type=float, default=0.7, help="timed, per contender and race")
+    parser.add_argument("--limit", type=positive, default=150, help="seconds per size and peer")
+    parser.add_argument("--total", type=positive, default=3600, help="no size starts after that")
+    parser.add_argument("--json", type=output_file, metavar="FILE")
+    parser.add_argument("--plot", type=output_file, metavar="FILE", help="needs matplotlib")
+    parser.add_argument("--plot-from", type=Path, metavar="FILE", help="of this result; no run")
+    parser.add_argument("--device", type=device_option, default=torch.device("cuda"))
+    arguments = parser.parse_args(argv)
+    if arguments.plot_from and not arguments.plot:
+        parser.error("--plot-from needs --plot FILE, the picture to write")
+    return arguments
+
+
+def _letters(text: str) -> list[str]:
+    letters = text.split(",")
+    unknown = [letter for letter in letters if letter not in BARS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no shape {unknown[0]!r}; there are {', '.join(BARS)}")
+    return letters
+
+
+def _shape(text: str) -> Shape:
+    try:
+        return Shape.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _peers(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown:
+        known = ", ".join(CONTENDERS)
+        raise argparse.ArgumentTypeError(f"no contender {unknown[0]!r}; there are {known}")
+    return [OURS, *(name for name in names if name != OURS)]
+
+
+# ------------------------------------------------------------------------------ preparation
+
+
+def participants(wanted: list[str], tuning: str) -> list[str]:
+    """Those of ``wanted`` that can run here; says why the others cannot."""
+    found = []
+    for name in wanted:
+        reason = obstacle(name)
+        if reason is not None:
+            print(f"{name} does not take part: {reason}")
+            continue
+        found.append(name)
+        if versions(name):
+            print(f"{name}: {versions(name)}")
+    if "sonicmoe" in found:
+        shorten_tuning(good_tiles_only=tuning == "good")
+    return found
+
+
+def prepare(
+    names: list[str], layer: Layer, limit: float, passes: Callable[[str, Contender], None]
+) -> dict[str, Contender]:
+    """The contenders that get through ``passes``, each compiled and tuned, in time."""
+    ready: dict[str, Contender] = {}
+    for name in names:
+        start = time.perf_counter()
+        try:
+            with time_limit(limit):
+                contender = CONTENDERS[name](layer)
+                passes(name, contender)
+            ready[name] = contender
+            print(f"  {name} ready after {time.perf_counter() - start:.1f} s", flush=True)
+        except OutOfTime as error:
+            print(f"  {name} left out: {error}", flush=True)
+        except Exception as error:
+            if name == OURS:
+                raise
+            line = (str(error).splitlines() or [""])[0]
+            print(f"  {name} left out: {type(error).__name__}: {line}", flush=True)
+        _release()
+    return ready
+
+
+def _train_once(name: str, contender: Contender) -> None:
+    contender.inference()
+    if name not in FORWARD_ONLY:
+        contender.backward(contender.forward())
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _infer_once(name: str, contender: Contender) -> None:
+    contender.inference()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------ comparisons
+
+
+def compare_layers(
+    shapes: Mapping[str, Shape], names: list[str], arguments: argparse.Namespace, result: Result
+) -> bool:
+    """Race, memory and agreement at each size. False if a peer disagreed with us."""
+    agreed, end = True, time.perf_counter() + arguments.total
+    for label, shape in shapes.items():
+        if time.perf_counter() > end:
+            print(f"\n{label} was not started: --total {arguments.total} s are over")
+            continue
+        print(f"\n{label}: T,H,I,E,top_k = {','.join(map(str, shape.problem))}", flush=True)
+        layer = make_layer(shape, _options(arguments))
+        layer = with_skew(layer, arguments.skew)
+        taking_part = [n for n in names if arguments.skew == "none" or n not in NEEDS_LOGITS]
+        contenders = prepare(taking_part, layer, arguments.limit, _train_once)
+        distances = disagreements(contenders)
+        agreed &= print_distances(distances)
+        memory: dict[str, Memory] = {}
+        if arguments.device.type == "cuda":
+            for name, contender in contenders.items():
+                if name not in (*FORWARD_ONLY, BOUND):
+                    memory[name] = memory_of(contender, arguments.device)
+        times = race(contenders, arguments.device, arguments.seconds)
+        print_times(times, memory)
+        record(result, shape, arguments.skew, times, memory, distances)
+        _write(result, arguments)
+        del layer, contenders
+        _release()
+    return agreed
+
+
+def _options(arguments: argparse.Namespace) -> LayerOptions:
+    return LayerOptions(device=arguments.device)
+
+
+def print_distances(distances: dict[str, dict[str, float]]) -> bool:
+    """Print the distances of results from ours; True if every one is that of rounding."""
+    agreed = True
+    for name, by_tensor in distances.items():
+        cells = ", ".join(f"{tensor} {value:.4f}" for tensor, value in by_tensor.items())
+        wrong = [tensor for tensor, value in by_tensor.items() if not value <= AGREEMENT]
+        agreed &= not wrong
+        print(f"  {name} differs from {OURS} by {cells}" + (" <- WRONG" if wrong else ""))
+    return agreed
+
+
+def print_times(times: Times, memory: Mapping[str, Memory]) -> None:
+    ours = times.get(OURS, {})
+    header = ["contender", ""]
+    for name in PASSES:
+        header += [f"{name} ms", "x ours"]
+    header += ["saved MiB", "peak MiB", "above saved MiB"]
+    rows = []
+    for name, by_pass in times.items():
+        row = [name, ""]
+        for p in PASSES:
+            ms = by_pass.get(p)
+            row += ["-", "-"] if ms is None else [f"{ms:.3f}", _ratio(ms, ours.get(p))]
+        used = memory.get(name)
+        row += (
+            ["-"] * 3
+            if used is None
+            else [f"{size / MIB:.0f}" for size in (used.saved, used.peak, used.above_saved)]
+        )
+        rows.append(row)
+    print(text_table(header, rows), flush=True)
+
+
+def _ratio(ms: float, ours: float | None) -> str:
+    return "-" if ours is None else f"{ms / ours:.3f}"
+
+
+def record(
+    result: Result,
+    shape: Shape,
+    skew: str,
+    times: Times,
+    memory: Mapping[str, Memory],
+    distances: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Rows ``compare/<skew>/<what>``; ratios to ours, of the same run."""
+    prefix = f"compare/{skew}"
+    for name, by_pass in times.items():
+        for p, ms in by_pass.items():
+            result.add(f"{prefix}/{p}", ms, "ms", shape.problem, name)
+            if p in times.get(OURS, {}):
+                ratio = ms / times[OURS][p]
+                result.add(f"{prefix}/{p}", ratio, "x ours", shape.problem, name)
+    for name, used in memory.items():
+        for what in ("saved", "peak", "gradients", "above_saved"):
+            result.add(f"{prefix}/{what}", getattr(used, what), "B", shape.problem, name)
+    for name, by_tensor in distances.items():
+        for tensor, value in by_tensor.items():
+            result.add(f"{prefix}/{tensor}", value, "relative L2 to ours", shape.problem, name)
+
+
+def compare_small(names: list[str], arguments: argparse.Namespace, result: Result) -> None:
+    """Inference of few tokens: device time under a CUDA graph, and host time of an eager call."""
+    rows = []
+    for tokens in small.DECODE_TOKENS:
+        shape = small.decode_shape(tokens)
+        print(f"\nsmall: T,H,I,E,top_k = {','.join(map(str, shape.problem))}", flush=True)
+        layer = make_layer(shape, _options(arguments))
+        layers = small.rotations(layer)
+        wanted = [name for name in names if name != BOUND]
+        contenders = prepare(wanted, layer, arguments.limit, _infer_once)
+        graphs, failures = small.graph_ms(contenders, layers, arguments.device)
+        floor = 1e6 * small.read_seconds(small.touched_bytes(layers), arguments.device)
+        result.add("small/floor", floor, "us", shape.problem, BOUND)
+        rows.append([str(tokens), "weights read once", f"{floor:.1f}", "-", "-"])
+        for name, contender in contenders.items():
+            host = small.host_microseconds(contender.inference, arguments.device)
+            result.add("small/host", host, "us", shape.problem, name)
+            graph = graphs.get(name)
+            if graph is not None:
+                result.add("small/graph", 1e3 * graph, "us", shape.problem, name)
+            cells = [f"{1e3 * graph:.1f}", _ratio(graph, graphs.get(OURS))] if graph else ["-", "-"]
+            rows.append([str(tokens), name, *cells, f"{host:.0f}"])
+        for name, reason in failures.items():
+            print(f"  {name} has no graph: {reason}")
+        _write(result, arguments)
+        del layer, layers, contenders
+        _release()
+    print(text_table(("T", "contender", "graph us", "x ours", "host us"), rows), flush=True)
+
+
+def compare_host(names: list[str], arguments: argparse.Namespace, result: Result) -> None:
+    """Host microseconds where the device is faster than the host."""
+    shape = small.HOST_SHAPE
+    print(f"\nhost: T,H,I,E,top_k = {','.join(map(str, shape.problem))}", flush=True)
+    layer = make_layer(shape, _options(arguments))
+    contenders = prepare(
+        [name for name in names if name != BOUND], layer, arguments.limit, _train_once
+    )
+    rows = []
+    for name, by_pass in small.host_times(contenders, arguments.device).items():
+        for p, microseconds in by_pass.items():
+            result.add(f"host/{p}", microseconds, "us", shape.problem, name)
+            rows.append([name, p, f"{microseconds:.0f}"])
+    print(text_table(("contender", "call", "host us"), rows), flush=True)
+    _write(result, arguments)
+
+
+def _write(result: Result, arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        result.write(arguments.json)
+
+
+def _plot(path: Path, result: Result) -> None:
+    from benchmarks.plot import plot_comparison
+
+    try:
+        plot_comparison(result, path)
+    except ImportError as error:
+        print(f"no plot: {error}; draw it elsewhere with --plot-from")
+    else:
+        print(f"wrote {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    if arguments.plot_from:
+        _plot(arguments.plot, Result.read(arguments.plot_from))
+        return 0
+    shapes = {letter: BARS[letter] for letter in arguments.shapes}
+    shapes |= {f"given {number}": shape for number, shape in enumerate(arguments.thiek, 1)}
+    drawn = random_shapes(arguments.random, arguments.seed)
+    shapes |= {f"random {number}": shape for number, shape in enumerate(drawn, 1)}
+    if not (shapes or arguments.small or arguments.host):
+        raise SystemExit("Nothing to compare: give --shapes, --thiek, --random, --small or --host.")
+    if arguments.device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"No GPU for --device {arguments.device}: torch sees no CUDA device.")
+    # Read when the peers are imported: keep what they tune, and compile on every core.
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+    os.environ.setdefault("QUACK_COMPILE_WORKERS", str(os.cpu_count() or 8))
+    names = participants(arguments.peers, arguments.tuning)
+    result = Result(environment(arguments.device))
+    agreed = compare_layers(shapes, names, arguments, result)
+    if arguments.host:
+        compare_host(names, arguments, result)
+    if arguments.small:
+        compare_small(names, arguments, result)
+    if arguments.plot:
+        _plot(arguments.plot, result)
+    if not agreed:
+        print("\nFAILED: a contender's results are not ours.")
+    return 0 if agreed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

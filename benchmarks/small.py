@@ -1,0 +1,140 @@
+"""What is not the GPU's arithmetic: few tokens under a CUDA graph, and the host's time."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+
+from benchmarks.contest import take_turns
+from benchmarks.layer import Layer
+from benchmarks.measure import _synchronize
+from benchmarks.peers import FORWARD_ONLY, Contender
+from benchmarks.shapes import Shape
+
+DECODE_TOKENS = (1, 16, 64, 256)
+DECODE_SHAPE = (2048, 768, 128, 8)  # H, I, E, top_k of Qwen3-30B-A3B
+ROUTINGS = 8  # in rotation: one routing's weights would stay in the L2 cache
+HOST_SHAPE = Shape(64, 256, 128, 8, 2)  # the GPU is done before the host is
+_HOST_CALLS = 10  # between two waits: far fewer launches than a stream queues
+_HOST_REPEATS = 30
+_COPY_BYTES = 2**31
+
+
+def decode_shape(tokens: int) -> Shape:
+    return Shape(tokens, *DECODE_SHAPE)
+
+
+def rotations(layer: Layer) -> list[Layer]:
+    """The layer with ``ROUTINGS`` different draws of distinct experts for its tokens."""
+    generator = torch.Generator(device=layer.options.device).manual_seed(layer.options.seed)
+    found = []
+    for _ in range(ROUTINGS):
+        logits = torch.rand(
+            layer.shape.T, layer.shape.E, generator=generator, device=generator.device
+        )
+        ids = logits.topk(layer.shape.top_k, dim=1).indices.int()
+        found.append(replace(layer, topk_ids=ids, logits=logits.to(layer.logits.dtype)))
+    return found
+
+
+def touched_bytes(layers: list[Layer]) -> float:
+    """Mean bytes of the weights of the experts that a routing names."""
+    per_expert = sum(w[0].numel() * w.element_size() for w in (layers[0].w1, layers[0].w2))
+    named = [layer.topk_ids.unique().numel() for layer in layers]
+    return per_expert * statistics.mean(named)
+
+
+def read_seconds(size: float, device: torch.device) -> float:
+    """Seconds in which this device moves ``size`` bytes, by a copy measured now."""
+    source = torch.empty(_COPY_BYTES // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def turn(clock) -> tuple:
+        start = clock.mark()
+        target.copy_(source)
+        return start, clock.mark()
+
+    (ms,) = take_turns({"copy": turn}, device, timed_seconds=0.2)["copy"]
+    return 1e-3 * ms * size / _COPY_BYTES
+
+
+def graph_ms(
+    contenders: Mapping[str, Contender], layers: list[Layer], device: torch.device
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Milliseconds of one inference of each contender in a CUDA graph of one per routing, taken in
+    turns; and the reason of every one that could not be captured."""
+    replays, failures = {}, {}
+    for name, contender in contenders.items():
+        try:
+            replays[name] = _capture([_with_layer(contender, layer) for layer in layers])
+        except Exception as error:  # a peer that synchronises cannot be captured
+            failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            _synchronize(device)
+
+    def turn(replay: Callable[[], None]) -> Callable:
+        def timed(clock) -> tuple:
+            start = clock.mark()
+            replay()
+            return start, clock.mark()
+
+        return timed
+
+    medians = take_turns({n: turn(replay) for n, replay in replays.items()}, device)
+    return {name: ms / len(layers) for name, (ms,) in medians.items()}, failures
+
+
+def _with_layer(contender: Contender, layer: Layer) -> Contender:
+    """The contender on other ids: whatever it made of the weights is shared."""
+    other = copy.copy(contender)
+    other.layer = layer  # type: ignore[attr-defined]
+    return other
+
+
+def _capture(contenders: list[Contender]) -> Callable[[], None]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for contender in contenders:
+            contender.inference()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for contender in contenders:
+            contender.inference()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def host_microseconds(function: Callable[[], object], device: torch.device) -> float:
+    """Median host time of one call: ``_HOST_CALLS`` are enqueued on an idle device without
+    waiting."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(_HOST_REPEATS):
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(_HOST_CALLS):
+            function()
+        times.append(1e6 * (time.perf_counter() - start) / _HOST_CALLS)
+    _synchronize(device)
+    return statistics.median(times)
+
+
+def host_times(contenders: Mapping[str, Contender], device: torch.device) -> dict[str, dict]:
+    """Host microseconds of an inference, a forward pass, and one with its backward pass."""
+    found: dict[str, dict[str, float]] = {}
+    for name, contender in contenders.items():
+        passes: dict[str, Callable[[], object]] = {"inference": contender.inference}
+        if name not in FORWARD_ONLY:
+            passes["forward"] = contender.forward
+            passes["forward + backward"] = _both(contender)
+        found[name] = {p: host_microseconds(f, device) for p, f in passes.items()}
+    return found
+
+
+def _both(contender: Contender) -> Callable[[], object]:
+    return lambda: contender.backward(contender.forward())

@@ -1,0 +1,208 @@
+"""The comparison with other packages, as far as a machine without a GPU has it."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import compare, peers, plot, small
+from benchmarks.contest import OutOfTime, _relative_l2, disagreements, take_turns, time_limit
+from benchmarks.layer import Layer, LayerOptions, make_layer
+from benchmarks.problems import BARS, HOT_SHARE, random_shapes, skewed_ids, with_skew
+from benchmarks.report import Result
+from benchmarks.shapes import NAMED_SHAPES, Shape
+
+TINY = Shape(48, 64, 32, 8, 2)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def layer() -> Layer:
+    return make_layer(TINY, LayerOptions(device=CPU, impl="reference"))
+
+
+# --- problems -------------------------------------------------------------------------------------
+
+
+def test_the_bars_are_the_named_sizes_and_twice_the_tokens_of_d() -> None:
+    named = {shape.letter: shape.shape for shape in NAMED_SHAPES}
+    named["D"] = replace(named["D"], T=2 * named["D"].T)
+    assert named == BARS
+
+
+def test_random_sizes_are_in_range_and_a_function_of_the_seed() -> None:
+    shapes = random_shapes(40, seed=3)
+    assert shapes == random_shapes(40, seed=3) != random_shapes(40, seed=4)
+    for shape in shapes:
+        assert 1024 <= shape.T <= 32768 and 1024 <= shape.H <= 8192 and 128 <= shape.I <= 4096
+        assert 8 <= shape.E <= 512 and 1 <= shape.top_k <= min(16, shape.E)
+        assert shape.H % 8 == shape.I % 8 == 0
+        assert 6 * shape.E * shape.H * shape.I <= 12 * 2**30
+
+
+def test_skews_are_what_they_say() -> None:
+    shape = Shape(4096, 64, 64, 128, 8)
+    zipf = skewed_ids(shape, "zipf", torch.Generator().manual_seed(0))
+    counts = zipf.flatten().bincount(minlength=shape.E).sort(descending=True).values
+    assert zipf.dtype == torch.int32 and zipf.shape == (shape.T, shape.top_k)
+    assert all(row.unique().numel() == shape.top_k for row in zipf)
+    assert 20 < counts[0] / counts[-1].clamp_min(1) < 128
+    hot = skewed_ids(shape, "hot", torch.Generator().manual_seed(0))
+    share = hot.flatten().bincount().max() / hot.numel()
+    assert abs(float(share) - HOT_SHARE) < 0.02
+    with pytest.raises(ValueError, match="no skew 'cold'"):
+        skewed_ids(shape, "cold", torch.Generator())
+
+
+def test_skew_changes_the_ids_only(layer: Layer) -> None:
+    assert with_skew(layer, "none") is layer
+    skewed = with_skew(layer, "zipf")
+    assert skewed.x is layer.x and not torch.equal(skewed.topk_ids, layer.topk_ids)
+
+
+# --- contenders -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skew", ["none", "zipf", "hot"])
+def test_the_torch_layer_is_our_layer(layer: Layer, skew: str) -> None:
+    layer = with_skew(layer, skew)
+    contenders = {name: peers.CONTENDERS[name](layer) for name in ("sonic", "torch", "bound")}
+    distances = disagreements(contenders)
+    assert set(distances) == {"torch"}
+    assert set(distances["torch"]) == {"out", "dx", "dw1", "dw2", "dtopk_weights"}
+    assert max(distances["torch"].values()) < 0.01
+
+
+def test_a_wrong_contender_is_found(layer: Layer) -> None:
+    contenders = {name: peers.CONTENDERS[name](layer) for name in ("sonic", "torch")}
+    with torch.no_grad():
+        contenders["torch"].w1[3] = 0  # type: ignore[attr-defined]
+    distances = disagreements(contenders)
+    assert distances["torch"]["out"] > 0.1
+    assert not compare.print_distances(distances)
+
+
+def test_the_bound_multiplies_what_the_layer_does(layer: Layer) -> None:
+    with FlopCounterMode(display=False) as counter:
+        bound = peers.Bound(layer)
+        bound.backward(bound.forward())
+    flops = TINY.forward_flops(gated=True) + TINY.backward_flops(gated=True)
+    assert counter.get_total_flops() * bound.scale == pytest.approx(flops)
+
+
+def test_a_missing_peer_is_a_reason() -> None:
+    assert peers.obstacle("sonic") is None
+    reason = peers.obstacle("triton_kernels")
+    assert reason is None or "triton_kernels.matmul_ogs cannot be imported" in reason
+
+
+def test_relative_error_of_stacked_weights() -> None:
+    value = torch.randn(3, 4, 5)
+    assert _relative_l2(value, value) == 0
+    assert _relative_l2(1.1 * value, value) == pytest.approx(0.1, rel=1e-3)
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def test_turns_are_taken_and_told_apart() -> None:
+    order = []
+
+    def turn(name: str, seconds: float):
+        def timed(clock) -> tuple:
+            order.append(name)
+            start = clock.mark()
+            time.sleep(seconds)
+            middle = clock.mark()
+            return start, middle, clock.mark()
+
+        return timed
+
+    functions = {"slow": turn("slow", 0.006), "fast": turn("fast", 0.001)}
+    medians = take_turns(functions, CPU, load_seconds=0.01, timed_seconds=0.03)
+    assert 6 <= medians["slow"][0] < 30 and 1 <= medians["fast"][0] < 5
+    assert medians["slow"][2] >= medians["slow"][0] + medians["slow"][1] - 0.1
+    assert order.count("slow") == order.count("fast")
+    starts = [order[index] for index in range(0, len(order), 2)]
+    assert {"slow", "fast"} == set(starts[-2:]), "each round starts with another one"
+
+
+def test_a_time_limit_interrupts() -> None:
+    with pytest.raises(OutOfTime, match="not done after 0"), time_limit(0.05):
+        time.sleep(5)
+    with time_limit(5):
+        pass
+
+
+def test_a_peer_that_fails_or_hangs_is_left_out(layer: Layer, monkeypatch, capsys) -> None:
+    def broken(_: Layer):
+        raise RuntimeError("no such kernel\nat all")
+
+    def hanging(_: Layer):
+        time.sleep(5)
+
+    monkeypatch.setitem(peers.CONTENDERS, "torch", broken)
+    monkeypatch.setitem(peers.CONTENDERS, "bound", hanging)
+    found = compare.prepare(["torch", "bound", "sonic"], layer, 0.5, lambda name, c: None)
+    assert list(found) == ["sonic"]
+    text = capsys.readouterr().out
+    assert "torch left out: RuntimeError: no such kernel" in text
+    assert "bound left out: not done after" in text
+
+
+def test_host_time_is_that_of_the_call() -> None:
+    assert 900 < small.host_microseconds(lambda: time.sleep(0.001), CPU) < 5000
+
+
+def test_rotations_name_different_experts(layer: Layer) -> None:
+    layers = small.rotations(layer)
+    assert len({tuple(each.topk_ids.flatten().tolist()) for each in layers}) == small.ROUTINGS
+    weights = (layer.w1[0].numel() + layer.w2[0].numel()) * 2
+    assert TINY.top_k * weights <= small.touched_bytes(layers) <= TINY.E * weights
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+
+def test_a_whole_run_writes_what_the_plot_reads(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(small, "_HOST_CALLS", 2)
+    monkeypatch.setattr(small, "_HOST_REPEATS", 2)
+    path = tmp_path / "compare.json"
+    command = ["--device", "cpu", "--thiek", "48,64,32,8,2", "--seconds", "0.01", "--host"]
+    assert compare.main([*command, "--peers", "torch,bound", "--json", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "torch differs from sonic by out 0.00" in text
+    result = Result.read(path)
+    units = {(row.provider, row.metric, row.unit) for row in result.rows}
+    for name in ("sonic", "torch", "bound"):
+        assert (name, "compare/none/forward + backward", "x ours") in units
+    assert ("torch", "host/forward + backward", "us") in units
+    assert all(row["value"] is not None for row in json.loads(path.read_text())["rows"])
+    figures = plot.collect(result)
+    assert {(name, what) for _, name, what in figures} == {
+        (name, what) for name in ("sonic", "torch", "bound") for what in plot.PANELS
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--shapes", "A,Z"], "no shape 'Z'"),
+        (["--peers", "megatron"], "no contender 'megatron'"),
+        (["--thiek", "1,2"], "five positive integers"),
+        (["--plot-from", "x.json"], "--plot-from needs --plot"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit):
+        compare.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_asked_for_is_said() -> None:
+    with pytest.raises(SystemExit, match="Nothing to compare"):
+        compare.main([])
