@@ -138,6 +138,26 @@ def test_packed_conversion_puts_the_second_operand_low():
     np.testing.assert_array_equal(got >> 16, bf16_bits(a))
 
 
+MIXED = {
+    "add.rn.f32.bf16 %r9, %h1, %r2;": lambda a, c: a + c,
+    "sub.f32.bf16 %r9, %h1, %r2;": lambda a, c: a - c,
+    "add.sat.f32.bf16 %r9, %h1, %r2;": lambda a, c: np.clip(a + c, 0, 1),
+    "fma.rn.f32.bf16 %r9, %h1, %h1, %r2;": lambda a, c: a * a + c,
+}
+
+
+@pytest.mark.parametrize("instruction", MIXED)
+@pytest.mark.parametrize("narrow", ["bf16", "f16"])
+def test_mixed_precision(instruction, narrow):
+    x, c = RNG.standard_normal((2, LANES)).astype(np.float32)
+    bits = bf16_bits(x) if narrow == "bf16" else x.astype(np.float16).view(np.uint16)
+    a = bf16_float(bits) if narrow == "bf16" else bits.view(np.float16).astype(np.float32)
+    text = "cvt.u16.u32 %h1, %r1;" + instruction.replace("bf16", narrow)
+    out = binary(text, bits.astype(np.uint32), c.view(np.uint32)).view(np.float32)
+    want = MIXED[instruction](a.astype(np.float64), c.astype(np.float64)).astype(np.float32)
+    np.testing.assert_array_equal(out, want)
+
+
 @pytest.mark.parametrize(
     "compare, want",
     [

@@ -159,7 +159,20 @@ class Codegen:
         unknown = [p for p in ins.parts[1:] if p not in KNOWN]
         if unknown:
             raise PtxError(f"line {ins.line}: modifier {unknown[0]} of {ins.text} is not supported")
+        types = [p for p in ins.parts[1:] if p in KIND]
+        if ins.parts[0] in ("add", "sub", "fma") and len(types) > 1:
+            return self.mixed(ins, types)
         return handler(ins)
+
+    def mixed(self, ins, types):
+        """`add.f32.bf16 d, a, c` and the like (PTX ISA 9.7.5): a, and b of fma, are narrower."""
+        if types[0] != "f32" or types[1] not in ("f16", "bf16") or {"rz", "relu"} & set(ins.parts):
+            raise PtxError(f"line {ins.line}: unsupported instruction {ins.text}")
+        d, *narrow, c = ins.operands
+        wide = {"f16": ("f2", "{}.astype(f4)"), "bf16": ("u2", "bf16_float({})")}[types[1]]
+        values = [wide[1].format(self.src(x, wide[0])) for x in narrow] + [self.src(c, "f4")]
+        form = "fma({0}, {1}, {2})" if ins.parts[0] == "fma" else BINARY[ins.parts[0]]
+        return self.assign(d, self.saturated(ins, form.format(*values), "f4"), "f4", ins.guard)
 
     @staticmethod
     def kind(ins):
