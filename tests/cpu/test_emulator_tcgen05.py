@@ -344,6 +344,12 @@ def test_fenced_handshake_has_no_reports():
         assert not handshake(seed).warnings
 
 
+def test_a_later_wait_does_not_move_a_load_that_is_over():
+    used = {"wait": "", "use": "add.u32 %r60, %r20, %r35;", "save": WAIT_LD + PIECES["save"]}
+    for seed in range(4):
+        assert handshake(seed, **used).warnings
+
+
 @pytest.mark.parametrize(
     "missing, message",
     [

@@ -168,8 +168,7 @@ def wait_ld(b, ins):
         if not converged(w, frag):
             return BLOCK
         for load in w.tmem_loads:
-            load.finish(w)
-            load.stamp(w, int(w.clock[w.id]))
+            load.waited(w)
         w.tmem_loads.clear()
 
     return run
@@ -272,6 +271,7 @@ class Load:
     def __init__(self, w, memory, cells, out, mask, take, ins):
         self.w, self.memory, self.cells, self.out, self.mask = w, memory, cells, out, mask
         self.take, self.slot, self.done = take, w.index // 4, False
+        self.time = None  # when its registers were first used
         self.stamp(w, PENDING, ins.line)
         if memory.check:
             for at in cells:
@@ -302,7 +302,14 @@ class Load:
     def touched(self, M, w, ins, register):
         """An instruction is about to use one of the registers: so the load is over."""
         self.finish(w)
-        self.stamp(w, int(w.clock[w.id]), by_registers=True)
+        self.time = int(w.clock[w.id])
+        self.stamp(w, self.time, by_registers=True)
+
+    def waited(self, w):
+        """A wait::ld orders the read, unless others may rely on the registers' use already."""
+        self.finish(w)
+        if self.time is None or self.time == w.clock[w.id]:
+            self.stamp(w, int(w.clock[w.id]))
 
 
 def reduction(ins):
