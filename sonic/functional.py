@@ -35,7 +35,7 @@ from sonic import checks
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
 from sonic.plan import RoutingPlan, build_plan, build_plan_flat
 from sonic.routing.logits import router_logits
-from sonic.routing.token_rounding import rounding_scores, token_rounding_plan
+from sonic.routing.rounded_routing import rounded_routing
 from sonic.routing.topk import topk_routing
 from sonic.runtime.errors import ArgumentError, ShapeError, SonicError
 
@@ -263,8 +263,7 @@ def moe(
         scores, ids = topk_routing(logits, top_k, order=order)
         plan = build_plan(ids, w1.shape[0], impl=_PLAN_IMPL[impl])
     else:
-        scores = rounding_scores(logits, top_k, order=order)
-        scores, plan = token_rounding_plan(scores, top_k, tile, rounding, generator)
+        scores, plan = rounded_routing(logits, top_k, tile, rounding, generator, order=order)
         checks.check_num_slots(op, plan.num_rows, impl)
     return _run(operands, scores, plan), logits, plan.expert_frequency()
 

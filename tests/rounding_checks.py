@@ -9,12 +9,15 @@ from sonic.plan import RoutingPlan
 from sonic.reference import plan_oracle_flat
 from sonic.reference.token_rounding import token_rounding_oracle
 from sonic.routing import max_pairs
+from sonic.routing.rounded_routing import _backward_torch as logit_gradient_in_torch
 from sonic.routing.token_rounding import (
     RULES,
     _backward_torch,
     _forward_torch,
     _winner_softmax_grad_torch,
     _winner_softmax_torch,
+    round_winners,
+    winners_of,
 )
 from sonic.testing import assert_close
 from tests.routing_checks import assert_same_plan
@@ -85,6 +88,21 @@ def plan_of(outputs: tuple[Tensor, ...], num_tokens: int) -> RoutingPlan:
     return RoutingPlan(*outputs[3:], top_k=0, num_tokens=num_tokens)
 
 
+def pairs_of(plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+    """Token and expert of each slot of a plan of token rounding; T and E behind the last pair."""
+    slots = plan.num_rows
+    token_ids = torch.full((slots,), plan.num_tokens, dtype=torch.int32)
+    expert_ids = torch.full((slots,), plan.num_experts, dtype=torch.int32)
+    slot_by_row, token_by_row = plan.slot_by_row.cpu(), plan.token_by_row.cpu()
+    live = slot_by_row >= 0
+    counts = plan.expert_frequency().cpu().long()
+    token_ids[slot_by_row[live].long()] = token_by_row[live]
+    experts = torch.repeat_interleave(torch.arange(plan.num_experts, dtype=torch.int32), counts)
+    expert_ids[slot_by_row[live].long()] = experts
+    device = plan.token_by_row.device
+    return token_ids.to(device), expert_ids.to(device)
+
+
 def assert_equals_oracle(outputs: tuple[Tensor, ...], case: Case, scores: Tensor, uniform: Tensor):
     """Pairs, weights, tail and plan of the operator's nine outputs, exactly."""
     weights, token_ids, expert_ids = outputs[:3]
@@ -125,9 +143,56 @@ def check_gradient(
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=0)
 
 
+def check_logits(logits: Tensor, uniform: Tensor, case: Case, full: bool) -> None:
+    """The fused kernels on (T, E) logits: scores and winners to rounding, then pairs, weights and
+    plan exactly those that the twin makes of these scores, then the gradient to rounding."""
+    from sonic.triton.rounding_keys import keys_of_logits
+    from sonic.triton.token_rounding import round_logits, round_logits_grad
+
+    options = (case.top_k, case.tile, case.rule, case.num_pairs, full)
+    rounded, winner_scores, winner_ids, lse = round_logits(logits, uniform, *options)
+    keys, *_ = keys_of_logits(logits, case.top_k, full)
+    scores = (keys[:, : case.tokens] & (2**31 - 1)).view(torch.float32).t().contiguous()
+    exact, low = (_scores_in_torch(kind, case.top_k, full) for kind in (logits.double(), logits))
+    assert_close(scores, exact, low, ulps=8.0, name="scores")
+
+    winners = winners_of(logits.float(), case.top_k)
+    assert torch.equal(winner_ids.long(), winners)
+    torch.testing.assert_close(winner_scores, scores.gather(1, winners), rtol=1e-5, atol=0)
+    expected = round_winners(scores, winners, uniform, case.tile, case.rule)
+    assert rounded.token_ids is None
+    actual = (rounded.weights, expected[1], *rounded[2:])
+    for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), f"output {index}"
+
+    dweights = torch.randn_like(rounded.weights)
+    saved = (rounded.weights, rounded.expert_ids, rounded.offset_by_token)
+    saved = (*saved, winner_scores, winner_ids, lse, logits if full else None)
+    gradient = round_logits_grad(dweights, *saved, case.experts, logits.dtype)
+    twins = []
+    for dtype in (torch.float64, torch.float32):
+        wide = [value.to(dtype) if value.is_floating_point() else value for value in saved[:6]]
+        result = logits.dtype if dtype is torch.float32 else dtype
+        arguments = (dweights.to(dtype), *wide, saved[6], case.experts, result)
+        twins.append(logit_gradient_in_torch(*arguments))
+    assert gradient.dtype == logits.dtype
+    # The only expert has score one and gradient zero.
+    trivial = case.experts == 1 or not twins[0].any()
+    assert_close(
+        gradient, *twins, ulps=8.0, allow_zero_reference=trivial, magnitude=1.0, name="dlogits"
+    )
+
+
+def _scores_in_torch(logits: Tensor, top_k: int, full: bool) -> Tensor:
+    if full:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return torch.softmax(logits, dim=1, dtype=wide)
+    return _winner_softmax_torch(logits, top_k)
+
+
 def check_winner_softmax(logits: Tensor, top_k: int) -> None:
     """Scores of all experts and the gradient of the logits, to rounding."""
-    from sonic.triton.token_rounding import winner_softmax, winner_softmax_grad
+    from sonic.triton.rounding_keys import winner_softmax, winner_softmax_grad
 
     actual = winner_softmax(logits, top_k)
     low = _winner_softmax_torch(logits, top_k)

@@ -8,6 +8,7 @@ Symbols: T tokens, E experts, M the tile, f an expert's top-k count.
 Source: SonicMoE (arXiv 2512.14080), section 5, algorithms 4 and 6.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -121,19 +122,23 @@ def token_rounding_plan(
     Raises:
         As :func:`token_rounding`.
     """
-    rounded = _token_rounding(scores, top_k, tile, rule, generator)
-    weights, _, _, by_expert, token, slot_by_row, row, by_token, slot_by_position = rounded
-    plan = RoutingPlan(
-        offset_by_expert=by_expert,
-        token_by_row=token,
-        slot_by_row=slot_by_row,
-        row_by_slot=row,
+    weights, _, _, *plan = _token_rounding(scores, top_k, tile, rule, generator)
+    return weights, flat_plan(plan, scores.shape[0])
+
+
+def flat_plan(tensors: Sequence[Tensor], num_tokens: int) -> RoutingPlan:
+    """A plan of general routing from its six tensors, in its order."""
+    by_expert, token_by_row, slot_by_row, row_by_slot, by_token, slot_by_position = tensors
+    return RoutingPlan(
+        by_expert,
+        token_by_row,
+        slot_by_row,
+        row_by_slot,
         offset_by_token=by_token,
         slot_by_position=slot_by_position,
         top_k=0,
-        num_tokens=scores.shape[0],
+        num_tokens=num_tokens,
     )
-    return weights, plan
 
 
 def max_pairs(num_tokens: int, num_experts: int, top_k: int, tile: int, rule: str) -> int:
@@ -180,7 +185,7 @@ def rounding_scores(
         allowed = ", ".join(repr(member.value) for member in ScoreOrder)
         raise ArgumentError(f"{op}: order={order!r} is not one of {allowed}.") from error
     if order is ScoreOrder.TOPK_OVER_SOFTMAX:
-        return torch.softmax(logits, dim=1, dtype=_weight_dtype(logits.dtype))
+        return torch.softmax(logits, dim=1, dtype=weight_dtype(logits.dtype))
     scores: Tensor = torch.ops.sonic.winner_softmax(logits, top_k)
     return scores
 
@@ -189,22 +194,33 @@ def _token_rounding(
     scores: Tensor, top_k: int, tile: int | str, rule: str, generator: torch.Generator | None
 ) -> tuple[Tensor, ...]:
     tile = resolve_tile("token_rounding", tile)
-    _check(scores, top_k, tile, rule, generator)
-    uniform = None
-    if rule in _RANDOM_RULES:
-        # Not given at all if None: with a symbolic E, torch.compile knows no rand with a generator.
-        source: dict[str, Any] = {} if generator is None else {"generator": generator}
-        uniform = torch.rand(scores.shape[1], dtype=torch.float32, device=scores.device, **source)
+    check_rounding("token_rounding", "scores", scores, top_k, tile, rule, generator)
+    uniform = draw_uniform(scores, rule, generator)
     outputs: tuple[Tensor, ...] = torch.ops.sonic.token_rounding(scores, uniform, top_k, tile, rule)
     return outputs
 
 
-def _check(
-    scores: Tensor, top_k: int, tile: int, rule: str, generator: torch.Generator | None
+def draw_uniform(table: Tensor, rule: str, generator: torch.Generator | None) -> Tensor | None:
+    """(E,) fp32 numbers in [0, 1) for the random rules on a (T, E) table, None for the others."""
+    if rule not in _RANDOM_RULES:
+        return None
+    # Not given at all if None: with a symbolic E, torch.compile knows no rand with a generator.
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}
+    return torch.rand(table.shape[1], dtype=torch.float32, device=table.device, **source)
+
+
+def check_rounding(
+    op: str,
+    name: str,
+    table: Tensor,
+    top_k: int,
+    tile: int,
+    rule: str,
+    generator: torch.Generator | None,
 ) -> None:
-    op = "token_rounding"
-    _check_table(op, "scores", scores, top_k)
-    num_tokens, num_experts = scores.shape
+    """Raise what :func:`token_rounding` lists unless the arguments, ``table`` by this name, fit."""
+    _check_table(op, name, table, top_k)
+    num_tokens, num_experts = table.shape
     if rule not in RULES:
         allowed = ", ".join(repr(known) for known in RULES)
         raise ArgumentError(f"{op}: rule={rule!r} is not one of {allowed}.")
@@ -213,9 +229,9 @@ def _check(
             f"{op}: {num_tokens} tokens, top_k={top_k} and {num_experts} experts with tile={tile} "
             f"may keep more than {MAX_SLOTS} pairs, and rows are int32. Split the tokens."
         )
-    if generator is not None and generator.device.type != scores.device.type:
+    if generator is not None and generator.device.type != table.device.type:
         raise DeviceError(
-            f"{op}: generator is on {generator.device} and scores on {scores.device}; both must be "
+            f"{op}: generator is on {generator.device} and {name} on {table.device}; both must be "
             "on one device."
         )
 
@@ -253,14 +269,14 @@ def _check_table(op: str, name: str, table: Tensor, top_k: int) -> None:
 # ------------------------------------------------------------------------------ in torch
 
 
-def _winners(table: Tensor, top_k: int) -> Tensor:
+def winners_of(table: Tensor, top_k: int) -> Tensor:
     """(T, top_k) columns of the largest entries, equal ones by ascending column."""
     return torch.sort(table, dim=1, descending=True, stable=True).indices[:, :top_k]
 
 
 def _winner_softmax_torch(logits: Tensor, top_k: int) -> Tensor:
-    value = logits.to(_weight_dtype(logits.dtype))
-    best = value.gather(1, _winners(value, top_k))
+    value = logits.to(weight_dtype(logits.dtype))
+    best = value.gather(1, winners_of(value, top_k))
     return torch.exp(value - best.logsumexp(dim=1, keepdim=True))
 
 
@@ -269,16 +285,15 @@ def _winner_softmax_grad_torch(
 ) -> Tensor:
     product = dscores * scores
     projection = torch.zeros_like(scores)
-    winners = _winners(scores, top_k)
+    winners = winners_of(scores, top_k)
     projection.scatter_(1, winners, scores.gather(1, winners))
     return (product - projection * product.sum(dim=1, keepdim=True)).to(dtype)
 
 
-def _preference(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _preference(scores: Tensor, winners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each expert: its tokens in order of preference (E, T), their scores in fp64, and f."""
     value = scores.clamp(min=0)
-    chosen = torch.zeros_like(value, dtype=torch.int8)
-    chosen = chosen.scatter_(1, _winners(value, top_k), 1).t()
+    chosen = torch.zeros_like(value, dtype=torch.int8).scatter_(1, winners, 1).t()
     value = value.t()
     by_score = torch.sort(value, dim=1, descending=True, stable=True).indices
     regroup = torch.sort(chosen.gather(1, by_score), dim=1, descending=True, stable=True).indices
@@ -329,9 +344,19 @@ def _rounded(
 def _forward_torch(
     scores: Tensor, uniform: Tensor | None, top_k: int, tile: int, rule: str
 ) -> tuple[Tensor, ...]:
+    return round_winners(scores, winners_of(scores.clamp(min=0), top_k), uniform, tile, rule)
+
+
+def round_winners(
+    scores: Tensor, winners: Tensor, uniform: Tensor | None, tile: int, rule: str
+) -> tuple[Tensor, ...]:
+    """Token rounding in torch, from (T, E) scores and the (T, top_k) int64 ids of the winners.
+
+    Returns ``weights``, ``token_ids``, ``expert_ids`` and the plan's tensors in its order.
+    """
     num_tokens, num_experts = scores.shape
-    num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
-    tokens, ranked, frequency = _preference(scores, top_k)
+    num_slots = max_pairs(num_tokens, num_experts, winners.shape[1], tile, rule)
+    tokens, ranked, frequency = _preference(scores, winners)
     counts = _rounded(frequency, ranked, uniform, tile, rule)
     rank = torch.arange(num_tokens, device=scores.device)
     keep = torch.zeros_like(tokens, dtype=torch.bool).scatter_(1, tokens, rank < counts[:, None])
@@ -346,12 +371,12 @@ def _forward_torch(
 
     token_ids = listed(pair // num_experts, num_tokens, torch.int32)
     expert_ids = listed(pair % num_experts, num_experts, torch.int32)
-    weights = listed(scores.reshape(-1), 0, _weight_dtype(scores.dtype))
+    weights = listed(scores.reshape(-1), 0, weight_dtype(scores.dtype))
     plan = torch.ops.sonic.build_plan_flat(token_ids, expert_ids, num_tokens, num_experts, "torch")
     return weights, token_ids, expert_ids, *plan
 
 
-def _weight_dtype(dtype: torch.dtype) -> torch.dtype:
+def weight_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -374,19 +399,20 @@ def _backward_torch(
 # ---------------------------------------------------------------------------- operators
 
 
-def _kernels(op: str, device: torch.device) -> Any:
+def triton_kernels(op: str, device: torch.device) -> tuple[Any, Any]:
+    """The modules :mod:`sonic.triton.rounding_keys` and :mod:`sonic.triton.token_rounding`."""
     try:
-        from sonic.triton import token_rounding as kernels
+        from sonic.triton import rounding_keys, token_rounding
     except ImportError as error:
         raise MissingPackageError(
             f"{op}: tensors on {device} need triton, which cannot be imported ({error}). "
             "Install or repair it, or route on the CPU."
         ) from error
-    return kernels
+    return rounding_keys, token_rounding
 
 
 def _winner_softmax_cuda(logits: Tensor, top_k: int) -> Tensor:
-    kernels = _kernels("rounding_scores", logits.device)
+    kernels, _ = triton_kernels("rounding_scores", logits.device)
     if logits.dtype == torch.float64 or logits.shape[1] > kernels.MAX_BLOCK_E:
         return _winner_softmax_torch(logits, top_k)
     scores: Tensor = kernels.winner_softmax(logits, top_k)
@@ -396,7 +422,7 @@ def _winner_softmax_cuda(logits: Tensor, top_k: int) -> Tensor:
 def _winner_softmax_grad_cuda(
     dscores: Tensor, scores: Tensor, top_k: int, dtype: torch.dtype
 ) -> Tensor:
-    kernels = _kernels("rounding_scores", scores.device)
+    kernels, _ = triton_kernels("rounding_scores", scores.device)
     if scores.dtype == torch.float64 or scores.shape[1] > kernels.MAX_BLOCK_E:
         return _winner_softmax_grad_torch(dscores, scores, top_k, dtype)
     dlogits: Tensor = kernels.winner_softmax_grad(dscores, scores, top_k, dtype)
@@ -404,7 +430,7 @@ def _winner_softmax_grad_cuda(
 
 
 def _winner_softmax_fake(logits: Tensor, top_k: int) -> Tensor:
-    return logits.new_empty(logits.shape, dtype=_weight_dtype(logits.dtype))
+    return logits.new_empty(logits.shape, dtype=weight_dtype(logits.dtype))
 
 
 def _winner_softmax_grad_fake(
@@ -429,7 +455,7 @@ def _forward_cuda(
     num_tokens, num_experts = scores.shape
     if scores.dtype == torch.float64 or num_tokens == 0:
         return _forward_torch(scores, uniform, top_k, tile, rule)
-    kernels = _kernels("token_rounding", scores.device)
+    _, kernels = triton_kernels("token_rounding", scores.device)
     num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
     rounded: tuple[Tensor, ...] = kernels.round_tokens(
         scores, uniform, top_k, tile, rule, num_slots
@@ -448,7 +474,8 @@ def _backward_cuda(
     arguments = (dweights, token_ids, expert_ids, num_tokens, num_experts, dtype)
     if dtype == torch.float64:
         return _backward_torch(*arguments)
-    dscores: Tensor = _kernels("token_rounding", dweights.device).round_tokens_grad(*arguments)
+    _, kernels = triton_kernels("token_rounding", dweights.device)
+    dscores: Tensor = kernels.round_tokens_grad(*arguments)
     return dscores
 
 
@@ -459,7 +486,7 @@ def _forward_fake(
     num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
     sizes = [num_slots] * 2 + [num_experts + 1] + [num_slots] * 3 + [num_tokens + 1, num_slots]
     token_ids, expert_ids, *plan = (scores.new_empty(size, dtype=torch.int32) for size in sizes)
-    weights = scores.new_empty(num_slots, dtype=_weight_dtype(scores.dtype))
+    weights = scores.new_empty(num_slots, dtype=weight_dtype(scores.dtype))
     return weights, token_ids, expert_ids, *plan
 
 

@@ -32,7 +32,7 @@ from sonic.triton.scores import (
     _pointwise_score,
     row_major_mask,
 )
-from sonic.triton.topk import LOWEST, _select, _sortable, _value_of
+from sonic.triton.topk import LOWEST, _select, _select_best, _sortable, _value_of, free_bits
 
 # Key of -inf: winners at or below it found nothing to choose.
 BARRED = tl.constexpr(-(2**31) + 2**23 - 1)
@@ -135,6 +135,7 @@ def _route_kernel(
     scale,
     SCORE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    BITS: tl.constexpr,
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
@@ -193,7 +194,7 @@ def _route_kernel(
                 key, TOPK_GROUPS, GROUP_BEST, GROUPS_PAD, GROUP_PAD, TOPK_GROUPS_PAD, ROWS
             )
         index = tl.broadcast_to(column[None, :], [ROWS, BLOCK])
-        best_key, winner, left = _select(key, index, TOP_K, K_PAD, ROWS)
+        best_key, winner, left = _select_best(key, index, BITS, TOP_K, K_PAD, ROWS)
         if FUSED:
             won = ((left == LOWEST) & (key > BARRED)).to(tl.int32)
             tl.store(
@@ -283,6 +284,9 @@ def _launch_route(
     num_rows, num_columns = logits.shape
     groups, size = _block_shape(num_columns, route.num_groups)
     mask, mask_stride = row_major_mask(mask)
+    by_score = bias is not None or (route.num_groups > 1 and route.group_best > 1)
+    # Scores, and sums with a mask, are numbers of full precision.
+    exact = by_score or mask is not None
     _route_kernel[(triton.cdiv(num_rows, rows),)](
         logits,
         None if bias is None else bias.contiguous(),
@@ -298,6 +302,7 @@ def _launch_route(
         float(route.scale),
         SCORE=SCORES[ScoreFunction(route.score)],
         RENORMALIZE=route.renormalize,
+        BITS=0 if exact else free_bits(logits.dtype, num_columns),
         TOP_K=route.top_k,
         K_PAD=triton.next_power_of_2(route.top_k),
         NUM_GROUPS=route.num_groups,
@@ -307,7 +312,7 @@ def _launch_route(
         GROUP_SIZE=num_columns // route.num_groups,
         GROUPS_PAD=groups,
         GROUP_PAD=size,
-        BY_SCORE=bias is not None or (route.num_groups > 1 and route.group_best > 1),
+        BY_SCORE=by_score,
         BALANCE=route.balance,
         FUSED=fused,
         ROWS=rows,

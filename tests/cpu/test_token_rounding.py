@@ -9,7 +9,13 @@ from sonic import KernelBackendMoE, MoE
 from sonic.enums import ScoreOrder
 from sonic.plan import build_plan_flat
 from sonic.reference import experts_flat_reference, load_balancing_loss
-from sonic.routing import max_pairs, rounding_scores, token_rounding, token_rounding_plan
+from sonic.routing import (
+    max_pairs,
+    rounded_routing,
+    rounding_scores,
+    token_rounding,
+    token_rounding_plan,
+)
 from sonic.routing.token_rounding import KERNEL_TILE, RULES
 from sonic.routing.topk import topk_routing
 from sonic.runtime.errors import ArgumentError, DTypeError, ShapeError
@@ -327,6 +333,8 @@ HUGE = torch.empty(2**26, 64, device="meta")
         (ArgumentError, "rule='near' is not one", lambda: token_rounding(SCORES, 1, 8, "near")),
         (ArgumentError, "order='sigmoid'", lambda: rounding_scores(SCORES, 1, order="sigmoid")),
         (ArgumentError, "rounding_scores: top_k=0", lambda: rounding_scores(SCORES, 0)),
+        (ArgumentError, "rounded_routing: top_k=0", lambda: rounded_routing(SCORES, 0, 8)),
+        (ArgumentError, "order='x'", lambda: rounded_routing(SCORES, 1, 8, order="x")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -368,6 +376,75 @@ def test_scores_gradcheck_and_opcheck(order):
     torch.library.opcheck(torch.ops.sonic.winner_softmax.default, (logits, 2))
     arguments = (scores.detach(), scores.detach(), 2, torch.bfloat16)
     torch.library.opcheck(torch.ops.sonic.winner_softmax_backward.default, arguments)
+
+
+# --- from logits to the plan ----------------------------------------------------------------------
+
+
+@every_order
+@every_rule
+def test_one_operator_equals_scores_and_rounding(rule, order):
+    logits = (2 * torch.randn(60, 9)).requires_grad_()
+    seeded = [torch.Generator().manual_seed(2) for _ in range(2)]
+    scores = rounding_scores(logits, 3, order=order)
+    expected, expected_plan = token_rounding_plan(scores, 3, 8, rule, seeded[0])
+    weights, plan = rounded_routing(logits, 3, 8, rule, seeded[1], order=order)
+    torch.testing.assert_close(weights, expected)
+    assert_same_plan(plan, expected_plan)
+    dweights = torch.randn_like(weights)
+    (actual,) = torch.autograd.grad(weights, logits, dweights)
+    (wanted,) = torch.autograd.grad(expected, logits, dweights)
+    torch.testing.assert_close(actual, wanted)
+    assert wanted.any()
+
+
+@every_order
+def test_one_operator_gradcheck_and_opcheck(order):
+    logits = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(
+        lambda values: rounded_routing(values, 2, 4, "up", order=order)[0], logits
+    )
+    full = order is ScoreOrder.TOPK_OVER_SOFTMAX
+    logits = torch.randn(9, 5).bfloat16().requires_grad_()
+    weights, _ = rounded_routing(logits, 2, 4, "nr", order=order)
+    (gradient,) = torch.autograd.grad(weights.square().sum(), logits)
+    assert gradient.dtype == torch.bfloat16 and gradient.any()
+    op = torch.ops.sonic.rounded_routing.default
+    torch.library.opcheck(op, (logits, None, 2, 4, "nr", full))
+    weights, experts, _, _, _, _, by_token, _, *winners = op(logits, None, 2, 4, "nr", full)
+    saved = (weights, experts, by_token, *winners, logits if full else None)
+    torch.library.opcheck(
+        torch.ops.sonic.rounded_routing_backward.default,
+        tuple(
+            value.detach() if isinstance(value, torch.Tensor) else value
+            for value in (weights, *saved, 5, torch.bfloat16)
+        ),
+    )
+
+
+@every_order
+def test_one_operator_saves_what_its_docstring_says(order):
+    saved = []
+    logits = torch.randn(40, 6, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        weights, _ = rounded_routing(logits, 2, 8, order=order)
+    expected = 8 * len(weights) + 4 * 41 + 8 * 40 * 2 + 4 * 40
+    if order is ScoreOrder.TOPK_OVER_SOFTMAX:
+        expected += logits.nbytes
+    assert sum(tensor.nbytes for tensor in saved) == expected
+
+
+def test_one_operator_under_compile():
+    torch._dynamo.reset()
+    compiled = torch.compile(rounded_routing, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (30, 41):
+        logits = torch.randn(tokens, 6, requires_grad=True)
+        actual, plan = compiled(logits, 2, 8, "nr")
+        expected, expected_plan = rounded_routing(logits, 2, 8, "nr")
+        assert torch.equal(actual, expected)
+        assert_same_plan(plan, expected_plan)
+        (gradient,) = torch.autograd.grad(actual.square().sum(), logits)
+        assert torch.equal(gradient, torch.autograd.grad(expected.square().sum(), logits)[0])
 
 
 # --- layer ----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from sonic.routing import max_pairs
 from sonic.routing.token_rounding import RULES
+from sonic.triton import rounding_keys, rounding_select
 from sonic.triton import token_rounding as kernels
 from tests.cpu.test_triton_compile import compiled  # noqa: F401
 from tests.interpreter import run_interpreted
@@ -29,13 +30,30 @@ def test_kernels_in_the_interpreter():
 
 @pytest.fixture(autouse=True)
 def _without_device(monkeypatch):
-    monkeypatch.setattr(kernels, "device_of", lambda tensor: contextlib.nullcontext())
+    for module in (kernels, rounding_keys):
+        monkeypatch.setattr(module, "device_of", lambda tensor: contextlib.nullcontext())
 
 
 def _round(tokens, experts, top_k, rule, dtype=torch.float32):
     slots = max_pairs(tokens, experts, top_k, 128, rule)
     scores = torch.zeros(tokens, experts, dtype=dtype)
     return kernels.round_tokens(scores, torch.zeros(experts), top_k, 128, rule, slots)
+
+
+def _round_logits(tokens, experts, top_k, rule, dtype=torch.bfloat16, full=False):
+    slots = max_pairs(tokens, experts, top_k, 128, rule)
+    logits, uniform = torch.zeros(tokens, experts, dtype=dtype), torch.zeros(experts)
+    rounded, *winners = kernels.round_logits(logits, uniform, top_k, 128, rule, slots, full)
+    kernels.round_logits_grad(
+        rounded.weights,
+        rounded.weights,
+        rounded.expert_ids,
+        rounded.offset_by_token,
+        *winners,
+        logits if full else None,
+        experts,
+        dtype,
+    )
 
 
 def _texts(compiled, name):  # noqa: F811
@@ -51,16 +69,18 @@ def test_every_kernel_compiles(compiled):  # noqa: F811
     _round(100, 5000, 8, "nr", torch.float16)  # rows in blocks
     _round(24576, 1, 1, "sr")
     for dtype in (torch.float32, torch.bfloat16):
-        scores = kernels.winner_softmax(torch.zeros(64, 256, dtype=dtype), 8)
-        kernels.winner_softmax_grad(scores, scores, 8, dtype)
+        scores = rounding_keys.winner_softmax(torch.zeros(64, 256, dtype=dtype), 8)
+        rounding_keys.winner_softmax_grad(scores, scores, 8, dtype)
+        _round_logits(16384, 512, 8, "nr", dtype, full=dtype is torch.float32)
         ids = torch.zeros(64, dtype=torch.int32)
         kernels.round_tokens_grad(torch.zeros(64), ids, ids, 64, 256, dtype)
     own = {
         name
-        for name, value in vars(kernels).items()
+        for module in (kernels, rounding_keys, rounding_select)
+        for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
-    assert len(own) == 8 and own <= set(compiled)
+    assert len(own) == 9 and own <= set(compiled)
     for name in own:
         for text in _texts(compiled, name):
             # The order in which atomics land would decide the result.
@@ -74,8 +94,8 @@ def test_the_number_of_tokens_compiles_anew_once_per_power_of_two(compiled):  # 
             outputs = _round(tokens, 16, 2, rule)
         ids, weights = outputs[1], outputs[0]
         kernels.round_tokens_grad(weights, ids, ids, tokens, 16, torch.float32)
-        scores = kernels.winner_softmax(torch.zeros(tokens, 16), 2)
-        kernels.winner_softmax_grad(scores, scores, 2, torch.float32)
+        scores = rounding_keys.winner_softmax(torch.zeros(tokens, 16), 2)
+        rounding_keys.winner_softmax_grad(scores, scores, 2, torch.float32)
     for name in compiled:
         variants = 2 if name == "_select_kernel" else 1  # one for each of the two rules
         assert len(_texts(compiled, name)) == variants, name

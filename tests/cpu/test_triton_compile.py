@@ -92,8 +92,20 @@ def _launch_token_rounding(module) -> None:
             rounded = module.round_tokens(scores, torch.zeros(experts), 8, 128, rule, 4096)
         module.round_tokens_grad(*rounded[:3], tokens, experts, torch.bfloat16)
     for logits in (torch.zeros(64, 128), torch.zeros(64, 4096, dtype=torch.bfloat16)):
-        scores = module.winner_softmax(logits, 8)
-        module.winner_softmax_grad(scores, scores, 8, logits.dtype)
+        scores = MODULES["rounding_keys"].winner_softmax(logits, 8)
+        MODULES["rounding_keys"].winner_softmax_grad(scores, scores, 8, logits.dtype)
+    for experts, dtype, full in (
+        (16, torch.bfloat16, False),
+        (256, torch.bfloat16, False),
+        (512, torch.float32, True),
+        (4096, torch.float16, False),
+    ):
+        logits = torch.zeros(300, experts, dtype=dtype)
+        rounded, *winners = module.round_logits(logits, None, 8, 128, "nr", 4096, full)
+        module.round_logits_grad(
+            rounded.weights, rounded.weights, rounded.expert_ids, rounded.offset_by_token,
+            *winners, logits if full else None, experts, dtype,
+        )  # fmt: skip
 
 
 def _launch_routers(module) -> None:

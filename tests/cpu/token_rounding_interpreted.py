@@ -7,6 +7,8 @@ Not collected on its own: ``test_token_rounding_triton.py`` runs it in a process
 import pytest
 import torch
 
+import sonic.triton.rounding_keys as keys
+import sonic.triton.rounding_select as select
 import sonic.triton.token_rounding as kernels
 from sonic.routing.token_rounding import RULES
 from tests import rounding_checks as checks
@@ -47,22 +49,22 @@ def test_several_groups_and_blocks_of_experts(rule, guarded):
 @every_rule
 def test_columns_that_no_block_holds(rule, guarded, monkeypatch):
     """Four passes over every column, and ties that one chunk starts and another ends."""
-    monkeypatch.setattr(kernels, "_MAX_HELD", 0)
-    monkeypatch.setattr(kernels, "_MAX_CHUNK_T", 64)
+    monkeypatch.setattr(select, "_MAX_HELD", 0)
+    monkeypatch.setattr(select, "_MAX_CHUNK_T", 64)
     for kind in ("softmax", "ties"):
         check(Case(200, 3, 1, 32, rule, kind), guarded)
 
 
 @pytest.mark.parametrize("kind", ["ties", "negative"])
 def test_rows_that_no_block_holds(kind, guarded, monkeypatch):
-    monkeypatch.setattr(kernels, "MAX_BLOCK_E", 8)
+    monkeypatch.setattr(keys, "MAX_BLOCK_E", 8)
     check(Case(40, 140, 3, 4, "nr", kind), guarded)
 
 
 @pytest.mark.parametrize("tokens", [40, 45, 7])
 def test_balance_in_blocks_of_experts(tokens, guarded, monkeypatch):
     """45 tokens: experts that can round up to 45 but to no multiple of 8 break the prefix sum."""
-    monkeypatch.setattr(kernels, "_BALANCE_BLOCK", 4)
+    monkeypatch.setattr(select, "_BALANCE_BLOCK", 4)
     for seed, kind in enumerate(("hot", "softmax", "ties")):
         check(Case(tokens, 11, 3, 8, "balance-f", kind), guarded, seed)
 
@@ -105,3 +107,29 @@ def test_winner_softmax(sizes, dtype, guarded):
     tokens, experts, top_k = sizes
     logits = guarded.copy_of((2 * torch.randn(tokens, experts)).to(dtype))
     checks.check_winner_softmax(logits, top_k)
+
+
+def logits_of(case, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(case.tokens, case.experts, generator=generator)
+    if case.kind == "ties":
+        logits = logits.round()
+    return logits.to(dtype)
+
+
+@pytest.mark.parametrize("seed", range(18))
+def test_random_logits(seed, guarded):
+    """Every rule with every dtype."""
+    case = checks.random_case(seed)
+    dtype = (torch.bfloat16, torch.float16, torch.float32)[seed // len(RULES)]
+    logits, uniform = logits_of(case, dtype, seed), checks.uniform_of(case, seed)
+    checks.check_logits(guarded.copy_of(logits), guarded.copy_of(uniform), case, seed % 2 == 0)
+
+
+@every_rule
+def test_logits_of_several_groups_and_blocks_of_experts(rule, guarded, monkeypatch):
+    monkeypatch.setattr(kernels, "_MAX_BLOCK_E", 32)
+    for kind, dtype in (("softmax", torch.bfloat16), ("ties", torch.float32)):
+        case = Case(150, 70, 4, 8, rule, kind)
+        logits = guarded.copy_of(logits_of(case, dtype))
+        checks.check_logits(logits, checks.uniform_of(case), case, kind == "ties")

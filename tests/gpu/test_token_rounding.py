@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import sonic
 from sonic.enums import ScoreOrder
 from sonic.plan import build_plan_flat
-from sonic.routing import rounding_scores, token_rounding, token_rounding_plan
+from sonic.routing import rounded_routing, rounding_scores, token_rounding, token_rounding_plan
 from sonic.routing.token_rounding import RULES
 from tests import rounding_checks as checks
 from tests.rounding_checks import Case
@@ -108,16 +108,42 @@ def test_winner_softmax(sizes, dtype, guarded):
     checks.check_winner_softmax(guarded.copy_of(logits), top_k)
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", [size for size in SIZES if size[1] <= 4096], ids=str)
+def test_logits_to_plan(sizes, dtype, full, guarded):
+    """The fused kernels, for one rule each."""
+    tokens, experts, top_k, _ = sizes
+    rule = RULES[(tokens + experts) % len(RULES)]
+    case = Case(*sizes, rule)
+    logits = (2 * torch.randn(tokens, experts, device=CUDA)).to(dtype)
+    checks.check_logits(guarded.copy_of(logits), checks.uniform_of(case, 0, CUDA), case, full)
+
+
+def test_fused_and_separate_scores_are_the_same_bits():
+    """One kernel makes both, so that the layer and its parts choose the same pairs."""
+    for experts in (16, 128, 512):
+        logits = _logits(5000, experts)
+        expected = token_rounding_plan(rounding_scores(logits, 4), 4, 128)
+        weights, plan = rounded_routing(logits, 4, 128)
+        assert torch.equal(weights, expected[0])
+        assert_same_plan(plan, expected[1])
+
+
 def _everything(logits, rule):
-    """Scores, pairs, weights, plan and the logits' gradient."""
+    """Weights, plan and the logits' gradient, by the fused operator and by its parts."""
     results = []
     for order in (ScoreOrder.SOFTMAX_OVER_TOPK, ScoreOrder.TOPK_OVER_SOFTMAX):
         leaf = logits.detach().requires_grad_()
         scores = rounding_scores(leaf, 4, order=order)
-        weights, plan = token_rounding_plan(scores, 4, 128, rule)
-        (gradient,) = torch.autograd.grad(weights, leaf, 1 + weights.detach())
-        plan_tensors = [getattr(plan, name) for name in PLAN_TENSORS]
-        results += [scores.detach(), weights.detach(), gradient, *plan_tensors]
+        results.append(scores.detach())
+        for weights, plan in (
+            token_rounding_plan(scores, 4, 128, rule),
+            rounded_routing(leaf, 4, 128, rule, order=order),
+        ):
+            (gradient,) = torch.autograd.grad(weights, leaf, 1 + weights.detach())
+            plan_tensors = [getattr(plan, name) for name in PLAN_TENSORS]
+            results += [weights.detach(), gradient, *plan_tensors]
     return results
 
 
@@ -213,12 +239,10 @@ def test_the_layer_equals_its_flat_form(rule):
     assert (frequency % 128 == 0).all() and frequency.any()
     logits = torch.nn.functional.linear(x, router)
     torch.manual_seed(2)
-    token_ids, expert_ids, weights = token_rounding(rounding_scores(logits, 2), 2, "auto", rule)
+    weights, plan = rounded_routing(logits, 2, "auto", rule)
+    token_ids, expert_ids = checks.pairs_of(plan)
+    assert_same_plan(plan, build_plan_flat(token_ids, expert_ids, tokens, experts))
     flat = sonic.experts_flat(x, token_ids, expert_ids, weights, w1, w2)
-    plan = build_plan_flat(token_ids, expert_ids, tokens, experts)
-    torch.manual_seed(2)
-    _, own = token_rounding_plan(rounding_scores(logits, 2), 2, "auto", rule)
-    assert_same_plan(own, plan)
     dout = torch.randn_like(out)
     assert torch.equal(out, flat) and out.any()
     actual = torch.autograd.grad(out, leaves, dout)

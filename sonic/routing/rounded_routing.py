@@ -1,0 +1,206 @@
+"""Token rounding from router logits as one operator: weights and plan, and the logits' gradient.
+
+What :func:`sonic.routing.token_rounding_plan` makes of :func:`sonic.routing.rounding_scores`,
+without a (T, E) table of scores in memory: three launches forward and one backward on a GPU.
+
+Symbols: T tokens, E experts, S slots.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonic import checks
+from sonic.enums import ScoreOrder
+from sonic.plan import RoutingPlan
+from sonic.routing.token_rounding import (
+    check_rounding,
+    draw_uniform,
+    flat_plan,
+    max_pairs,
+    resolve_tile,
+    round_winners,
+    triton_kernels,
+    weight_dtype,
+    winners_of,
+)
+from sonic.runtime.derivatives import differentiable_function, register_gradient
+
+_OP = "rounded_routing"
+
+
+def rounded_routing(
+    logits: Tensor,
+    top_k: int,
+    tile: int | str,
+    rule: str = "nr",
+    generator: torch.Generator | None = None,
+    *,
+    order: ScoreOrder | str = ScoreOrder.SOFTMAX_OVER_TOPK,
+) -> tuple[Tensor, RoutingPlan]:
+    """Weights and plan of token rounding.
+
+    Args:
+        logits: (T, E) bf16, fp16 or fp32 on any device, E up to 65,536; fp64 runs in torch.
+        top_k, tile, rule, generator: as in :func:`sonic.token_rounding`. A token chooses the
+            experts of its ``top_k`` largest logits, as :func:`sonic.topk_routing` does.
+        order: a :class:`~sonic.enums.ScoreOrder` or its value: the scores are those of
+            :func:`sonic.routing.rounding_scores`.
+
+    Returns:
+        ``weights`` (S,) fp32 (fp64 for fp64 logits), differentiable in the logits, with S as
+        :func:`sonic.routing.max_pairs` has it, and the plan of the kept pairs.
+
+    Raises:
+        As :func:`sonic.token_rounding`.
+
+    Numerics:
+        Scores are fp32. The logits' gradient is rounded once. Deterministic for given random
+        numbers; nothing waits for the device.
+
+    Memory:
+        Backward keeps ``weights``, the pairs' experts, T + 1 offsets (8 S + 4 T bytes), scores and
+        ids of the winners and a logsumexp (8 T top_k + 4 T bytes), and the logits for
+        ``topk_over_softmax``.
+    """
+    tile = resolve_tile(_OP, tile)
+    check_rounding(_OP, "logits", logits, top_k, tile, rule, generator)
+    order = checks.choice(_OP, "order", order, ScoreOrder)
+    full = order is ScoreOrder.TOPK_OVER_SOFTMAX
+    uniform = draw_uniform(logits, rule, generator)
+    outputs = torch.ops.sonic.rounded_routing(logits, uniform, top_k, tile, rule, full)
+    weights, _, *plan = outputs[:8]
+    return weights, flat_plan(plan, logits.shape[0])
+
+
+# ------------------------------------------------------------------------------ in torch
+
+
+def _forward_torch(
+    logits: Tensor, uniform: Tensor | None, top_k: int, tile: int, rule: str, full: bool
+) -> tuple[Tensor, ...]:
+    value = logits.to(weight_dtype(logits.dtype))
+    winners = winners_of(value, top_k)
+    best = value.gather(1, winners)
+    lse = (value if full else best).logsumexp(dim=1)
+    scores = torch.exp(value - lse[:, None])
+    weights, _, expert_ids, *plan = round_winners(scores, winners, uniform, tile, rule)
+    return weights, expert_ids, *plan, scores.gather(1, winners), winners.int(), lse
+
+
+def _backward_torch(
+    dweights: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    offset_by_token: Tensor,
+    winner_scores: Tensor,
+    winner_ids: Tensor,
+    lse: Tensor,
+    logits: Tensor | None,
+    num_experts: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    num_tokens, num_slots = winner_ids.shape[0], weights.shape[0]
+    slots = torch.arange(num_slots, device=weights.device)
+    tokens = torch.searchsorted(offset_by_token.long(), slots, right=True) - 1
+    # What lies behind the last pair lands in a row behind the last token.
+    tokens = torch.where(slots < offset_by_token[-1], tokens, num_tokens)
+    products = weights.new_zeros(num_tokens + 1, num_experts)
+    experts = torch.where(slots < offset_by_token[-1], expert_ids.long(), 0)
+    products = products.index_put((tokens, experts), weights * dweights)[:num_tokens]
+    projection = products.sum(dim=1, keepdim=True)
+    if logits is None:
+        taken = torch.zeros_like(products).scatter(1, winner_ids.long(), winner_scores)
+    else:
+        taken = torch.exp(logits.to(lse.dtype) - lse[:, None])
+    return (products - taken * projection).to(dtype)
+
+
+# ---------------------------------------------------------------------------- operators
+
+
+def _forward_cuda(
+    logits: Tensor, uniform: Tensor | None, top_k: int, tile: int, rule: str, full: bool
+) -> tuple[Tensor, ...]:
+    keys, kernels = triton_kernels(_OP, logits.device)
+    num_tokens, num_experts = logits.shape
+    if logits.dtype == torch.float64 or num_tokens == 0 or num_experts > keys.MAX_BLOCK_E:
+        return _forward_torch(logits, uniform, top_k, tile, rule, full)
+    num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
+    rounded, *winners = kernels.round_logits(logits, uniform, top_k, tile, rule, num_slots, full)
+    weights, _, expert_ids, *plan = rounded
+    return weights, expert_ids, *plan, *winners
+
+
+def _backward(dweights: Tensor, *saved: Any) -> Tensor:
+    dtype = saved[-1]
+    if not dweights.is_cuda or dtype == torch.float64:
+        return _backward_torch(dweights, *saved)
+    _, kernels = triton_kernels(_OP, dweights.device)
+    dlogits: Tensor = kernels.round_logits_grad(dweights, *saved)
+    return dlogits
+
+
+def _forward_fake(
+    logits: Tensor, uniform: Tensor | None, top_k: int, tile: int, rule: str, full: bool
+) -> tuple[Tensor, ...]:
+    num_tokens, num_experts = logits.shape
+    num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
+    sizes = [num_slots, num_experts + 1, *[num_slots] * 3, num_tokens + 1, num_slots]
+    weights = logits.new_empty(num_slots, dtype=weight_dtype(logits.dtype))
+    integers = [logits.new_empty(size, dtype=torch.int32) for size in sizes]
+    winner_scores = weights.new_empty(num_tokens, top_k)
+    winner_ids = logits.new_empty((num_tokens, top_k), dtype=torch.int32)
+    return weights, *integers, winner_scores, winner_ids, weights.new_empty(num_tokens)
+
+
+def _backward_fake(dweights: Tensor, *saved: Any) -> Tensor:
+    winner_ids, num_experts, dtype = saved[4], saved[7], saved[8]
+    return dweights.new_empty((winner_ids.shape[0], num_experts), dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, *_, full = inputs
+    weights, expert_ids, *plan, winner_scores, winner_ids, lse = output
+    ctx.mark_non_differentiable(*output[1:])
+    offset_by_token = plan[4]
+    ctx.save_for_backward(
+        weights, expert_ids, offset_by_token, winner_scores, winner_ids, lse,
+        logits if full else None,
+    )  # fmt: skip
+    ctx.num_experts, ctx.dtype = logits.shape[1], logits.dtype
+
+
+def _autograd(ctx: Any, dweights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    dlogits = torch.ops.sonic.rounded_routing_backward(
+        dweights, *ctx.saved_tensors, ctx.num_experts, ctx.dtype
+    )
+    return dlogits, None, None, None, None, None
+
+
+_LIBRARY = torch.library.Library("sonic", "FRAGMENT")
+_LIBRARY.define(
+    "rounded_routing(Tensor logits, Tensor? uniform, int top_k, int tile, str rule, bool full)"
+    f" -> ({', '.join(['Tensor'] * 11)})",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "rounded_routing_backward(Tensor dweights, Tensor weights, Tensor expert_ids,"
+    " Tensor offset_by_token, Tensor winner_scores, Tensor winner_ids, Tensor lse,"
+    " Tensor? logits, SymInt num_experts, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("rounded_routing", _forward_torch, "CPU")
+_LIBRARY.impl("rounded_routing", _forward_cuda, "CUDA")
+_LIBRARY.impl("rounded_routing_backward", _backward, "CPU")
+_LIBRARY.impl("rounded_routing_backward", _backward, "CUDA")
+torch.library.register_fake("sonic::rounded_routing", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("sonic::rounded_routing_backward", _backward_fake, lib=_LIBRARY)
+_ROUNDED_ROUTING = torch.ops.sonic.rounded_routing.default
+register_gradient(
+    _LIBRARY,
+    _ROUNDED_ROUTING,
+    differentiable_function(_ROUNDED_ROUTING, _autograd, _setup_context),
+    "sonic.routing.rounding_scores and a gather of the weights, in torch",
+)

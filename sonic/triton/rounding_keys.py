@@ -1,0 +1,305 @@
+"""Token rounding's keys: how an expert ranks the tokens, as one int32 per token and expert.
+
+T tokens, E experts. A token chooses its ``top_k`` best experts; an expert prefers the tokens that
+chose it, then high scores, then low token indices::
+
+    key[e, t] = bits of the score, with the sign bit set if token t did not choose expert e
+
+Keys are written column by column, from given scores or, in one pass that also finds the winners,
+from logits. The score of expert e is then ``exp(v_e)`` over the sum of ``exp(v)``, of the token's
+winners or of all experts.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sonic.enums import ScoreOrder
+from sonic.triton.common import check_float, check_shape, device_of, row_major
+from sonic.triton.topk import _select_best, _sortable, _value_of, free_bits, topk_scores
+
+LOWEST = tl.constexpr(-(2**31))
+HIGHEST = tl.constexpr(2**31 - 1)
+
+MAX_BLOCK_E = 4096  # experts of a token in one block
+_ELEMENTS = 8192  # of a block
+_ELEMENTS_PER_WARP = 1024
+
+
+@triton.jit
+def _rank_key(value):
+    """int32 that orders like the fp32 score, negative scores as zero, any NaN highest."""
+    bits = value.to(tl.int32, bitcast=True)
+    return tl.where(value != value, HIGHEST, tl.where(value > 0.0, bits, 0))
+
+
+@triton.jit
+def _score_of(key):
+    return (key & HIGHEST).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _chosen(key, expert, TOP_K: tl.constexpr):
+    """Whether a column holds one of its row's TOP_K largest keys, the first of equal ones first;
+    keys are at least 0 in TOP_K columns or more, and -1 in those that do not count."""
+    for _ in range(TOP_K):
+        top = tl.max(key, axis=1)
+        winner = tl.min(tl.where(key == top[:, None], expert[None, :], HIGHEST), axis=1)
+        key = tl.where(expert[None, :] == winner[:, None], -1, key)
+    return key < 0
+
+
+@triton.jit
+def _store_columns(
+    keys, key, token, expert, num_tokens, num_experts, key_stride, ROWS: tl.constexpr
+):
+    """keys (E, key_stride) from a block (ROWS, experts), the least of keys from T on."""
+    key = tl.trans(tl.where(token[:, None] < num_tokens, key, LOWEST))
+    offset = expert.to(tl.int64)[:, None] * key_stride + token[None, :]
+    mask = (expert[:, None] < num_experts) & (token[None, :] < key_stride)
+    tl.store(keys + offset, key, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _logit_scores_kernel(
+    logits,
+    scores,
+    keys,
+    winner_scores,
+    winner_ids,
+    lse_by_token,
+    num_tokens,
+    num_experts,
+    stride,
+    key_stride,
+    BITS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    FULL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Scores of all experts, as (T, E) or as keys; winners and their scores (T, TOP_K). Either
+    pair of pointers may be missing; ``lse_by_token`` is the logarithm of the scores' divisor."""
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    expert = tl.arange(0, BLOCK_E)
+    is_token = token < num_tokens
+    is_expert = expert < num_experts
+    inside = is_token[:, None] & is_expert[None, :]
+    offset = token.to(tl.int64)[:, None] * stride + expert[None, :]
+    value = tl.load(logits + offset, mask=inside, other=0.0).to(tl.float32)
+    order = tl.where(is_expert[None, :], _sortable(value), LOWEST)
+    index = tl.broadcast_to(expert[None, :], [ROWS, BLOCK_E])
+    best, winner, left = _select_best(order, index, BITS, TOP_K, K_PAD, ROWS)
+
+    lane = tl.arange(0, K_PAD)
+    top = _value_of(tl.max(best, axis=1))
+    term = tl.exp(value - top[:, None])
+    winner_term = tl.where(lane[None, :] < TOP_K, tl.exp(_value_of(best) - top[:, None]), 0.0)
+    if FULL:
+        total = tl.sum(tl.where(is_expert[None, :], term, 0.0), axis=1)
+    else:
+        total = tl.sum(winner_term, axis=1)
+    inverse = 1.0 / total
+    score = term * inverse[:, None]
+    if scores is not None:
+        offset = token.to(tl.int64)[:, None] * num_experts + expert[None, :]
+        tl.store(scores + offset, score, mask=inside)
+    if keys is not None:
+        key = _rank_key(score)
+        key = tl.where(left == LOWEST, key, key | LOWEST)
+        _store_columns(keys, key, token, expert, num_tokens, num_experts, key_stride, ROWS)
+        tl.store(lse_by_token + token, top + tl.log(total), mask=is_token)
+        offset = token.to(tl.int64)[:, None] * TOP_K + lane[None, :]
+        is_slot = is_token[:, None] & (lane[None, :] < TOP_K)
+        tl.store(winner_scores + offset, winner_term * inverse[:, None], mask=is_slot)
+        tl.store(winner_ids + offset, winner, mask=is_slot)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _keys_kernel(
+    scores,
+    ids,
+    keys,
+    num_tokens,
+    num_experts,
+    stride,
+    key_stride,
+    TOP_K: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Keys of given scores. Without ids one block holds whole rows and chooses by itself."""
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    mask = (token[:, None] < num_tokens) & (expert[None, :] < num_experts)
+    value = tl.load(
+        scores + token.to(tl.int64)[:, None] * stride + expert[None, :], mask=mask, other=0.0
+    )
+    key = tl.where(mask, _rank_key(value.to(tl.float32)), -1)
+    if HAS_IDS:
+        chosen = key < -1
+        for rank in range(TOP_K):
+            slot = token.to(tl.int64) * TOP_K + rank
+            winner = tl.load(ids + slot, mask=token < num_tokens, other=-1)
+            chosen = chosen | (expert[None, :] == winner[:, None])
+    else:
+        chosen = _chosen(key, expert, TOP_K)
+    key = tl.where(chosen, key, key | LOWEST)
+    _store_columns(keys, key, token, expert, num_tokens, num_experts, key_stride, ROWS)
+
+
+# --- launchers ------------------------------------------------------------------------------------
+
+
+def rows_of(block_e: int) -> int:
+    """Tokens of a block of so many experts."""
+    return min(64, max(1, _ELEMENTS // block_e))
+
+
+def _key_stride(num_tokens: int) -> int:
+    # A multiple of 16, so that keys move in whole vectors.
+    return triton.cdiv(num_tokens, 16) * 16
+
+
+def _launch(
+    logits: torch.Tensor, outputs: tuple[torch.Tensor | None, ...], top_k: int, full: bool
+) -> None:
+    num_tokens, num_experts = logits.shape
+    block_e = triton.next_power_of_2(num_experts)
+    rows = rows_of(block_e)
+    stride = _key_stride(num_tokens)
+    _logit_scores_kernel[(triton.cdiv(stride, rows),)](
+        logits,
+        *outputs,
+        num_tokens,
+        num_experts,
+        logits.stride(0),
+        stride,
+        BITS=free_bits(logits.dtype, num_experts),
+        TOP_K=top_k,
+        K_PAD=triton.next_power_of_2(top_k),
+        FULL=full,
+        ROWS=rows,
+        BLOCK_E=block_e,
+        num_warps=max(1, rows * block_e // _ELEMENTS_PER_WARP),
+    )
+
+
+def keys_of_logits(
+    logits: torch.Tensor, top_k: int, full: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys, and what the gradient needs, in one launch.
+
+    Args:
+        logits: (T, E) bf16, fp16 or fp32, rows dense, T at least 1, E at most 4096.
+        top_k: 1 to min(64, E). full: divide by the sum over all experts, not over the winners.
+
+    Returns:
+        ``keys (E, stride)`` int32 with ``stride`` at least T, ``winner_scores (T, top_k)`` fp32,
+        ``winner_ids (T, top_k)`` int32, ``lse (T,)`` fp32, the logarithm of the divisor.
+    """
+    num_tokens, num_experts = logits.shape
+    device = logits.device
+    keys = torch.empty(num_experts, _key_stride(num_tokens), dtype=torch.int32, device=device)
+    winner_scores = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
+    winner_ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
+    lse = torch.empty(num_tokens, dtype=torch.float32, device=device)
+    _launch(logits, (None, keys, winner_scores, winner_ids, lse), top_k, full)
+    return keys, winner_scores, winner_ids, lse
+
+
+def keys_of_scores(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """``keys (E, stride)`` of (T, E) scores, rows dense, T at least 1."""
+    num_tokens, num_experts = scores.shape
+    stride = _key_stride(num_tokens)
+    keys = torch.empty(num_experts, stride, dtype=torch.int32, device=scores.device)
+    block_e = triton.next_power_of_2(num_experts)
+    ids = None
+    if block_e > MAX_BLOCK_E:
+        _, ids = topk_scores(scores.clamp(min=0), top_k, ScoreOrder.SOFTMAX_OVER_TOPK)
+        block_e = 128
+    rows = min(64, max(1, 4096 // block_e))
+    _keys_kernel[(triton.cdiv(stride, rows), triton.cdiv(num_experts, block_e))](
+        scores,
+        ids,
+        keys,
+        num_tokens,
+        num_experts,
+        scores.stride(0),
+        stride,
+        TOP_K=top_k,
+        HAS_IDS=ids is not None,
+        ROWS=rows,
+        BLOCK_E=block_e,
+        num_warps=4,
+    )
+    return keys
+
+
+def winner_softmax(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Softmax of each row, over its ``top_k`` largest entries instead of all.
+
+    Args:
+        logits: (T, E) bf16, fp16 or fp32, E at most 4096. top_k: 1 to min(64, E).
+
+    Returns:
+        (T, E) fp32, the scores that :func:`keys_of_logits` ranks; those of the winners sum to one,
+        the others are at most the least of them.
+    """
+    check_float("winner_softmax", logits=logits)
+    scores = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    if logits.shape[0]:
+        with device_of(logits):
+            _launch(row_major(logits), (scores, None, None, None, None), top_k, False)
+    return scores
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _winner_softmax_grad_kernel(
+    dscores,
+    scores,
+    dlogits,
+    num_tokens,
+    num_experts,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    expert = tl.arange(0, BLOCK_E)
+    mask = (token[:, None] < num_tokens) & (expert[None, :] < num_experts)
+    offset = token.to(tl.int64)[:, None] * num_experts + expert[None, :]
+    score = tl.load(scores + offset, mask=mask, other=0.0)
+    product = score * tl.load(dscores + offset, mask=mask, other=0.0)
+    chosen = _chosen(tl.where(mask, _rank_key(score), -1), expert, TOP_K)
+    projection = tl.sum(product, axis=1)[:, None] * score
+    result = product - tl.where(chosen, projection, 0.0)
+    tl.store(dlogits + offset, result.to(dlogits.dtype.element_ty), mask=mask)
+
+
+def winner_softmax_grad(
+    dscores: torch.Tensor, scores: torch.Tensor, top_k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """(T, E) gradient of the logits of :func:`winner_softmax`, from its result."""
+    num_tokens, num_experts = scores.shape
+    check_shape("winner_softmax_grad", "dscores", dscores, (num_tokens, num_experts))
+    dlogits = torch.empty(num_tokens, num_experts, dtype=dtype, device=scores.device)
+    if num_tokens == 0:
+        return dlogits
+    block_e = triton.next_power_of_2(num_experts)
+    rows = min(64, max(1, 4096 // block_e))
+    with device_of(scores):
+        _winner_softmax_grad_kernel[(triton.cdiv(num_tokens, rows),)](
+            dscores.contiguous(),
+            scores.contiguous(),
+            dlogits,
+            num_tokens,
+            num_experts,
+            TOP_K=top_k,
+            ROWS=rows,
+            BLOCK_E=block_e,
+            num_warps=4,
+        )
+    return dlogits

@@ -1,0 +1,317 @@
+"""Token rounding's decisions: how many tokens each expert keeps, and which.
+
+M is the tile. An expert keeps as many of its preferred tokens as its rounded count says. Its column
+of keys (see :mod:`sonic.triton.rounding_keys`) is read into registers once, and a bisection finds
+the key at which the kept tokens end: only the last tile is undecided, and nothing is sorted. What
+is left behind is 32 tokens' verdicts in a word, and the expert's kept tokens before them.
+
+Source: SonicMoE (arXiv 2512.14080), algorithms 4 and 6.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from sonic.triton.rounding_keys import HIGHEST, LOWEST, _score_of
+
+GROUP = tl.constexpr(32)  # tokens whose verdicts share a word
+
+_MAX_HELD = 32768  # keys of a column in registers
+_MAX_CHUNK_T = 16384
+_BALANCE_BLOCK = 1024  # experts whose running error is found at once
+
+
+class Decisions(NamedTuple):
+    """``words`` and ``counts_before`` (groups, E): bit i of a word is the verdict on token i of the
+    group, ``counts_before`` the expert's kept tokens in earlier groups. ``counts`` (E,): tokens the
+    expert keeps. All int32."""
+
+    words: torch.Tensor
+    counts_before: torch.Tensor
+    counts: torch.Tensor
+
+
+# --- one expert's column --------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_keys(column, start, length, BLOCK: tl.constexpr):
+    # The length is a multiple of 16, so that keys move in whole vectors. What pads the column ranks
+    # with the least of real keys, and behind it by its index.
+    token = start + tl.arange(0, BLOCK)
+    return tl.load(column + token, mask=token < length, other=LOWEST)
+
+
+@triton.jit
+def _count_from(column, held, bound, length, BLOCK: tl.constexpr, HELD: tl.constexpr):
+    """How many keys are at least ``bound``, which exceeds the least key."""
+    if HELD:
+        return tl.sum((held >= bound).to(tl.int32), axis=0)
+    else:
+        count = 0
+        for start in range(0, length, BLOCK):
+            key = _load_keys(column, start, length, BLOCK)
+            count += tl.sum((key >= bound).to(tl.int32), axis=0)
+        return count
+
+
+@triton.jit
+def _bracket(held, in_chosen, num_tokens, BLOCK: tl.constexpr, HELD: tl.constexpr):
+    """The least key, and one above the greatest, among the tokens that chose the expert or among
+    the others; of a column that is not held, bounds of any such key."""
+    zero = tl.zeros([], tl.int64)
+    if HELD:
+        counts = (tl.arange(0, BLOCK) < num_tokens) & ((held >= 0) == in_chosen)
+        low = zero + tl.min(tl.where(counts, held, HIGHEST), axis=0)
+        high = zero + tl.max(tl.where(counts, held, LOWEST), axis=0) + 1
+    else:
+        low = zero + tl.where(in_chosen, 0, LOWEST)
+        high = zero + tl.where(in_chosen, HIGHEST, -1) + 1
+    return low, high
+
+
+@triton.jit
+def _threshold(
+    column, held, want, frequency, num_tokens, length, BLOCK: tl.constexpr, HELD: tl.constexpr
+):
+    """``(v, n)``: the first ``want`` tokens are those with keys above v, and the first n equal to
+    v."""
+    in_chosen = want <= frequency
+    beyond = tl.where(in_chosen, 0, frequency)
+    exact = want == frequency
+    # At least `want` keys reach `low`, and `beyond`, of which there are at most as many, `high`.
+    low, high = _bracket(held, in_chosen, num_tokens, BLOCK, HELD)
+    low = tl.where(exact, 0, low)
+    while (high - low > 1) & (exact == 0):
+        middle = (low + high) >> 1
+        count = _count_from(column, held, middle.to(tl.int32), length, BLOCK, HELD)
+        enough = count >= want
+        exact = count == want
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+        beyond = tl.where(enough, beyond, count)
+    return tl.where(exact, low - 1, low).to(tl.int32), tl.where(exact, 0, want - beyond)
+
+
+@triton.jit
+def _mass_between(column, low, high, length, BLOCK: tl.constexpr):
+    """Sum of the scores whose keys lie strictly between two keys, and how many there are."""
+    mass = tl.zeros([], tl.float64)
+    count = 0
+    for start in range(0, length, BLOCK):
+        key = _load_keys(column, start, length, BLOCK)
+        inside = (key > low) & (key < high)
+        mass += tl.sum(tl.where(inside, _score_of(key), 0.0).to(tl.float64), axis=0)
+        count += tl.sum(inside.to(tl.int32), axis=0)
+    return mass, count
+
+
+@triton.jit
+def _mass_to_the_threshold(column, low, high, threshold, size, length, BLOCK: tl.constexpr):
+    """As ``_mass_between``, with as many scores of the threshold's key as make ``size`` of them."""
+    mass, count = _mass_between(column, low, high, length, BLOCK)
+    rest = size - count
+    return mass + tl.where(rest > 0, rest.to(tl.float64) * _score_of(threshold), 0.0)
+
+
+@triton.jit
+def _reachable(frequency, num_tokens, tile):
+    """The multiples of the tile next to ``frequency``, below and above; T itself counts as one."""
+    lower = tl.where(frequency == num_tokens, frequency, frequency // tile * tile)
+    upper = tl.where(lower == frequency, frequency, tl.minimum(lower + tile, num_tokens))
+    return lower, upper
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_groups", "tile"])
+def _select_kernel(
+    keys,
+    uniform,
+    count_by_expert,
+    words,
+    counts_before,
+    num_tokens,
+    num_experts,
+    num_groups,
+    key_stride,
+    tile,
+    RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """The expert's rounded count; words and counts_before (groups, E). With the rule ``"given"``
+    the count is read instead of written. HELD: one block holds the column."""
+    expert = tl.program_id(0)
+    column = keys + expert.to(tl.int64) * key_stride
+    held = _load_keys(column, 0, key_stride, BLOCK)
+    frequency = _count_from(column, held, 0, key_stride, BLOCK, HELD)
+    lower, upper = _reachable(frequency, num_tokens, tile)
+    if RULE == "nr-s":
+        below, ties_below = _threshold(
+            column, held, lower, frequency, num_tokens, key_stride, BLOCK, HELD
+        )
+        above, ties_above = _threshold(
+            column, held, upper, frequency, num_tokens, key_stride, BLOCK, HELD
+        )
+        last = _mass_to_the_threshold(
+            column, -1, below, below, frequency - lower, key_stride, BLOCK
+        )
+        added = _mass_to_the_threshold(
+            column, above, 0, above, upper - frequency, key_stride, BLOCK
+        )
+        goes_up = tl.load(uniform + expert).to(tl.float64) * (last + added) < last
+        count = tl.where(goes_up, upper, lower)
+        threshold = tl.where(goes_up, above, below)
+        ties = tl.where(goes_up, ties_above, ties_below)
+    else:
+        if RULE == "given":
+            count = tl.load(count_by_expert + expert)
+        elif RULE == "up":
+            count = upper
+        elif RULE == "down":
+            count = lower
+        elif RULE == "nr":
+            excess = 2 * (frequency - lower) - (upper - lower)
+            odd = (frequency // tile) % 2
+            count = tl.where(excess + odd > 0, upper, lower)
+        else:
+            draw = tl.load(uniform + expert).to(tl.float64)
+            goes_up = draw * (upper - lower).to(tl.float64) < (frequency - lower).to(tl.float64)
+            count = tl.where(goes_up, upper, lower)
+        threshold, ties = _threshold(
+            column, held, count, frequency, num_tokens, key_stride, BLOCK, HELD
+        )
+    if RULE != "given":
+        tl.store(count_by_expert + expert, count)
+
+    lane = tl.arange(0, GROUP)
+    ties_before = 0
+    kept_before = 0
+    for start in range(0, key_stride, CHUNK):
+        key = _load_keys(column, start, key_stride, CHUNK)
+        keep = key > threshold
+        if ties > 0:
+            tied = (key == threshold).to(tl.int32)
+            rank = ties_before + tl.cumsum(tied, axis=0)
+            keep = keep | ((tied > 0) & (rank <= ties))
+            ties_before += tl.sum(tied, axis=0)
+        bits = tl.reshape(keep.to(tl.int32), [CHUNK // GROUP, GROUP])
+        size = tl.sum(bits, axis=1)
+        group = start // GROUP + tl.arange(0, CHUNK // GROUP)
+        offset = group.to(tl.int64) * num_experts + expert
+        inside = group < num_groups
+        tl.store(words + offset, tl.sum(bits << lane[None, :], axis=1), mask=inside)
+        tl.store(counts_before + offset, kept_before + tl.cumsum(size, axis=0) - size, mask=inside)
+        kept_before += tl.sum(size, axis=0)
+
+
+# --- counts that depend on one another ------------------------------------------------------------
+
+
+@triton.jit
+def _frequency_kernel(keys, frequency, key_stride, BLOCK: tl.constexpr):
+    expert = tl.program_id(0)
+    column = keys + expert.to(tl.int64) * key_stride
+    count = _count_from(column, 0, 0, key_stride, BLOCK, False)
+    tl.store(frequency + expert, count)
+
+
+@triton.jit
+def _wrapped(value, tile):
+    """The number congruent to ``value`` that is nearest to zero, from -(tile // 2) up."""
+    rest = (value + tile // 2) % tile
+    return tl.where(rest < 0, rest + tile, rest) - tile // 2
+
+
+@triton.jit(do_not_specialize=["num_tokens", "tile"])
+def _balance_kernel(frequency, count_by_expert, num_tokens, num_experts, tile, BLOCK: tl.constexpr):
+    """Rounds each expert to whichever side leaves the smaller running error, down if equal.
+
+    Rounding down subtracts the expert's excess from the error, rounding up adds a tile besides; so
+    the error is the least number congruent to minus the sum of the excesses, a prefix sum. Only an
+    expert that can round up to T but not to a whole tile breaks the congruence. There are fewer
+    than ``2 top_k`` of these, and they are visited one by one.
+    """
+    tile = tl.minimum(tile, num_tokens)
+    index = tl.arange(0, BLOCK)
+    shift = tl.zeros([], tl.int64)
+    for start in range(0, num_experts, BLOCK):
+        mask = start + index < num_experts
+        count = tl.load(frequency + start + index, mask=mask, other=0)
+        lower, upper = _reachable(count, num_tokens, tile)
+        excess = (count - lower).to(tl.int64)
+        gap = (upper - lower).to(tl.int64)
+        residue = shift - (tl.cumsum(excess, axis=0) - excess)
+        short = (gap > 0) & (gap < tile)
+        for _ in range(0, tl.sum(short.to(tl.int32), axis=0)):
+            first = tl.min(tl.where(short, index, BLOCK), axis=0)
+            here = index == first
+            down = tl.sum(tl.where(here, _wrapped(residue, tile) - excess, 0), axis=0)
+            span = tl.sum(tl.where(here, gap, 0), axis=0)
+            added = tl.where(tl.abs(down + span) < tl.abs(down), span, 0)
+            residue += tl.where(index > first, added, 0)
+            shift += added
+            short = short & (index != first)
+        down = _wrapped(residue, tile) - excess
+        result = tl.where(tl.abs(down + gap) < tl.abs(down), upper, lower)
+        tl.store(count_by_expert + start + index, result, mask=mask)
+        shift -= tl.sum(excess, axis=0)
+
+
+# --- launchers ------------------------------------------------------------------------------------
+
+
+def _balanced_counts(
+    keys: torch.Tensor, counts: torch.Tensor, num_tokens: int, tile: int, block: int
+) -> None:
+    num_experts, key_stride = keys.shape
+    frequency = torch.empty_like(counts)
+    _frequency_kernel[(num_experts,)](
+        keys, frequency, key_stride, BLOCK=block, num_warps=max(4, block // 1024)
+    )
+    block = min(triton.next_power_of_2(num_experts), _BALANCE_BLOCK)
+    _balance_kernel[(1,)](
+        frequency, counts, num_tokens, num_experts, tile, BLOCK=block, num_warps=4
+    )
+
+
+def decide(
+    keys: torch.Tensor,
+    uniform: torch.Tensor | None,
+    decisions: Decisions,
+    num_tokens: int,
+    tile: int,
+    rule: str,
+) -> None:
+    """Fills in ``decisions``: one launch, three for ``"balance-f"``.
+
+    Args:
+        keys: (E, stride) int32 of :mod:`sonic.triton.rounding_keys`.
+        uniform: (E,) fp32 in [0, 1), for ``"sr"`` and ``"nr-s"``.
+        num_tokens: T, at least 1. tile: M. rule: see :mod:`sonic.routing.token_rounding`.
+    """
+    num_experts, key_stride = keys.shape
+    block = max(1024, triton.next_power_of_2(num_tokens))
+    block = block if block <= _MAX_HELD else _MAX_CHUNK_T
+    balanced = rule == "balance-f"
+    if balanced:
+        _balanced_counts(keys, decisions.counts, num_tokens, tile, block)
+    _select_kernel[(num_experts,)](
+        keys,
+        uniform,
+        decisions.counts,
+        decisions.words,
+        decisions.counts_before,
+        num_tokens,
+        num_experts,
+        decisions.words.shape[0],
+        key_stride,
+        tile,
+        RULE="given" if balanced else rule,
+        BLOCK=block,
+        CHUNK=min(block, _MAX_CHUNK_T),
+        HELD=num_tokens <= block,
+        num_warps=max(4, block // 1024),
+    )
