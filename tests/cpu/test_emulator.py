@@ -103,10 +103,10 @@ class GatherProblem:
         fakes = [*map(fake_argument, arrays), 0, 1, fake_argument(STREAM)]
         return Emulator(compile_function(GatheredGemm(mistake), fakes, "sm_90a"))
 
-    def run(self, emulator, policy):
+    def run(self, emulator, policy, **options):
         out = torch.full(self.shape, NAN).bfloat16()
         args = [self.x, self.index, self.w, out, self.begin, self.end, STREAM]
-        emulator(args, policy)
+        emulator(args, policy, **options)
         inside = out[self.begin : self.end].float()
         out[self.begin : self.end] = NAN
         assert out.isnan().all(), "wrote outside the segment"
@@ -164,6 +164,13 @@ def test_mistakes_in_the_gathered_gemm_are_found(gather_problem, mistake):
             found = str(e)
             assert "PTX line" in found
         assert re.search(EXPECTED[mistake], found), found
+
+
+def test_copies_may_be_let_through_without_a_proxy_fence(gather_problem):
+    emulator = gather_problem.compile("no gather fence")
+    for seed in range(3):
+        inside = gather_problem.run(emulator, Policy(seed), copy_fence=False)
+        assert not gather_problem.wrong(inside)
 
 
 def compile_pair(mistake=None):

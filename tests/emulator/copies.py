@@ -115,7 +115,12 @@ def cp_async(b, ins):
             index = off[:, None] + np.arange(size)
             smem.generic[1][index] = data
             smem.end_access(access)
-            copies.finish(M, {smem.note_store(np.sort(off) // size, size, (w, ins))})
+            if M.copy_fence:
+                copies.finish(M, {smem.note_store(np.sort(off) // size, size, (w, ins))})
+            else:
+                smem.asynchronous[1][index] = data
+                smem.clean(off // size, size)
+                copies.finish(M, set())
 
         M.later("cp_async", land)
         M.count("cp.async")

@@ -23,6 +23,7 @@ class Machine:
 
     resident: clusters of a launch that run at a time. race_check: report unordered accesses.
     exit_check: report CTAs that exit while a bulk store still reads their shared memory.
+    copy_fence: wgmma, tcgen05.mma and TMA see what cp.async wrote only after a fence.proxy.async.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class Machine:
         resident=4,
         race_check=True,
         exit_check=True,
+        copy_fence=True,
         max_steps=50_000_000,
     ):
         self.memory, self.policy, self.resident = memory, policy or Policy(), resident
         self.race_check, self.exit_check, self.max_steps = race_check, exit_check, max_steps
+        self.copy_fence = copy_fence
         self.rng = self.policy.rng
         self.stats, self.warnings, self.output = {}, set(), []
         self.coverage = {}  # by kernel, the first instructions of the nodes that ran
