@@ -410,6 +410,31 @@ def test_mbarrier_phases_and_counts():
     assert (out == 5).all()
 
 
+@pytest.mark.parametrize(
+    "fence, ordered",
+    [
+        ("", False),
+        ("fence.acquire.sync_restrict::shared::cluster.cluster;", False),
+        ("fence.release.sync_restrict::shared::cta.cluster;", True),
+        ("fence.acq_rel.cta;", True),
+        ("membar.cta;", True),
+    ],
+)
+def test_relaxed_arrival_orders_what_a_release_fence_came_after(fence, ordered):
+    """Thread 0 stores a word and arrives; the second warp waits and reads it (PTX ISA 8.8)."""
+    body = MBARRIER.format(count=1) + "@%p1 bra OTHERS; st.shared.u32 [%r2+16], 41;" + fence
+    body += "mbarrier.arrive.relaxed.cluster.shared::cta.b64 _, [%r2]; OTHERS: mov.b32 %r9, 41;"
+    body += "setp.lt.u32 %p4, %r0, 32; @%p4 bra END;" + WAIT.format(parity=0)
+    body += "ld.shared.u32 %r9, [%r2+16]; END:" + STORE
+    out = np.zeros(64, np.uint32)
+    if ordered:
+        run_ptx(body, out, block=(64, 1, 1), smem=64)
+        assert (out == 41).all()
+    else:
+        with pytest.raises(Fault, match="race: generic load"):
+            run_ptx(body, out, block=(64, 1, 1), smem=64)
+
+
 def test_too_many_arrivals_are_reported():
     body = MBARRIER.format(count=40) + "@!%p1 mbarrier.arrive.shared::cta.b64 _, [%r2], 41;"
     with pytest.raises(Fault, match="arrivals, more than are pending"):

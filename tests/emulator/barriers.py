@@ -139,12 +139,14 @@ def fence_proxy(b, ins):
     "sync_restrict::shared::cluster",
 )
 def fence(b, ins):
-    return lambda M, w, frag, m: None
+    if "acquire" in ins.parts:
+        return lambda M, w, frag, m: None
+    return lambda M, w, frag, m: w.fence_release()
 
 
 @instruction("membar", "cta gl sys")
 def membar(b, ins):
-    return lambda M, w, frag, m: None
+    return lambda M, w, frag, m: w.fence_release()
 
 
 @instruction("griddepcontrol.launch_dependents")

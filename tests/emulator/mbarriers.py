@@ -80,8 +80,7 @@ def arrival(b, ins, act):
         a, n = addr(w.r), rest[0](w.r) if rest else None
         for i in lanes_of(m):
             mb = w.cta.cluster.mbarrier(w, int(a[i]))
-            if not relaxed:
-                w.release_into(mb)
+            (w.release_fenced if relaxed else w.release_into)(mb)
             set_state(w, state, mb, i, m)
             if expect:
                 mb.tx += int(n[i])

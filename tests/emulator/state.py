@@ -37,6 +37,8 @@ class Warp:
         self.waited = False  # has passed a griddepcontrol.wait
         self.cluster_target = 0
         self.init_fence = 0  # the time of its last fence.mbarrier_init
+        # its clock, and the unfenced stores it knew of, at its last fence with release semantics
+        self.release_fence = None
         self.bulk_open, self.bulk_groups = [], []  # cp.async.bulk
         self.copy_open, self.copy_groups, self.copies = [], [], []  # cp.async
         self.wgmma_open, self.wgmma_groups, self.wgmma_issued = [], [], 0
@@ -70,6 +72,18 @@ class Warp:
         self.release(barrier.clock)
         if self.dirty:
             self.dirty = barrier.release(self.dirty)
+
+    def fence_release(self):
+        """A fence with release semantics: later relaxed arrivals release what came before it."""
+        self.release_fence = self.clock.copy(), set(self.dirty)
+        self.clock[self.id] += 1
+
+    def release_fenced(self, barrier):
+        """A relaxed arrival: with a fence before it, a release pattern (PTX ISA 8.8)."""
+        if self.release_fence is not None:
+            clock, dirty = self.release_fence
+            np.maximum(barrier.clock, clock, out=barrier.clock)
+            barrier.release(dirty)
 
 
 class Cta:
