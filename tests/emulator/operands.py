@@ -103,19 +103,16 @@ def gather_d(arrays, n):
 
 
 def scatter_d(matrix, n):
-    """A 16 x n float32 matrix -> the n/2 registers of its fragment."""
-    x = (
-        np.ascontiguousarray(matrix, np.float32)
-        .reshape(2, 8, n // 8, 4, 2)
-        .transpose(2, 0, 4, 1, 3)
-    )
+    """A 16 x n matrix of 32-bit elements -> the n/2 registers of its fragment."""
+    x = np.ascontiguousarray(matrix).reshape(2, 8, n // 8, 4, 2).transpose(2, 0, 4, 1, 3)
     return np.ascontiguousarray(x).reshape(n // 2, LANES).view(np.uint32)
 
 
 def gather_ab(arrays, elem, rows):
-    """Registers of a 16-row A (4) or 8-row B (2) fragment -> bits of the rows x 32/elem matrix."""
+    """Registers of a 16-row A or 8-row B fragment -> bits of the matrix; 16 bytes of K a half."""
     per, halves = 4 // elem, rows // 8
+    depth = len(arrays) // halves
     x = (
-        np.stack(arrays).view(UINT[elem]).reshape(2, halves, 8, 4, per)
+        np.stack(arrays).view(UINT[elem]).reshape(depth, halves, 8, 4, per)
     )  # K half, row half, t/4, t%4, element
-    return x.transpose(1, 2, 0, 3, 4).reshape(rows, 8 * per)
+    return x.transpose(1, 2, 0, 3, 4).reshape(rows, 4 * depth * per)

@@ -9,8 +9,8 @@ from .builder import Builder
 from .memory import LOCAL_WINDOW, SHARED_WINDOW
 
 MODULES = (
-    "accesses", "barriers", "calls", "copies", "fragments", "lanes", "mbarriers", "registers",
-    "tcgen05", "tcgen05_mma", "tma", "wgmma",
+    "accesses", "barriers", "calls", "copies", "fragments", "lanes", "mbarriers", "mma_sync",
+    "registers", "tcgen05", "tcgen05_mma", "tma", "wgmma",
 )  # fmt: skip
 for _module in MODULES:  # each enters its instructions in the table
     importlib.import_module("." + _module, __package__)
