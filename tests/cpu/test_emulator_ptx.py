@@ -441,6 +441,19 @@ def test_too_many_arrivals_are_reported():
         run_ptx(body + WAIT.format(parity=0), block=(128, 1, 1), smem=64)
 
 
+def test_an_mbarrier_is_initialised_once():
+    body = MBARRIER.format(count=1) + "@!%p1 mbarrier.init.shared::cta.b64 [%r2], 1;"
+    with pytest.raises(Fault, match="mbarrier.init of a valid mbarrier at 0x400: mbarrier.inval"):
+        run_ptx(body, block=(32, 1, 1), smem=64)
+    run_ptx(
+        MBARRIER.format(count=1)
+        + "@!%p1 mbarrier.inval.shared::cta.b64 [%r2];"
+        + "@!%p1 mbarrier.init.shared::cta.b64 [%r2], 1;",
+        block=(32, 1, 1),
+        smem=64,
+    )
+
+
 def test_remote_arrival_and_store_in_a_cluster():
     """CTA 1 stores a word in CTA 0's shared memory (st.async), counted on the mbarrier there."""
     body = (

@@ -34,6 +34,8 @@ def init(b, ins):
                 raise Fault(f"mbarrier at {off:#x} is not 8-byte aligned")
             if cta is not w.cta:
                 raise Fault("mbarrier.init in another CTA's shared memory")
+            if off in cta.mbars:
+                raise Fault(f"mbarrier.init of a valid mbarrier at {off:#x}: mbarrier.inval first")
             cta.mbars[off] = MBarrier(cta, off, int(n[i]), w)
         M.progress = M.tick
 
