@@ -89,6 +89,11 @@ class CalibrationKernel:
         return (cache_folder() / f"{self.configuration.key}.ptx").read_text()
 
 
+def about(configuration):
+    """What was noted when it was compiled."""
+    return json.loads((cache_folder() / f"{configuration.key}.json").read_text())
+
+
 def calibration_kernel(name):
     """The kernel of the configuration `name`, compiled now if it was not before."""
     c = CONFIGURATIONS[name]
@@ -98,7 +103,7 @@ def calibration_kernel(name):
         raise RuntimeError(f"quack did not compile {name}; its message is above")
     text = (folder / f"{c.key}.ptx").read_text()
     emulator = Emulator(ptx_text=text, object_file=str(folder / f"{c.key}.o"), name=OBJECT_NAME)
-    return CalibrationKernel(c, emulator, json.loads((folder / f"{c.key}.json").read_text()))
+    return CalibrationKernel(c, emulator, about(c))
 
 
 def _build(description, tensors):

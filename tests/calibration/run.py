@@ -1,0 +1,180 @@
+"""Runs the configurations and writes what came out.
+
+python -m tests.calibration.run [--json FILE] [--arch sm_100a] [--seeds 3] [--only PART_OF_A_NAME]
+
+Every configuration runs with `--seeds` seeds of "mixed" timing and one each of "eager" and "lazy",
+on a problem of its own for each. A configuration is right if each run's values are within the bound
+and nothing is reported. One with a Finding runs without the check that it rests on, and once with
+it: then the report must be the one expected. Exit status 1 if any is not right.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import environment
+from tests.emulator import Fault, Policy
+
+from .configurations import ARCHITECTURES, CONFIGURATIONS
+from .kernels import about, calibration_kernel, compile_missing, is_compiled
+
+SINGLE = ("eager", "lazy")
+
+
+def policies(seeds):
+    """(seed, timing mode) of each run."""
+    return [(s, "mixed") for s in range(seeds)] + [(seeds + i, m) for i, m in enumerate(SINGLE)]
+
+
+def describe(c):
+    """What a row says of a configuration beside its results."""
+    sizes = {"m": c.m, "n": c.n, "k": c.k, "lengths": list(c.lengths)}
+    sizes["batch"] = c.batch if c.batch > 1 else 0
+    schedule = ["ping-pong" if c.pingpong else "cooperative"] if c.arch != "sm_100a" else []
+    schedule.append("persistent" if c.persistent else "a CTA a tile")
+    if c.dynamic:
+        schedule.append("tiles from a counter")
+    operation = [c.epilogue, *(w for w in ("row", "col", "add", "gather") if getattr(c, w))]
+    if (c.alpha, c.beta) != (1, 0):
+        operation.append(f"{c.alpha:g} AB + {c.beta:g} C")
+    return {
+        "name": c.name, "arch": c.arch, "kernel": c.kind, "operation": ", ".join(operation),
+        "problem": {name: value for name, value in sizes.items() if value},
+        "dtype": c.dtype, "out": c.out, "majors": c.majors, "tile": list(c.tile),
+        "cluster": list(c.cluster), "ctas_per_mma": 2 if c.two_cta else 1,
+        "schedule": ", ".join(schedule),
+    }  # fmt: skip
+
+
+def kind_of(warning):
+    """A warning without the places in it."""
+    return re.split(r" between |: PTX|; PTX", warning)[0]
+
+
+def calibrate(c, seeds):
+    """The row of a configuration."""
+    row = describe(c)
+    began = time.perf_counter()
+    try:
+        row |= run_all(c, seeds)
+    except Exception as e:  # a refusal or a report is this row's result
+        row |= {"verdict": "not right", "report": f"{type(e).__name__}: {e}"[:2000]}
+    row["seconds"] = round(time.perf_counter() - began, 2)
+    return row
+
+
+def run_all(c, seeds):
+    kernel = calibration_kernel(c.name)
+    finding = c.finding
+    relative, share, steps, warnings, covered = [], [], [], Counter(), set()
+    runs = policies(seeds)
+    for seed, mode in runs:
+        policy = Policy(seed, mode)
+        (r, s), machine = kernel.run(policy, seed, **(finding.options if finding else {}))
+        relative.append(r)
+        share.append(s)
+        steps.append(machine.steps)
+        covered |= machine.executed
+        warnings.update({kind_of(w) for w in machine.warnings})
+    (program,) = kernel.emulator.programs.values()
+    nodes = sum(n is not None for n in program.nodes)
+    row = {
+        "policies": [f"{mode} {seed}" for seed, mode in runs],
+        "max_relative_error": float(f"{max(relative):.3g}"),
+        "share_of_bound": float(f"{max(share):.3g}"),
+        "steps": steps,
+        "coverage": round(len(covered) / nodes, 3),
+        "warnings": dict(sorted(warnings.items())),
+        "verdict": "right" if max(share) <= 1 else "not right",
+    }
+    if finding:
+        row["finding"] = finding.why
+        row["report"] = report_of(kernel)
+        if finding.report not in row["report"]:
+            row["verdict"] = "not right"
+    return row
+
+
+def report_of(kernel):
+    """The first line of what a run with all checks reports, or ""."""
+    try:
+        kernel.run(Policy(0))
+    except Fault as e:
+        return str(e).partition(": ")[2].splitlines()[0]
+    return ""
+
+
+def summary(rows):
+    """Figures in the form of benchmarks.report.Row."""
+    out = []
+    for arch in ARCHITECTURES:
+        mine = [r for r in rows if r["arch"] == arch]
+        right = [r for r in mine if r["verdict"] == "right"]
+        figures = {
+            "configurations": (len(mine), "tried"), "right": (len(right), "configurations"),
+            "runs": (sum(len(r["steps"]) for r in right), "right"),
+            "reported rightly": (sum("finding" in r for r in right), "configurations"),
+            "seconds": (round(sum(r["seconds"] for r in mine), 1), "s"),
+        }  # fmt: skip
+        for metric, (value, unit) in figures.items():
+            out.append(
+                {
+                    "provider": "emulator",
+                    "problem": [],
+                    "metric": f"calibration/{arch}/{metric}",
+                    "value": value,
+                    "unit": unit,
+                }  # fmt: skip
+            )
+    return out
+
+
+def write(path, rows, versions):
+    """The head that benchmark results have, their figures, and a row a configuration."""
+    head = environment(torch.device("cpu"))
+    head["command"] = shlex.join(["python", "-m", "tests.calibration.run", *sys.argv[1:]])
+    head["versions"] |= {**versions, **{k: v for k, v in head["versions"].items() if v}}
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+    for name, values in (("rows", summary(rows)), ("configurations", rows)):
+        body = ",\n".join(f"    {json.dumps(v, allow_nan=False)}" for v in values)
+        lines.append(f'  "{name}": [\n{body}\n  ]' + ("," if name == "rows" else ""))
+    Path(path).write_text("\n".join(["{", *lines, "}"]) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json")
+    parser.add_argument("--arch", choices=ARCHITECTURES)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="")
+    args = parser.parse_args()
+    chosen = [
+        c for c in CONFIGURATIONS.values() if args.only in c.name and args.arch in (None, c.arch)
+    ]
+    compile_missing(chosen)
+    rows, versions = [], {}
+    for c in chosen:
+        rows.append(row := calibrate(c, args.seeds))
+        if is_compiled(c):
+            versions |= about(c)["versions"]
+        print(
+            f"{c.name:32} {row['verdict']:10} {row['seconds']:7.2f} s  "
+            + (f"{row['max_relative_error']:.2g}" if "steps" in row else row["report"][:200]),
+            flush=True,
+        )
+        if args.json:
+            write(args.json, rows, versions)
+    bad = [r["name"] for r in rows if r["verdict"] != "right"]
+    print(f"{len(rows) - len(bad)} of {len(rows)} right" + (f"; not: {bad}" if bad else ""))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
