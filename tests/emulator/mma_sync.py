@@ -10,6 +10,7 @@ import numpy as np
 
 from .builder import BLOCK, converged, instruction, set_reg
 from .formats import FORMATS, TABLES, to_float, unpack_nibbles
+from .memory import Fault
 from .operands import ELEM, gather_ab, gather_d, scatter_d
 from .values import LANES
 
@@ -96,28 +97,29 @@ class Form:
         return c + a @ b.T
 
 
-def scale_rows(words, rows, selector, form):
-    """The (rows, K) multipliers from the scale registers of a warp's lanes; see the module."""
-    byte, thread = selector
-    r = np.arange(rows)
-    lanes = 4 * (r % 8) + (2 * thread + r // 8 if rows == 16 else thread)
-    data = np.ascontiguousarray(words[lanes]).view(np.uint8).reshape(rows, 4)
-    factors = TABLES[form.scale_type][data[:, byte : byte + form.scales]]
-    return np.repeat(factors, form.k // form.scales, axis=1)
+class Scales:
+    """A scale operand: a register, and the byte-id and thread-id that select from it."""
 
+    def __init__(self, b, data, selector, form, rows):
+        self.data, self.form, self.rows = b.get(b.vector(data)[0], "u4"), form, rows
+        self.byte, self.thread = (b.get(x, "u2") for x in selector.items)
 
-def scale_operands(b, ins, form):
-    """[(register, (byte-id, thread-id))] for A and B."""
-    if not form.scales:
-        return []
-    data_a, ids_a, data_b, ids_b = ins.operands[4:]
-    out = []
-    for data, ids, threads in ((data_a, ids_a, 2), (data_b, ids_b, 4)):
-        byte, thread = (x.bits for x in ids.items)
-        if byte % form.scales or not (0 <= byte < 4 and 0 <= thread < threads):
-            raise b.unsupported(ins)
-        out.append((b.get(data, "u4"), (byte, thread)))
-    return out
+    def factors(self, r):
+        """The (rows, K) multipliers from the registers of a warp's lanes; see the module."""
+        form, rows = self.form, self.rows
+        byte, thread = int(self.byte(r)[0]), int(self.thread(r)[0])
+        threads = 2 if rows == 16 else 4
+        if byte % form.scales or byte > 3 or thread >= threads:
+            raise Fault(
+                f"mma.sync: byte-id {byte} and thread-id {thread} of scale "
+                f"{'A' if rows == 16 else 'B'}; allowed are multiples of {form.scales} below 4 and "
+                f"numbers below {threads}"
+            )
+        i = np.arange(rows)
+        lanes = 4 * (i % 8) + (2 * thread + i // 8 if rows == 16 else thread)
+        data = np.ascontiguousarray(self.data(r)[lanes]).view(np.uint8).reshape(rows, 4)
+        factors = TABLES[form.scale_type][data[:, byte : byte + form.scales]]
+        return np.repeat(factors, form.k // form.scales, axis=1)
 
 
 def gather_half(arrays):
@@ -142,7 +144,10 @@ def mma_sync(b, ins):
     if (len(d), len(a), len(bb), len(c)) != (accumulators, 2 * halves, halves, accumulators):
         raise b.unsupported(ins)
     ga, gb, gc = ([b.get(x, "u4") for x in v] for v in (a, bb, c))
-    scales = scale_operands(b, ins, form)
+    scales = []
+    if form.scales:
+        data_a, ids_a, data_b, ids_b = ins.operands[4:]
+        scales = [Scales(b, data_a, ids_a, form, 16), Scales(b, data_b, ids_b, form, 8)]
     half, integer = form.d == "f16", form.d == "s32"
 
     def run(M, w, frag, m):
@@ -151,9 +156,7 @@ def mma_sync(b, ins):
         av = form.matrix([g(w.r) for g in ga], form.a, 16)
         bv = form.matrix([g(w.r) for g in gb], form.b, 8)
         if scales:
-            (sa, ids_a), (sb, ids_b) = scales
-            av = av * scale_rows(sa(w.r), 16, ids_a, form)
-            bv = bv * scale_rows(sb(w.r), 8, ids_b, form)
+            av, bv = av * scales[0].factors(w.r), bv * scales[1].factors(w.r)
         words = [g(w.r) for g in gc]
         if half:
             out = scatter_half(form.product(av, bv, gather_half(words)))
