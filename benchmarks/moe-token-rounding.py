@@ -1,15 +1,18 @@
-"""Check and time the layer with token rounding, or with top-k beside it.
+"""Check and time the layer with token rounding, with top-k and other roundings beside it.
 
-    python benchmarks/moe-token-rounding.py --thiekq 16384,4096,1024,256,8,128 --routing nr
+    python benchmarks/moe-token-rounding.py --thiekq 16384,4096,1024,256,8,128 --routing nr top_k
+    python benchmarks/moe-token-rounding.py --sweep 1 2 3 4 --json benchmarks/results/rounding.json
 
-The timed region is the whole layer: router GEMM, scores, selection, plan and experts; the share of
-selection and plan is timed on its own besides. FLOPs are those of the pairs that are routed. Output
-and every gradient are compared first; after a failed check nothing is timed and the exit status is
-1. Without a supported GPU, and with no size asked for, a small layer runs through the reference.
+The timed region is the whole layer: router GEMM, scores, selection, plan and experts; all routings
+of a size, and at the sizes ``benchmarks.rounding.BAR_SIZES`` SonicMoE's top-k layer if it can be
+imported, take turns in one process. What lies between router GEMM and experts is timed besides, as
+a CUDA graph, and its launches are counted. FLOPs are those of the pairs that are routed. Output and
+every gradient are compared first, in a sweep the pairs only; after a failed check nothing is timed
+and the exit status is 1. Without a supported GPU, and with no size asked for, a small layer runs
+through the reference.
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -19,17 +22,25 @@ import torch
 
 import sonic
 from benchmarks.check import findings_table, record_findings
+from benchmarks.launches import launches_of
 from benchmarks.layer import Layer, LayerOptions, make_layer
-from benchmarks.measure import environment, sustained_ms
+from benchmarks.measure import environment
+from benchmarks.peers import obstacle, shorten_tuning, versions
 from benchmarks.report import Result, provider_of, text_table
 from benchmarks.rounding import (
+    BAR_SIZES,
+    PEER,
     ROUTINGS,
+    SWEEPS,
     Load,
     RoundedShape,
     Rounding,
+    check_pairs,
     check_rounded_layer,
     load_of,
-    timed_functions,
+    race_layers,
+    routing_functions,
+    routing_times,
 )
 from benchmarks.shapes import Shape
 from sonic.enums import GateUpLayout
@@ -52,9 +63,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="tokens, hidden size, expert intermediate size, experts, experts per token, tile to "
         f"round to; one or several (default {default} on a supported GPU)",
     )
-    parser.add_argument("--routing", choices=ROUTINGS, nargs="+", default=["nr"])
     parser.add_argument(
-        "--rep", type=float, default=200, metavar="MS", help="milliseconds to time for each figure"
+        "--sweep",
+        type=int,
+        nargs="+",
+        choices=range(1, len(SWEEPS) + 1),
+        metavar="N",
+        help="the paper's sweeps over the number of experts, by number; --thiekq adds to them",
+    )
+    parser.add_argument(
+        "--routing", choices=ROUTINGS, nargs="+", help="default nr, and top_k with --sweep"
+    )
+    parser.add_argument("--no_peer", action="store_true", help="do not time SonicMoE's layer")
+    parser.add_argument(
+        "--rep", type=float, default=400, metavar="MS", help="milliseconds to time for each figure"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="BFloat16")
     parser.add_argument("--skip_test", action="store_true", help="time without checking first")
@@ -67,7 +89,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--impl", choices=["auto", "cute", "reference"], default="auto", help="implementation"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.sweep:
+        sizes = [size for number in arguments.sweep for size in SWEEPS[number - 1]]
+        arguments.thiekq = sizes + [s for s in arguments.thiekq or [] if s not in sizes]
+    arguments.routing = arguments.routing or (["nr", "top_k"] if arguments.sweep else ["nr"])
+    return arguments
 
 
 def _size(text: str) -> RoundedShape:
@@ -99,18 +126,35 @@ def choose(arguments: argparse.Namespace) -> tuple[list[RoundedShape], torch.dev
     return sizes, device, "reference"
 
 
-def measure(layer: Layer, rounding: Rounding, rep: float) -> dict[str, float]:
-    """Milliseconds of the layer's and the routing's passes."""
-    device = layer.options.device
-    times = {
-        name: sustained_ms(function, device, timed_seconds=rep / 1e3)
-        for name, function in timed_functions(layer, rounding).items()
-    }
-    for prefix in ("", "routing "):
-        difference = times[f"{prefix}forward + backward"] - times[f"{prefix}forward"]
-        # On a machine that others use, noise can exceed the difference: then there is no figure.
-        times[f"{prefix}backward"] = difference if difference > 0 else math.nan
-    return times
+def peer_takes_part(arguments: argparse.Namespace, size: RoundedShape, impl: str) -> bool:
+    """Whether SonicMoE's layer can be timed at this size, and is wanted there."""
+    plain = arguments.dtype == "BFloat16" and not (arguments.add_bias or arguments.concat_layout)
+    if arguments.no_peer or impl == "reference" or not plain or size not in BAR_SIZES:
+        return False
+    reason = obstacle(PEER)
+    print(f"{PEER} does not take part: {reason}" if reason else f"beside it: {versions(PEER)}")
+    if reason is None:
+        shorten_tuning(good_tiles_only=True)
+    return reason is None
+
+
+def check(
+    result: Result, layer: Layer, size: RoundedShape, rounding: Rounding, pairs_only: bool
+) -> bool:
+    """Print and record what was compared; whether it passed."""
+    if not pairs_only:
+        findings = check_rounded_layer(layer, rounding)
+    elif rounding.name == "top_k":
+        return True
+    else:
+        findings = [check_pairs(layer, rounding)[0]]
+    label = f"{layer.options.layout.value}/{rounding.name}/q{size.tile}"
+    record_findings(result, size.shape.problem, label, findings)
+    print(f"{rounding.name}\n{findings_table(findings)}\n")
+    if not all(finding.passed for finding in findings):
+        print("FAILED: the layer is wrong, so nothing was timed.\n")
+        return False
+    return True
 
 
 def pass_flops(shape: Shape, load: Load, name: str) -> float:
@@ -119,29 +163,96 @@ def pass_flops(shape: Shape, load: Load, name: str) -> float:
     return float(factor * load.routed * shape.H * shape.I)
 
 
-def report(
-    result: Result, size: RoundedShape, routing: str, load: Load, times: dict[str, float]
-) -> None:
-    """Print one measurement and add it to the result."""
-    shape = size.shape
-    metric = f"token rounding/{routing}/q{size.tile}"
-    rows = []
-    for name in PASSES:
-        ms, own = times[name], times[f"routing {name}"]
-        tflops = pass_flops(shape, load, name) / ms * 1e-9
-        share = 100 * own / ms
-        rows.append((routing, name, f"{ms:.3f}", f"{tflops:.4g}", f"{own:.3f}", f"{share:.1f}"))
-        result.add(f"{metric}/{name}", ms, "ms", shape.problem)
-        result.add(f"{metric}/{name}", tflops, "TFLOPS", shape.problem)
-        result.add(f"{metric}/{name}/routing", own, "ms", shape.problem)
-        result.add(f"{metric}/{name}/routing", share, "% of the pass", shape.problem)
-    result.add(f"{metric}/routed pairs", load.routed, "count", shape.problem)
-    result.add(f"{metric}/hardware tokens", load.hardware, "count", shape.problem)
-    result.add(f"{metric}/waste", load.waste, "%", shape.problem)
+class Report:
+    """Figures of one size, printed as a table and added to a result."""
+
     header = ("routing", "pass", "ms", "TFLOPS", "of which routing ms", "%")
-    print(text_table(header, rows))
-    print(f"\nrouted pairs {load.routed:,} (top-k {shape.rows:,}), in tiles of {size.tile} rows")
-    print(f"{load.hardware:,} hardware tokens, waste {load.waste:.2f} %\n")
+
+    def __init__(self, result: Result, size: RoundedShape) -> None:
+        self.result, self.size = result, size
+        self.rows: list[tuple[str, ...]] = []
+
+    def add(self, metric: str, value: float, unit: str, provider: str = "") -> None:
+        self.result.add(metric, value, unit, self.size.shape.problem, provider)
+
+    def layer(
+        self, routing: str, load: Load, times: dict[str, float], own: dict[str, float]
+    ) -> None:
+        metric = f"token rounding/{routing}/q{self.size.tile}"
+        for name in PASSES:
+            ms = times[name]
+            tflops = pass_flops(self.size.shape, load, name) / ms * 1e-9
+            share = 100 * own[name] / ms
+            figures = f"{ms:.3f}", f"{tflops:.4g}", f"{own[name]:.4f}", f"{share:.1f}"
+            self.rows.append((routing, name, *figures))
+            self.add(f"{metric}/{name}", ms, "ms")
+            self.add(f"{metric}/{name}", tflops, "TFLOPS")
+            self.add(f"{metric}/{name}/routing", own[name], "ms")
+            self.add(f"{metric}/{name}/routing", share, "% of the pass")
+        self.add(f"{metric}/routed pairs", load.routed, "count")
+        self.add(f"{metric}/hardware tokens", load.hardware, "count")
+        self.add(f"{metric}/waste", load.waste, "%")
+
+    def peer(self, times: dict[str, float]) -> None:
+        load = Load(self.size.shape.rows, self.size.shape.rows)
+        for name in PASSES:
+            tflops = pass_flops(self.size.shape, load, name) / times[name] * 1e-9
+            self.rows.append((PEER, name, f"{times[name]:.3f}", f"{tflops:.4g}", "", ""))
+            self.add(f"token rounding/top_k/{name}", times[name], "ms", PEER)
+            self.add(f"token rounding/top_k/{name}", tflops, "TFLOPS", PEER)
+
+    def launches(self, layer: Layer, rounding: Rounding) -> None:
+        """Launches of the routing alone, and each kernel's microseconds."""
+        for name, function in routing_functions(layer, rounding).items():
+            found = launches_of(function)
+            metric = f"token rounding/{rounding.name}/q{self.size.tile}/{name}/routing"
+            self.add(f"{metric}/launches", found.total, "count")
+            print(f"{rounding.name}, routing {name}: {found.total:g} launches")
+            for kernel, us in found.microseconds.items():
+                short = kernel[:60]
+                print(f"  {us:8.1f} us  {found.count[kernel]:g} x {short}")
+                self.add(f"{metric}/{short}", us, "us")
+
+    def print(self, loads: dict[str, Load]) -> None:
+        print(text_table(self.header, self.rows))
+        shape, tile = self.size.shape, self.size.tile
+        for routing, load in loads.items():
+            print(
+                f"\n{routing}: routed pairs {load.routed:,} (top-k {shape.rows:,}), in tiles of "
+                f"{tile} rows {load.hardware:,} hardware tokens, waste {load.waste:.2f} %"
+            )
+        print(flush=True)
+
+
+def run_size(
+    arguments: argparse.Namespace, size: RoundedShape, options: LayerOptions, result: Result
+) -> bool:
+    """Check and time one size; whether every check passed."""
+    shape, device = size.shape, options.device
+    print(f"\nT={shape.T} H={shape.H} I={shape.I} E={shape.E} top_k={shape.top_k} q={size.tile}")
+    layer = make_layer(shape, options)
+    roundings = [Rounding.make(name, size.tile, device) for name in arguments.routing]
+    right = roundings
+    if not arguments.skip_test:
+        pairs_only = bool(arguments.sweep)
+        right = [r for r in roundings if check(result, layer, size, r, pairs_only)]
+    if not right:
+        return False
+    with_peer = peer_takes_part(arguments, size, options.impl)
+    seconds = arguments.rep / 1e3
+    times = race_layers(layer, right, with_peer, seconds)
+    report, loads = Report(result, size), {}
+    for rounding in right:
+        loads[rounding.name] = load_of(layer, rounding)
+        own = routing_times(layer, rounding, seconds)
+        report.layer(rounding.name, loads[rounding.name], times[rounding.name], own)
+    if with_peer:
+        report.peer(times[PEER])
+    report.print(loads)
+    if device.type == "cuda":
+        for rounding in right:
+            report.launches(layer, rounding)
+    return len(right) == len(roundings)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,29 +270,12 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{head['device']}, driver {head['driver']}, {arguments.dtype}, impl={impl}")
     passed = True
     for size in sizes:
-        shape = size.shape
-        print(
-            f"\nT={shape.T} H={shape.H} I={shape.I} E={shape.E} top_k={shape.top_k} q={size.tile}"
-        )
-        layer = make_layer(shape, options)
-        for routing in arguments.routing:
-            rounding = Rounding.make(routing, size.tile, device)
-            if not arguments.skip_test:
-                findings = check_rounded_layer(layer, rounding)
-                print(f"{routing}\n{findings_table(findings)}\n")
-                label = f"{options.layout.value}/{routing}/q{size.tile}"
-                record_findings(result, shape.problem, label, findings)
-                if not all(finding.passed for finding in findings):
-                    print("FAILED: the layer is wrong, so nothing was timed.\n")
-                    passed = False
-                    continue
-            load = load_of(layer, rounding)
-            report(result, size, routing, load, measure(layer, rounding, arguments.rep))
-        del layer
-    print("ms: medians on a loaded device, routing (scores, selection, plan) and router GEMM")
-    print("included; TFLOPS: 6, 18 and 12 H I per routed pair; backward is the difference.")
+        passed &= run_size(arguments, size, options, result)
+        if arguments.json:
+            result.write(arguments.json)
+    print("ms: medians on a loaded device, routings in turns, router GEMM and routing (scores,")
+    print("selection, plan) included; TFLOPS: 6, 18 and 12 H I per routed pair.")
     if arguments.json:
-        result.write(arguments.json)
         print(f"wrote {arguments.json}")
     return 0 if passed else 1
 

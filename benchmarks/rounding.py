@@ -5,18 +5,33 @@ Symbols: T tokens, E experts, q the tile whose multiples the experts' counts bec
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from benchmarks.check import Finding, _Stream, check_layer, exact_matmuls
+from benchmarks.contest import _Clock, take_turns
+from benchmarks.launches import captured
 from benchmarks.layer import Layer, Run, call_moe, gradient_inputs
+from benchmarks.measure import sustained_ms
 from benchmarks.shapes import Shape
 from sonic.enums import ScoreOrder
+from sonic.plan import RoutingPlan
 
 ROUTINGS = ("top_k", "nr", "sr", "nr-s", "balance-f", "up", "down")
+RANDOM = ("sr", "nr-s")
+PEER = "sonicmoe"
 _SEED = 7
+PLAN_FIELDS = (
+    "offset_by_expert",
+    "token_by_row",
+    "slot_by_row",
+    "row_by_slot",
+    "offset_by_token",
+    "slot_by_position",
+)
+_REPEATS = 10  # of a routing pass in one CUDA graph
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,24 @@ class RoundedShape:
         if rows < 1:
             raise ValueError(f"expected six positive integers T,H,I,E,top_k,q, got {text!r}")
         return cls(shape, rows)
+
+
+# Sections of the paper's figure on token rounding: (T, H, I, top_k) and the numbers of experts.
+_SWEEPS = (
+    ((16384, 1536, 256, 8), (64, 128, 256, 512)),
+    ((16384, 1536, 1024, 2), (16, 32, 64, 128)),
+    ((16384, 4096, 512, 8), (64, 128, 256, 512)),
+    ((16384, 4096, 1024, 4), (32, 64, 128, 256)),
+)
+SWEEPS = tuple(
+    tuple(RoundedShape(Shape(T, H, inner, E, top_k), 128) for E in experts)
+    for (T, H, inner, top_k), experts in _SWEEPS
+)
+# Where the layer is held against the fastest peer's.
+BAR_SIZES = (
+    RoundedShape(Shape(16384, 4096, 1024, 256, 4), 128),
+    RoundedShape(Shape(16384, 1536, 1024, 128, 2), 128),
+)
 
 
 @dataclass(frozen=True)
@@ -67,8 +100,9 @@ class Rounding:
     def make(cls, name: str, tile: int, device: torch.device) -> "Rounding":
         return cls(name, tile, torch.Generator(device=device))
 
-    def seeded(self) -> torch.Generator:
-        return self.generator.manual_seed(_SEED)
+    def seeded(self) -> torch.Generator | None:
+        """For the rules that draw."""
+        return self.generator.manual_seed(_SEED) if self.name in RANDOM else None
 
 
 def moe_forward(layer: Layer, rounding: Rounding) -> torch.Tensor:
@@ -84,17 +118,19 @@ def _moe(layer: Layer, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def routing_forward(layer: Layer, rounding: Rounding, logits: torch.Tensor) -> torch.Tensor:
-    """What lies between the router GEMM and the experts: scores, selection and plan."""
+    """What lies between the router GEMM and the experts: scores, selection and plan.
+
+    Random rules draw from the default generator, which CUDA graphs know.
+    """
     from sonic.plan import build_plan
-    from sonic.routing import rounding_scores, token_rounding_plan, topk_routing
+    from sonic.routing import rounded_routing, topk_routing
 
     top_k, order = layer.shape.top_k, layer.options.score_order
     if rounding.name == "top_k":
         weights, ids = topk_routing(logits, top_k, order=order)
         build_plan(ids, layer.shape.E)
         return weights
-    scores = rounding_scores(logits, top_k, order=order)
-    weights, _ = token_rounding_plan(scores, top_k, rounding.tile, rounding.name, rounding.seeded())
+    weights, _ = rounded_routing(logits, top_k, rounding.tile, rounding.name, order=order)
     return weights
 
 
@@ -134,7 +170,9 @@ def check_rounded_layer(layer: Layer, rounding: Rounding) -> list[Finding]:
     if rounding.name == "top_k":
         return check_layer(layer)
     with exact_matmuls():
-        finding, pairs = _check_pairs(layer, rounding)
+        finding, pairs = check_pairs(layer, rounding)
+        if not finding.passed:  # there may be no layer with such pairs
+            return [finding]
         table, slot_of_pair = _as_table(layer, pairs)
         runs = [_run_flat(table, pairs, slot_of_pair), _run_moe(layer, rounding)]
         with torch.no_grad():
@@ -142,33 +180,45 @@ def check_rounded_layer(layer: Layer, rounding: Rounding) -> list[Finding]:
             return [finding, *stream.findings()]
 
 
-def _check_pairs(
+def check_pairs(
     layer: Layer, rounding: Rounding
 ) -> tuple[Finding, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The kept pairs, compared with those of the torch implementation on the CPU."""
-    from sonic.routing import rounding_scores, token_rounding
+    """The kept pairs as tokens, experts and weights; and whether they, and the plan, are exactly
+    those that the torch implementation makes of the same scores."""
+    from sonic.routing import rounded_routing, rounding_scores
+    from sonic.routing.token_rounding import round_winners, winners_of
 
-    top_k, E = layer.shape.top_k, layer.shape.E
+    top_k, order, tile = layer.shape.top_k, layer.options.score_order, rounding.tile
     with torch.no_grad():
-        scores = rounding_scores(layer.logits, top_k, order=layer.options.score_order)
-        options = (top_k, rounding.tile, rounding.name)
-        pairs = token_rounding(scores, *options, rounding.seeded())
-        uniform = torch.rand(E, device=scores.device, generator=rounding.seeded()).cpu()
-        expected = torch.ops.sonic.token_rounding(scores.cpu(), uniform, *options)
-    weights, token_ids, expert_ids, offset_by_expert, *_ = expected
-    actual = [tensor.cpu() for tensor in pairs]
-    same = [
-        torch.equal(ours, theirs)
-        for ours, theirs in zip(actual, (token_ids, expert_ids, weights), strict=True)
-    ]
-    counts = offset_by_expert.diff()
-    whole = bool(((counts % rounding.tile == 0) | (counts == layer.shape.T)).all())
-    passed = all(same) and whole
-    error = 0.0 if passed else math.inf
+        weights, plan = rounded_routing(
+            layer.logits, top_k, tile, rounding.name, rounding.seeded(), order=order
+        )
+        scores = rounding_scores(layer.logits, top_k, order=order)
+        winners = winners_of(layer.logits.to(scores.dtype), top_k)
+        generator = rounding.seeded()
+        uniform = torch.rand(layer.shape.E, device=scores.device, generator=generator)
+        expected = round_winners(scores, winners, uniform, tile, rounding.name)
+    same = torch.equal(weights, expected[0]) and all(
+        torch.equal(getattr(plan, field), tensor)
+        for field, tensor in zip(PLAN_FIELDS, expected[3:], strict=True)
+    )
+    counts = plan.expert_frequency()
+    whole = bool(((counts % tile == 0) | (counts == layer.shape.T)).all())
+    error = 0.0 if same and whole else math.inf
     note = "must be equal, counts in whole tiles"
-    live = pairs[0] < layer.shape.T
-    kept = (pairs[0][live], pairs[1][live], pairs[2][live])
-    return Finding("routing", "pairs", passed, error, 0.0, error, note=note), kept
+    finding = Finding("routing", "pairs", same and whole, error, 0.0, error, note=note)
+    return finding, _pairs_of(plan, weights)
+
+
+def _pairs_of(
+    plan: RoutingPlan, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, experts and weights of the pairs that rows serve, by slot."""
+    live = plan.slot_by_row >= 0
+    by_slot = plan.slot_by_row[live].argsort()
+    experts = torch.arange(plan.num_experts, dtype=torch.int32, device=weights.device)
+    experts = torch.repeat_interleave(experts, plan.expert_frequency().long())
+    return plan.token_by_row[live][by_slot], experts[by_slot], weights[: by_slot.numel()]
 
 
 def _as_table(
@@ -240,22 +290,76 @@ def _run_moe(layer: Layer, rounding: Rounding) -> Run:
 # --- times ----------------------------------------------------------------------------------------
 
 
-def timed_functions(layer: Layer, rounding: Rounding) -> dict[str, Callable[[], object]]:
-    """What is timed, by name: the whole layer, and its routing alone, forward and with backward."""
+def peer_forward(layer: Layer) -> torch.Tensor:
+    """SonicMoE's layer of top-k, router included."""
+    from sonicmoe.enums import ActivationType
+    from sonicmoe.functional import moe_TC_softmax_topk_layer
+
+    out, *_ = moe_TC_softmax_topk_layer(
+        layer.x,
+        layer.router_weight,
+        layer.w1.permute(1, 2, 0),
+        None,
+        layer.w2.permute(1, 2, 0),
+        None,
+        layer.shape.top_k,
+        torch.cuda.current_stream().cuda_stream,
+        ActivationType.SWIGLU,
+    )
+    return out
+
+
+def race_layers(
+    layer: Layer, roundings: Sequence[Rounding], with_peer: bool, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of each routing's whole layer, by pass, measured in turns."""
     leaves = tuple(gradient_inputs(layer, with_router=True).values())
+
+    def turn_of(forward: Callable[[], torch.Tensor]) -> Callable[[_Clock], tuple]:
+        def turn(clock: _Clock) -> tuple:
+            start = clock.mark()
+            out = forward()
+            middle = clock.mark()
+            torch.autograd.grad(out, leaves, layer.dout)
+            return start, middle, clock.mark()
+
+        return turn
+
+    forwards = {
+        rounding.name: functools.partial(moe_forward, layer, rounding) for rounding in roundings
+    }
+    if with_peer:
+        forwards[PEER] = functools.partial(peer_forward, layer)
+    turns = {name: turn_of(forward) for name, forward in forwards.items()}
+    medians = take_turns(turns, layer.options.device, timed_seconds=seconds)
+    passes = ("forward", "backward", "forward + backward")
+    return {name: dict(zip(passes, times, strict=True)) for name, times in medians.items()}
+
+
+def routing_functions(layer: Layer, rounding: Rounding) -> dict[str, Callable[[], object]]:
+    """Routing alone, between the router GEMM and the experts, forward and with backward."""
     logits = layer.logits.detach().requires_grad_()
     with torch.no_grad():
         dweights = torch.ones_like(routing_forward(layer, rounding, logits))
 
-    def layer_step() -> object:
-        return torch.autograd.grad(moe_forward(layer, rounding), leaves, layer.dout)
-
-    def routing_step() -> object:
+    def both() -> object:
         return torch.autograd.grad(routing_forward(layer, rounding, logits), logits, dweights)
 
-    return {
-        "forward": functools.partial(moe_forward, layer, rounding),
-        "forward + backward": layer_step,
-        "routing forward": functools.partial(routing_forward, layer, rounding, logits),
-        "routing forward + backward": routing_step,
-    }
+    forward = functools.partial(routing_forward, layer, rounding, logits)
+    return {"forward": forward, "forward + backward": both}
+
+
+def routing_times(layer: Layer, rounding: Rounding, seconds: float) -> dict[str, float]:
+    """Milliseconds of :func:`routing_functions` by pass, on a GPU without waiting for the host: in
+    the layer the host is ahead, and a few small launches alone would time the host."""
+    device = layer.options.device
+    times = {}
+    for name, function in routing_functions(layer, rounding).items():
+        repeats = 1
+        if device.type == "cuda":
+            repeats = _REPEATS
+            function = captured(function, repeats)
+        times[name] = sustained_ms(function, device, timed_seconds=seconds) / repeats
+    difference = times["forward + backward"] - times["forward"]
+    # On a machine that others use, noise can exceed the difference: then there is no figure.
+    return times | {"backward": difference if difference > 0 else math.nan}

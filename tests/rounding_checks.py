@@ -153,7 +153,9 @@ def check_logits(logits: Tensor, uniform: Tensor, case: Case, full: bool) -> Non
     rounded, winner_scores, winner_ids, lse = round_logits(logits, uniform, *options)
     keys, *_ = keys_of_logits(logits, case.top_k, full)
     scores = (keys[:, : case.tokens] & (2**31 - 1)).view(torch.float32).t().contiguous()
-    exact, low = (_scores_in_torch(kind, case.top_k, full) for kind in (logits.double(), logits))
+    exact, low = (
+        _winner_softmax_torch(kind, case.top_k, full) for kind in (logits.double(), logits)
+    )
     assert_close(scores, exact, low, ulps=8.0, name="scores")
 
     winners = winners_of(logits.float(), case.top_k)
@@ -183,29 +185,22 @@ def check_logits(logits: Tensor, uniform: Tensor, case: Case, full: bool) -> Non
     )
 
 
-def _scores_in_torch(logits: Tensor, top_k: int, full: bool) -> Tensor:
-    if full:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return torch.softmax(logits, dim=1, dtype=wide)
-    return _winner_softmax_torch(logits, top_k)
-
-
-def check_winner_softmax(logits: Tensor, top_k: int) -> None:
+def check_winner_softmax(logits: Tensor, top_k: int, full: bool) -> None:
     """Scores of all experts and the gradient of the logits, to rounding."""
     from sonic.triton.rounding_keys import winner_softmax, winner_softmax_grad
 
-    actual = winner_softmax(logits, top_k)
-    low = _winner_softmax_torch(logits, top_k)
-    exact = _winner_softmax_torch(logits.double(), top_k)
+    actual = winner_softmax(logits, top_k, full)
+    low = _winner_softmax_torch(logits, top_k, full)
+    exact = _winner_softmax_torch(logits.double(), top_k, full)
     assert actual.dtype == low.dtype == torch.float32
     # Hardware exp is good to about two units in the last place.
     assert_close(actual, exact, low, ulps=4.0, name="scores")
 
     dscores = torch.randn_like(low)
-    gradient = winner_softmax_grad(dscores, low, top_k, logits.dtype)
+    gradient = winner_softmax_grad(dscores, low, top_k, full, logits.dtype)
     assert gradient.dtype == logits.dtype
     twins = [
-        _winner_softmax_grad_torch(dscores.to(scores.dtype), scores, top_k, dtype)
+        _winner_softmax_grad_torch(dscores.to(scores.dtype), scores, top_k, full, dtype)
         for scores, dtype in ((exact, torch.float64), (low, logits.dtype))
     ]
     assert_close(

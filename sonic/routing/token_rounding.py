@@ -184,9 +184,8 @@ def rounding_scores(
     except ValueError as error:
         allowed = ", ".join(repr(member.value) for member in ScoreOrder)
         raise ArgumentError(f"{op}: order={order!r} is not one of {allowed}.") from error
-    if order is ScoreOrder.TOPK_OVER_SOFTMAX:
-        return torch.softmax(logits, dim=1, dtype=weight_dtype(logits.dtype))
-    scores: Tensor = torch.ops.sonic.winner_softmax(logits, top_k)
+    full = order is ScoreOrder.TOPK_OVER_SOFTMAX
+    scores: Tensor = torch.ops.sonic.winner_softmax(logits, top_k, full)
     return scores
 
 
@@ -274,19 +273,20 @@ def winners_of(table: Tensor, top_k: int) -> Tensor:
     return torch.sort(table, dim=1, descending=True, stable=True).indices[:, :top_k]
 
 
-def _winner_softmax_torch(logits: Tensor, top_k: int) -> Tensor:
+def _winner_softmax_torch(logits: Tensor, top_k: int, full: bool) -> Tensor:
     value = logits.to(weight_dtype(logits.dtype))
-    best = value.gather(1, winners_of(value, top_k))
+    best = value if full else value.gather(1, winners_of(value, top_k))
     return torch.exp(value - best.logsumexp(dim=1, keepdim=True))
 
 
 def _winner_softmax_grad_torch(
-    dscores: Tensor, scores: Tensor, top_k: int, dtype: torch.dtype
+    dscores: Tensor, scores: Tensor, top_k: int, full: bool, dtype: torch.dtype
 ) -> Tensor:
     product = dscores * scores
-    projection = torch.zeros_like(scores)
-    winners = winners_of(scores, top_k)
-    projection.scatter_(1, winners, scores.gather(1, winners))
+    projection = scores
+    if not full:
+        winners = winners_of(scores, top_k)
+        projection = torch.zeros_like(scores).scatter(1, winners, scores.gather(1, winners))
     return (product - projection * product.sum(dim=1, keepdim=True)).to(dtype)
 
 
@@ -411,42 +411,42 @@ def triton_kernels(op: str, device: torch.device) -> tuple[Any, Any]:
     return rounding_keys, token_rounding
 
 
-def _winner_softmax_cuda(logits: Tensor, top_k: int) -> Tensor:
+def _winner_softmax_cuda(logits: Tensor, top_k: int, full: bool) -> Tensor:
     kernels, _ = triton_kernels("rounding_scores", logits.device)
     if logits.dtype == torch.float64 or logits.shape[1] > kernels.MAX_BLOCK_E:
-        return _winner_softmax_torch(logits, top_k)
-    scores: Tensor = kernels.winner_softmax(logits, top_k)
+        return _winner_softmax_torch(logits, top_k, full)
+    scores: Tensor = kernels.winner_softmax(logits, top_k, full)
     return scores
 
 
 def _winner_softmax_grad_cuda(
-    dscores: Tensor, scores: Tensor, top_k: int, dtype: torch.dtype
+    dscores: Tensor, scores: Tensor, top_k: int, full: bool, dtype: torch.dtype
 ) -> Tensor:
     kernels, _ = triton_kernels("rounding_scores", scores.device)
     if scores.dtype == torch.float64 or scores.shape[1] > kernels.MAX_BLOCK_E:
-        return _winner_softmax_grad_torch(dscores, scores, top_k, dtype)
-    dlogits: Tensor = kernels.winner_softmax_grad(dscores, scores, top_k, dtype)
+        return _winner_softmax_grad_torch(dscores, scores, top_k, full, dtype)
+    dlogits: Tensor = kernels.winner_softmax_grad(dscores, scores, top_k, full, dtype)
     return dlogits
 
 
-def _winner_softmax_fake(logits: Tensor, top_k: int) -> Tensor:
+def _winner_softmax_fake(logits: Tensor, top_k: int, full: bool) -> Tensor:
     return logits.new_empty(logits.shape, dtype=weight_dtype(logits.dtype))
 
 
 def _winner_softmax_grad_fake(
-    dscores: Tensor, scores: Tensor, top_k: int, dtype: torch.dtype
+    dscores: Tensor, scores: Tensor, top_k: int, full: bool, dtype: torch.dtype
 ) -> Tensor:
     return scores.new_empty(scores.shape, dtype=dtype)
 
 
-def _winner_softmax_setup(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+def _winner_softmax_setup(ctx: Any, inputs: tuple[Tensor, int, bool], output: Tensor) -> None:
     ctx.save_for_backward(output)
-    ctx.dtype, ctx.top_k = inputs[0].dtype, inputs[1]
+    ctx.options = (*inputs[1:], inputs[0].dtype)
 
 
-def _winner_softmax_backward(ctx: Any, dscores: Tensor) -> tuple[Tensor, None]:
+def _winner_softmax_backward(ctx: Any, dscores: Tensor) -> tuple[Tensor, None, None]:
     (scores,) = ctx.saved_tensors
-    return torch.ops.sonic.winner_softmax_backward(dscores, scores, ctx.top_k, ctx.dtype), None
+    return torch.ops.sonic.winner_softmax_backward(dscores, scores, *ctx.options), None, None
 
 
 def _forward_cuda(
@@ -544,10 +544,12 @@ register_gradient(
 )
 
 _LIBRARY.define(
-    "winner_softmax(Tensor logits, int top_k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    "winner_softmax(Tensor logits, int top_k, bool full) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    "winner_softmax_backward(Tensor dscores, Tensor scores, int top_k, ScalarType dtype) -> Tensor",
+    "winner_softmax_backward(Tensor dscores, Tensor scores, int top_k, bool full, ScalarType dtype)"
+    " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("winner_softmax", _winner_softmax_torch, "CPU")

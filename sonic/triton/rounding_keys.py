@@ -238,21 +238,22 @@ def keys_of_scores(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     return keys
 
 
-def winner_softmax(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Softmax of each row, over its ``top_k`` largest entries instead of all.
+def winner_softmax(logits: torch.Tensor, top_k: int, full: bool) -> torch.Tensor:
+    """Softmax of each row, over all entries, or over its ``top_k`` largest ones.
 
     Args:
         logits: (T, E) bf16, fp16 or fp32, E at most 4096. top_k: 1 to min(64, E).
+        full: over all.
 
     Returns:
-        (T, E) fp32, the scores that :func:`keys_of_logits` ranks; those of the winners sum to one,
-        the others are at most the least of them.
+        (T, E) fp32, the scores that :func:`keys_of_logits` ranks. Over the winners, theirs sum to
+        one, and the others are at most the least of them.
     """
     check_float("winner_softmax", logits=logits)
     scores = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
         with device_of(logits):
-            _launch(row_major(logits), (scores, None, None, None, None), top_k, False)
+            _launch(row_major(logits), (scores, None, None, None, None), top_k, full)
     return scores
 
 
@@ -264,6 +265,7 @@ def _winner_softmax_grad_kernel(
     num_tokens,
     num_experts,
     TOP_K: tl.constexpr,
+    FULL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -273,14 +275,16 @@ def _winner_softmax_grad_kernel(
     offset = token.to(tl.int64)[:, None] * num_experts + expert[None, :]
     score = tl.load(scores + offset, mask=mask, other=0.0)
     product = score * tl.load(dscores + offset, mask=mask, other=0.0)
-    chosen = _chosen(tl.where(mask, _rank_key(score), -1), expert, TOP_K)
     projection = tl.sum(product, axis=1)[:, None] * score
-    result = product - tl.where(chosen, projection, 0.0)
+    if not FULL:
+        chosen = _chosen(tl.where(mask, _rank_key(score), -1), expert, TOP_K)
+        projection = tl.where(chosen, projection, 0.0)
+    result = product - projection
     tl.store(dlogits + offset, result.to(dlogits.dtype.element_ty), mask=mask)
 
 
 def winner_softmax_grad(
-    dscores: torch.Tensor, scores: torch.Tensor, top_k: int, dtype: torch.dtype
+    dscores: torch.Tensor, scores: torch.Tensor, top_k: int, full: bool, dtype: torch.dtype
 ) -> torch.Tensor:
     """(T, E) gradient of the logits of :func:`winner_softmax`, from its result."""
     num_tokens, num_experts = scores.shape
@@ -298,6 +302,7 @@ def winner_softmax_grad(
             num_tokens,
             num_experts,
             TOP_K=top_k,
+            FULL=full,
             ROWS=rows,
             BLOCK_E=block_e,
             num_warps=4,

@@ -48,7 +48,7 @@ def _value_of(key):
 @triton.jit
 def _select(key, index, TOP_K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr):
     """The TOP_K largest (key, lowest index first) of each row, descending, columns past TOP_K
-    holding LOWEST; and the keys left over, winners replaced by LOWEST."""
+    holding LOWEST and index 0; and the keys left over, winners replaced by LOWEST."""
     lane = tl.arange(0, K_PAD)
     best_key = tl.full([ROWS, K_PAD], LOWEST, tl.int32)
     best_index = tl.zeros([ROWS, K_PAD], tl.int32)
@@ -80,8 +80,9 @@ def _select_best(
             key = tl.where(key == top[:, None], LOWEST, key)
         # The key of a negative value ends in ones, that of any other in zeros.
         best_key = tl.where(best < 0, best | LOW, best & ~LOW)
-        best_key = tl.where(best == LOWEST, LOWEST, best_key)
-        return best_key, LOW - (best & LOW), key
+        none = best == LOWEST
+        best_key = tl.where(none, LOWEST, best_key)
+        return best_key, tl.where(none, 0, LOW - (best & LOW)), key
 
 
 @triton.jit

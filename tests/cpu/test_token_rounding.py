@@ -373,8 +373,9 @@ def test_scores_gradcheck_and_opcheck(order):
     scores = rounding_scores(logits, 2, order=order)
     (gradient,) = torch.autograd.grad(scores.square().sum(), logits)
     assert gradient.dtype == torch.bfloat16 and gradient.any()
-    torch.library.opcheck(torch.ops.sonic.winner_softmax.default, (logits, 2))
-    arguments = (scores.detach(), scores.detach(), 2, torch.bfloat16)
+    full = order is ScoreOrder.TOPK_OVER_SOFTMAX
+    torch.library.opcheck(torch.ops.sonic.winner_softmax.default, (logits, 2, full))
+    arguments = (scores.detach(), scores.detach(), 2, full, torch.bfloat16)
     torch.library.opcheck(torch.ops.sonic.winner_softmax_backward.default, arguments)
 
 

@@ -1,5 +1,6 @@
 """The token rounding benchmark: what it checks, counts, refuses and writes."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import sonic
-from benchmarks import rounding
+from benchmarks import contest, rounding
 from benchmarks.layer import LayerOptions, make_layer
 from benchmarks.rounding import Load, RoundedShape, Rounding, check_rounded_layer, load_of
 from benchmarks.shapes import Shape
@@ -33,7 +34,8 @@ def script(monkeypatch):
         function()
         return next(clock)
 
-    monkeypatch.setattr(module, "sustained_ms", once)
+    monkeypatch.setattr(rounding, "sustained_ms", once)
+    monkeypatch.setattr(contest, "LOAD_SECONDS", 0.0)
     return module
 
 
@@ -105,15 +107,36 @@ def test_the_check_knows_every_score_order(order):
 
 def test_wrong_pairs_are_found_and_nothing_is_timed(script, capsys, monkeypatch):
     def shifted(*arguments, **options):
-        token_ids, expert_ids, weights = right(*arguments, **options)
-        return token_ids, (expert_ids + 1) % 5, weights
+        weights, plan = right(*arguments, **options)
+        return weights, dataclasses.replace(plan, token_by_row=plan.token_by_row.roll(1))
 
-    right = sonic.routing.token_rounding
-    monkeypatch.setattr(sonic.routing, "token_rounding", shifted)
-    monkeypatch.setattr(script, "measure", lambda *_: pytest.fail("a wrong layer was timed"))
+    right = sonic.routing.rounded_routing
+    monkeypatch.setattr(sonic.routing, "rounded_routing", shifted)
+    monkeypatch.setattr(script, "race_layers", lambda *_: pytest.fail("a wrong layer was timed"))
     flags = ["--thiekq", "48,24,16,5,2,8", "--device", "cpu", "--routing", "nr"]
     assert script.main(flags) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_sweep_times_top_k_beside_rounding(script, capsys, monkeypatch, tmp_path):
+    sizes = tuple(RoundedShape(Shape(32, 16, 8, E, 2), 8) for E in (3, 4))
+    monkeypatch.setattr(script, "SWEEPS", (sizes,))
+    path = tmp_path / "sweep.json"
+    flags = ["--sweep", "1", "--device", "cpu", "--rep", "1", "--json", str(path)]
+    assert script.main([*flags, "--thiekq", "20,16,8,3,1,8"]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    for problem in ([32, 16, 8, 3, 2], [32, 16, 8, 4, 2], [20, 16, 8, 3, 1]):
+        metrics = {row["metric"] for row in rows if row["problem"] == problem}
+        for routing in ("nr", "top_k"):
+            assert f"token rounding/{routing}/q8/forward + backward" in metrics
+            assert f"token rounding/{routing}/q8/forward/routing" in metrics
+    assert "pairs" in capsys.readouterr().out
+
+
+def test_the_sweeps_are_the_papers():
+    points = [size for sweep in rounding.SWEEPS for size in sweep]
+    assert len(points) == 16 and all(size.tile == 128 for size in points)
+    assert set(rounding.BAR_SIZES) <= set(points)
 
 
 @pytest.mark.parametrize("text", ["1,2,3,4,5", "8,8,8,4,2,0", "8,8,8,4,2,x", "8,8,8,2,3,4", ""])

@@ -69,8 +69,10 @@ def test_every_kernel_compiles(compiled):  # noqa: F811
     _round(100, 5000, 8, "nr", torch.float16)  # rows in blocks
     _round(24576, 1, 1, "sr")
     for dtype in (torch.float32, torch.bfloat16):
-        scores = rounding_keys.winner_softmax(torch.zeros(64, 256, dtype=dtype), 8)
-        rounding_keys.winner_softmax_grad(scores, scores, 8, dtype)
+        scores = rounding_keys.winner_softmax(
+            torch.zeros(64, 256, dtype=dtype), 8, dtype is torch.float32
+        )
+        rounding_keys.winner_softmax_grad(scores, scores, 8, dtype is torch.float32, dtype)
         _round_logits(16384, 512, 8, "nr", dtype, full=dtype is torch.float32)
         ids = torch.zeros(64, dtype=torch.int32)
         kernels.round_tokens_grad(torch.zeros(64), ids, ids, 64, 256, dtype)
@@ -94,8 +96,8 @@ def test_the_number_of_tokens_compiles_anew_once_per_power_of_two(compiled):  # 
             outputs = _round(tokens, 16, 2, rule)
         ids, weights = outputs[1], outputs[0]
         kernels.round_tokens_grad(weights, ids, ids, tokens, 16, torch.float32)
-        scores = rounding_keys.winner_softmax(torch.zeros(tokens, 16), 2)
-        rounding_keys.winner_softmax_grad(scores, scores, 2, torch.float32)
+        scores = rounding_keys.winner_softmax(torch.zeros(tokens, 16), 2, False)
+        rounding_keys.winner_softmax_grad(scores, scores, 2, False, torch.float32)
     for name in compiled:
         variants = 2 if name == "_select_kernel" else 1  # one for each of the two rules
         assert len(_texts(compiled, name)) == variants, name

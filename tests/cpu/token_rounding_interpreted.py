@@ -101,12 +101,13 @@ def test_gradient(dtype, guarded):
     checks.check_gradient(dweights, token_ids, expert_ids, case, dtype, rtol)
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("sizes", [(9, 8, 2), (70, 60, 4), (3, 1, 1), (5, 5, 5), (0, 4, 1)])
-def test_winner_softmax(sizes, dtype, guarded):
+def test_winner_softmax(sizes, dtype, full, guarded):
     tokens, experts, top_k = sizes
     logits = guarded.copy_of((2 * torch.randn(tokens, experts)).to(dtype))
-    checks.check_winner_softmax(logits, top_k)
+    checks.check_winner_softmax(logits, top_k, full)
 
 
 def logits_of(case, dtype, seed=0):

@@ -1,6 +1,7 @@
 """Token rounding's kernels on a GPU: against oracle and twin, in graphs, without a host wait."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -100,12 +101,13 @@ def test_gradient(dtype, guarded):
     checks.check_gradient(dweights, token_ids, expert_ids, case, dtype)
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1000, 60, 4), (4097, 512, 10), (300, 4096, 33)])
-def test_winner_softmax(sizes, dtype, guarded):
+def test_winner_softmax(sizes, dtype, full, guarded):
     tokens, experts, top_k = sizes
     logits = (2 * torch.randn(tokens, experts, device=CUDA)).to(dtype)
-    checks.check_winner_softmax(guarded.copy_of(logits), top_k)
+    checks.check_winner_softmax(guarded.copy_of(logits), top_k, full)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
@@ -122,10 +124,10 @@ def test_logits_to_plan(sizes, dtype, full, guarded):
 
 def test_fused_and_separate_scores_are_the_same_bits():
     """One kernel makes both, so that the layer and its parts choose the same pairs."""
-    for experts in (16, 128, 512):
+    for experts, order in itertools.product((16, 128, 512), ScoreOrder):
         logits = _logits(5000, experts)
-        expected = token_rounding_plan(rounding_scores(logits, 4), 4, 128)
-        weights, plan = rounded_routing(logits, 4, 128)
+        expected = token_rounding_plan(rounding_scores(logits, 4, order=order), 4, 128)
+        weights, plan = rounded_routing(logits, 4, 128, order=order)
         assert torch.equal(weights, expected[0])
         assert_same_plan(plan, expected[1])
 
