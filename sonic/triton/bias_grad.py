@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 
 from sonic.runtime.errors import DTypeError
-from sonic.triton.common import check_contiguous, check_float, check_shape, device_of, row_major
+from sonic.triton.common import (
+    cdiv,
+    check_contiguous,
+    check_float,
+    check_shape,
+    device_of,
+    row_major,
+)
+from sonic.triton.launch import Launcher
 
 _BLOCK_N = 256
 _BLOCK_R = 16
@@ -78,10 +86,14 @@ def _add_shares_kernel(partial, out, size, SHARES: tl.constexpr, BLOCK: tl.const
     tl.store(out + index, total.to(out.dtype.element_ty), mask=mask)
 
 
+_sum_segments = Launcher(_segment_sum_kernel)
+_add_shares = Launcher(_add_shares_kernel)
+
+
 def _shares_for(num_rows: int, num_experts: int, width: int) -> int:
     """Shares per expert: a function of shapes, so that equal shapes sum in the same order."""
-    wanted = triton.cdiv(_WANTED_PROGRAMS, triton.cdiv(width, _BLOCK_N))
-    useful = triton.cdiv(num_rows, _ROWS_PER_SHARE)
+    wanted = cdiv(_WANTED_PROGRAMS, cdiv(width, _BLOCK_N))
+    useful = cdiv(num_rows, _ROWS_PER_SHARE)
     affordable = _MAX_PARTIAL_BYTES // (4 * num_experts * width)
     limit = min(wanted, useful, affordable)
     return next((shares for shares in _SHARES if shares <= limit), 1)
@@ -105,7 +117,8 @@ def _segment_sum(
     if shares > 1:
         partial = torch.empty(shares, num_experts, width, dtype=torch.float32, device=source.device)
     with device_of(source):
-        _segment_sum_kernel[(num_experts * shares * triton.cdiv(width, _BLOCK_N),)](
+        _sum_segments(
+            num_experts * shares * cdiv(width, _BLOCK_N),
             source,
             token_by_row,
             score_by_row,
@@ -122,8 +135,14 @@ def _segment_sum(
         )
         if shares > 1:
             block = 1024
-            _add_shares_kernel[(triton.cdiv(out.numel(), block),)](
-                partial, out, out.numel(), SHARES=shares, BLOCK=block, num_warps=4
+            _add_shares(
+                cdiv(out.numel(), block),
+                partial,
+                out,
+                out.numel(),
+                SHARES=shares,
+                BLOCK=block,
+                num_warps=4,
             )
     return out
 

@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 
 from sonic.runtime.errors import DTypeError
-from sonic.triton.common import check_contiguous, check_float, check_shape, device_of, row_major
+from sonic.triton.common import (
+    cdiv,
+    check_contiguous,
+    check_float,
+    check_shape,
+    device_of,
+    power_of_2,
+    row_major,
+)
+from sonic.triton.launch import Launcher
 
 # Rows of a token whose loads are in flight together.
 _MAX_UNROLL = 16
@@ -99,6 +108,10 @@ def _combine_ragged_kernel(
     )
 
 
+_combine = Launcher(_combine_kernel)
+_combine_ragged = Launcher(_combine_ragged_kernel)
+
+
 def combine(
     rows: torch.Tensor,
     row_by_slot: torch.Tensor,
@@ -132,16 +145,17 @@ def combine(
         return out
     rows = row_major(rows)
     vector = 16 // rows.element_size()
-    block_h = min(triton.next_power_of_2(hidden_size), 128 * vector)
+    block_h = min(power_of_2(hidden_size), 128 * vector)
     # One 16-byte load per thread and row.
     num_warps = max(1, block_h // (32 * vector))
-    grid = (num_tokens * triton.cdiv(hidden_size, block_h),)
+    programs = num_tokens * cdiv(hidden_size, block_h)
     common = {"HAS_SCORES": scores is not None, "BLOCK_H": block_h, "num_warps": num_warps}
     with device_of(rows):
         if offset_by_token is None:
             check_shape("combine", "row_by_slot", row_by_slot, (num_tokens * top_k,))
             unroll = next(n for n in range(_MAX_UNROLL, 0, -1) if top_k % n == 0)
-            _combine_kernel[grid](
+            _combine(
+                programs,
                 rows,
                 row_by_slot,
                 scores,
@@ -157,7 +171,8 @@ def combine(
                 "combine", offset_by_token=offset_by_token, slot_by_position=slot_by_position
             )
             check_shape("combine", "offset_by_token", offset_by_token, (num_tokens + 1,))
-            _combine_ragged_kernel[grid](
+            _combine_ragged(
+                programs,
                 rows,
                 row_by_slot,
                 scores,

@@ -8,6 +8,17 @@ import triton
 from sonic.runtime.errors import DeviceError, DTypeError, LayoutError, ShapeError
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HERE = nullcontext()  # most layers are on the current device, and entering it again takes time
+
+
+def cdiv(a: int, b: int) -> int:
+    """``ceil(a / b)``; ``triton.cdiv`` works inside kernels too, and takes ten times as long."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least ``n``, for positive ``n``."""
+    return 1 << (n - 1).bit_length()
 
 
 def is_interpreted() -> bool:
@@ -19,9 +30,10 @@ def is_interpreted() -> bool:
 def device_of(tensor: torch.Tensor) -> AbstractContextManager:
     """Make the tensor's GPU current while a kernel is launched on it."""
     if tensor.is_cuda:
-        return torch.cuda.device(tensor.device)
+        index = tensor.get_device()
+        return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
     if is_interpreted():
-        return nullcontext()
+        return _HERE
     raise DeviceError(
         f"Triton kernels need CUDA tensors, got one on {tensor.device}. Move it, or take the "
         "reference implementation (impl='reference', for a plan impl='torch')."

@@ -21,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sonic.triton.common import device_of
+from sonic.triton.common import cdiv, device_of, power_of_2
+from sonic.triton.launch import Launcher
 
 # A key above every expert id, so that a dropped slot precedes nobody.
 DROPPED = tl.constexpr(2**31 - 1)
@@ -207,6 +208,13 @@ def _scatter_kernel(
     tl.store(token_by_row + slot, -1, mask=tail)
 
 
+_direct = Launcher(_direct_kernel)
+_rank = Launcher(_rank_kernel)
+_scan_tiles = Launcher(_scan_tiles_kernel)
+_scan_experts = Launcher(_scan_experts_kernel)
+_scatter = Launcher(_scatter_kernel)
+
+
 def method_for(num_slots: int, num_experts: int) -> str:
     """Which of ``"empty"``, ``"direct"``, ``"tiled"``, ``"sorted"`` serves this size."""
     if num_slots == 0:
@@ -221,7 +229,7 @@ def method_for(num_slots: int, num_experts: int) -> str:
 
 def _count_stride(num_slots: int, tile: int) -> int:
     """Tiles, rounded up so that every expert's counters start at a vector."""
-    return triton.cdiv(triton.cdiv(num_slots, tile), 16) * 16
+    return cdiv(cdiv(num_slots, tile), 16) * 16
 
 
 def _tile_for(num_slots: int, num_experts: int) -> int:
@@ -266,8 +274,9 @@ def sort_slots_by_expert(
     with device_of(expert_ids):
         if method == "direct":
             block = 32
-            slot_programs = triton.cdiv(num_slots, block)
-            _direct_kernel[(slot_programs + triton.cdiv(num_experts + 1, block),)](
+            slot_programs = cdiv(num_slots, block)
+            _direct(
+                slot_programs + cdiv(num_experts + 1, block),
                 expert_ids,
                 token_ids,
                 *outputs,
@@ -285,7 +294,8 @@ def sort_slots_by_expert(
         stride = _count_stride(num_slots, tile)
         count = torch.zeros(num_experts, stride, **options)
         total = torch.empty(num_experts, **options)
-        _rank_kernel[(triton.cdiv(num_slots, tile),)](
+        _rank(
+            cdiv(num_slots, tile),
             expert_ids,
             token_ids,
             count,
@@ -301,7 +311,8 @@ def sort_slots_by_expert(
         # Few choices: every one is a kernel to compile while the number of tokens varies.
         block_tiles = 64 if stride <= 64 else 512 if stride <= 512 else 4096
         block_e = max(1, 1024 // block_tiles)
-        _scan_tiles_kernel[(triton.cdiv(num_experts, block_e),)](
+        _scan_tiles(
+            cdiv(num_experts, block_e),
             count,
             total,
             num_experts,
@@ -310,9 +321,9 @@ def sort_slots_by_expert(
             BLOCK_TILES=block_tiles,
             num_warps=4 if block_tiles <= 1024 else 8,
         )
-        block = min(triton.next_power_of_2(num_experts), 8192)
-        _scan_experts_kernel[(1,)](
-            total, offset_by_expert, num_experts, BLOCK=block, num_warps=8 if block > 1024 else 4
+        block = min(power_of_2(num_experts), 8192)
+        _scan_experts(
+            1, total, offset_by_expert, num_experts, BLOCK=block, num_warps=8 if block > 1024 else 4
         )
         place_slots(expert_ids, count, outputs, tile=tile, top_k=top_k, token_ids=token_ids)
     return outputs
@@ -340,7 +351,8 @@ def place_slots(
     """
     num_slots = expert_ids.numel()
     block = 512
-    _scatter_kernel[(triton.cdiv(num_slots, block),)](
+    _scatter(
+        cdiv(num_slots, block),
         expert_ids,
         token_ids,
         prefix,

@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 
 from sonic.runtime.errors import ArgumentError, DTypeError
-from sonic.triton.common import check_contiguous, check_float, check_shape, device_of, row_major
+from sonic.triton.common import (
+    cdiv,
+    check_contiguous,
+    check_float,
+    check_shape,
+    device_of,
+    row_major,
+)
+from sonic.triton.launch import Launcher
 
 
 @triton.jit
@@ -77,6 +85,10 @@ def _gather_scores_kernel(scores, slot_by_row, score_by_row, num_rows, BLOCK: tl
     tl.store(score_by_row + row, score, mask=row < num_rows)
 
 
+_score_grad = Launcher(_score_grad_kernel)
+_gather_scores = Launcher(_gather_scores_kernel)
+
+
 def gather_scores(scores: torch.Tensor, slot_by_row: torch.Tensor) -> torch.Tensor:
     """Scores in row order.
 
@@ -95,8 +107,14 @@ def gather_scores(scores: torch.Tensor, slot_by_row: torch.Tensor) -> torch.Tens
     if num_rows:
         block = 512
         with device_of(slot_by_row):
-            _gather_scores_kernel[(triton.cdiv(num_rows, block),)](
-                scores, slot_by_row, score_by_row, num_rows, BLOCK=block, num_warps=4
+            _gather_scores(
+                cdiv(num_rows, block),
+                scores,
+                slot_by_row,
+                score_by_row,
+                num_rows,
+                BLOCK=block,
+                num_warps=4,
             )
     return score_by_row
 
@@ -149,7 +167,8 @@ def score_grad(
         return dscores
     block = 256 if b2 is None else 8
     with device_of(row_by_slot):
-        _score_grad_kernel[(triton.cdiv(num_slots, block),)](
+        _score_grad(
+            cdiv(num_slots, block),
             ds_partial,
             row_by_slot,
             dout if b2 is not None else None,

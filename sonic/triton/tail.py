@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sonic.triton.common import check_contiguous, device_of
+from sonic.triton.common import cdiv, check_contiguous, device_of, power_of_2
+from sonic.triton.launch import Launcher
 
 _ROWS = 64
 _MAX_BLOCK = 256
@@ -33,6 +34,9 @@ def _zero_tail_kernel(
             tl.store(address, zero, mask=dead[:, None] & (column[None, :] < WIDTH))
 
 
+_zero_tail = Launcher(_zero_tail_kernel)
+
+
 def zero_tail(rows: torch.Tensor, offset_by_expert: torch.Tensor) -> torch.Tensor:
     """Set the rows from ``offset_by_expert[-1]`` on to zero, in place.
 
@@ -46,9 +50,10 @@ def zero_tail(rows: torch.Tensor, offset_by_expert: torch.Tensor) -> torch.Tenso
     num_rows, width = rows.shape
     if rows.numel() == 0:
         return rows
-    block = min(_MAX_BLOCK, triton.next_power_of_2(width))
+    block = min(_MAX_BLOCK, power_of_2(width))
     with device_of(rows):
-        _zero_tail_kernel[(triton.cdiv(num_rows, _ROWS),)](
+        _zero_tail(
+            cdiv(num_rows, _ROWS),
             rows,
             offset_by_expert,
             num_rows,
