@@ -46,6 +46,7 @@ class Configuration:
         `problems.GATED`, or "d" + such a gated name, its derivative.
     alpha, beta, row, col: D = alpha A B^T + beta C + row + col; C is there if beta is not 0.
     add: D += instead of D =.
+    split: CTAs that share the sum over k of a tile, in a fixed order.
     dynamic: tiles from a counter in memory (sm_90a) or by cluster launch control.
     clusters: persistent clusters launched, few so that each takes several tiles.
     """
@@ -132,6 +133,7 @@ def _hopper():
         "add": {"add": True, "out": "float32", "cluster": (2, 1)},
         "one-tile-each": {"persistent": False, "cluster": (2, 1)},
         "counter": {"dynamic": True, "cluster": (2, 1)},
+        "split-3": {"split": 3, "beta": 1.0, "m": 200},
         "gelu": {"epilogue": "gelu_tanh_approx", "beta": 1.0, "n": 272},
         "swiglu-pingpong": {"epilogue": "swiglu", "pingpong": True, "n": 272, "row": True},
         "dswiglu": {"epilogue": "dswiglu", "n": 144},
@@ -187,6 +189,9 @@ def _blackwell():
         "c-2cta": {"beta": 1.0, "tile": (256, 128), "cluster": (2, 1)},
         "bias": {"row": True, "col": True, "batch": 2, "m": 200},
         "add": {"add": True, "out": "float32", "tile": (256, 128), "cluster": (2, 1)},
+        "split-2-2cta": {"split": 2, "tile": (256, 128), "cluster": (2, 1), "row": True},
+        "launch-control": {"dynamic": True},
+        "launch-control-2cta": {"dynamic": True, "tile": (256, 128), "cluster": (2, 1)},
         "gelu": {"epilogue": "gelu_tanh_approx", "beta": 1.0, "n": 272},
         "swiglu-2cta": {"epilogue": "swiglu", "tile": (256, 128), "cluster": (2, 1), "n": 272},
         "dswiglu": {"epilogue": "dswiglu", "n": 144},
@@ -201,6 +206,14 @@ def _blackwell():
         "c": {"beta": 1.0, "row": True, "col": True},
         "gather": {"gather": True},
         "gather-2cta": {"gather": True, "tile": (256, 128), "cluster": (2, 1)},
+        "gather4": {"gather": True, "tma_gather": True},
+        "gather4-2cta": {
+            "gather": True,
+            "tma_gather": True,
+            "tile": (256, 128),
+            "cluster": (2, 1),
+        },
+        "launch-control": {"dynamic": True},
         "gather-geglu": {"gather": True, "epilogue": "geglu"},
     }
     depth = {
@@ -208,6 +221,7 @@ def _blackwell():
         "2cta": {"tile": (256, 128), "cluster": (2, 1)},
         "add": {"add": True, "out": "float32", "cluster": (2, 1)},
         "gather": {"gather": True, "dtype": "float16", "out": "float16"},
+        "gather4": {"gather": True, "tma_gather": True},
     }
     arch = "sm_100a"
     return [
@@ -236,6 +250,9 @@ def _geforce():
         "bias": {"row": True, "col": True, "batch": 2, "m": 132},
         "add": {"add": True, "out": "float32"},
         "one-tile-each": {"persistent": False},
+        "split-2": {"split": 2, "beta": 1.0},
+        "launch-control": {"dynamic": True},
+        "launch-control-pingpong": {"dynamic": True, "pingpong": True},
         "gelu": {"epilogue": "gelu_tanh_approx", "beta": 1.0},
         "swiglu-pingpong": {"epilogue": "swiglu", "pingpong": True, "n": 144, "row": True},
         "dswiglu": {"epilogue": "dswiglu", "n": 72},

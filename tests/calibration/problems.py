@@ -103,9 +103,21 @@ def make_tensors(c, seed=0):
         t["row"] = torch.randn(batch, c.n, generator=g)
     if c.col:
         t["col"] = torch.randn(*(() if c.kind == "varlen_m" else (batch,)), rows, generator=g)
+    if c.split > 1:
+        t |= split_buffers(c, batch)
     if c.dynamic and c.arch == "sm_90a":
         t["semaphore"] = torch.zeros(1, dtype=torch.int32)
     return t
+
+
+def split_buffers(c, batch):
+    """What the splits of K share: a flag a tile, and their sums, a CTA's tile of them a flag."""
+    tile = (c.tile[0] // 2 if c.two_cta else c.tile[0], c.tile[1])
+    counts = [-(-n // (t * p)) * p for n, t, p in zip((c.m, c.n), tile, c.cluster, strict=True)]
+    return {
+        "flags": torch.zeros(batch, *counts, dtype=torch.int32),
+        "partials": torch.full((batch, *counts, tile[0] * tile[1]), NAN),
+    }
 
 
 def _segments(c):

@@ -62,9 +62,10 @@ def call_quack(c, t):
         "split_k": c.split, **lengths,
     }  # fmt: skip
     if c.epilogue == "linear":
-        from quack.gemm import gemm
+        import quack.gemm
 
-        gemm(
+        quack.gemm._split_k_buffers = lambda *args: (t["flags"], t["partials"])
+        quack.gemm.gemm(
             t["A"], t["B"], t["D"], t.get("C"), alpha=c.alpha, beta=c.beta if c.beta else 1.0,
             rowvec_bias=t.get("row"), colvec_bias=t.get("col"), add_to_output=c.add, **common,
         )  # fmt: skip

@@ -4,8 +4,9 @@ python -m tests.calibration.run [--json FILE] [--arch sm_100a] [--seeds 3] [--on
 
 Every configuration runs with `--seeds` seeds of "mixed" timing and one each of "eager" and "lazy",
 on a problem of its own for each. A configuration is right if each run's values are within the bound
-and nothing is reported. One with a Finding runs without the check that it rests on, and once with
-it: then the report must be the one expected. Exit status 1 if any is not right.
+and nothing is reported; it is refused if its PTX has an instruction that is not there yet. One with
+a Finding runs without the check that it rests on, and once with it: then the report must be the one
+expected. Exit status 1 if any is not right.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import environment
-from tests.emulator import Fault, Policy
+from tests.emulator import Fault, Policy, PtxError
 
 from .configurations import ARCHITECTURES, CONFIGURATIONS
 from .kernels import about, calibration_kernel, compile_missing, is_compiled
@@ -64,7 +65,9 @@ def calibrate(c, seeds):
     began = time.perf_counter()
     try:
         row |= run_all(c, seeds)
-    except Exception as e:  # a refusal or a report is this row's result
+    except PtxError as e:
+        row |= {"verdict": "refused", "report": str(e)[:500]}
+    except (Fault, RuntimeError) as e:
         row |= {"verdict": "not right", "report": f"{type(e).__name__}: {e}"[:2000]}
     row["seconds"] = round(time.perf_counter() - began, 2)
     return row
