@@ -130,21 +130,18 @@ def ordinals(tensor: Tensor) -> Tensor:
 
 
 def compare_output(name: str, gpu: Tensor, emulator: Tensor, band: Band) -> Comparison:
-    # Partial sums that were added up in float64 are numbers of float32 before.
-    low, high = band.ends(torch.float32 if gpu.dtype is torch.float64 else gpu.dtype)
-    outside = []
-    for side in (gpu, emulator):
-        value = side.to(low.dtype)
-        outside.append(int((~((low <= value) & (value <= high))).sum()))
-    near = gpu.to(low.dtype), emulator.to(low.dtype)
-    distance = (ordinals(near[0]) - ordinals(near[1])).abs()
+    # Partial sums that were added up in float64 have the steps of float32.
+    dtype = torch.float32 if gpu.dtype is torch.float64 else gpu.dtype
+    low, high = band.ends(dtype)
+    distance = (ordinals(gpu.to(dtype)) - ordinals(emulator.to(dtype))).abs()
     return Comparison(
         name,
         gpu.numel(),
         int((low == high).sum()),
         int((distance == 0).sum()),
         int(distance.max()),
-        *outside,
+        band.outside(gpu),
+        band.outside(emulator),
     )
 
 

@@ -56,6 +56,16 @@ class Band:
         low, high = self.value - self.delta, self.value + self.delta
         return low.float().to(dtype), high.float().to(dtype)
 
+    def outside(self, stored: Tensor) -> int:
+        """How many elements of a result cannot have come from inside the band; NaN never can.
+
+        Partial sums that were added up in float64 are held to float32.
+        """
+        dtype = torch.float32 if stored.dtype is torch.float64 else stored.dtype
+        low, high = self.ends(dtype)
+        value = stored.to(dtype)
+        return int((~((low <= value) & (value <= high))).sum())
+
 
 def bands(gemm: GroupedGemm, inputs: dict[str, Any], kind: str) -> dict[str, Band]:
     """The band of each output of ``gemm``, by name."""

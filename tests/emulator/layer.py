@@ -2,20 +2,28 @@
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 from collections.abc import Iterator
+
+from sonic.runtime.problem import Arch
 
 from .compiled import needed_options
 from .policy import Policy
 from .run import Emulator
 
 
-@functools.cache
-def emulator_for(problem, config):
-    """The emulator of one kernel of `kernels_sm90`, compiled once a process."""
-    from kernels_sm90.compile import compile_kernel
+def has_kernels(arch):
+    """Whether there is a kernel package for an architecture."""
+    return importlib.util.find_spec(f"kernels_{arch.value}.compile") is not None
 
+
+@functools.cache
+def emulator_for(problem, config, arch=Arch.SM90):
+    """The emulator of one kernel of a kernel package, compiled once a process."""
+    module = importlib.import_module(f"kernels_{arch.value}.compile")
     with needed_options() as options:
-        return Emulator(compile_kernel(problem, config, options))
+        return Emulator(module.compile_kernel(problem, config, options))
 
 
 class Session:
@@ -24,14 +32,16 @@ class Session:
     `config` replaces the tile choice, if it is not None.
     """
 
-    def __init__(self, seed, mode, sms, config, options):
-        self.seed, self.mode, self.sms, self.config, self.options = seed, mode, sms, config, options
+    def __init__(self, seed, mode, sms, config, arch, options):
+        self.seed, self.mode, self.sms, self.config = seed, mode, sms, config
+        self.arch, self.options = arch, options
         self.machines = []
 
     def kernel_for(self, backend, problem, config):
         def call(*args):
             policy = Policy(self.seed + len(self.machines), self.mode)
-            machine = emulator_for(problem, config)(args, policy, self.sms, **self.options)
+            emulator = emulator_for(problem, config, self.arch)
+            machine = emulator(args, policy, self.sms, **self.options)
             self.machines.append(machine)
 
         return call
@@ -39,23 +49,25 @@ class Session:
     def config_for(self, problem, device, rows, experts, n, k):
         if self.config is not None:
             return self.config
-        from kernels_sm90.tiles import default_config
-
-        return default_config(problem, rows // max(experts, 1), n, k)
+        backend = importlib.import_module(f"kernels_{self.arch.value}").BACKEND
+        return backend.default_config(problem, rows // max(experts, 1), n, k)
 
 
 @contextlib.contextmanager
-def emulated_layer(seed=0, mode="mixed", sms=4, config=None, **options) -> Iterator[Session]:
+def emulated_layer(
+    seed=0, mode="mixed", sms=4, config=None, arch=Arch.SM90, **options
+) -> Iterator[Session]:
     """Inside the block, grouped GEMMs of `sonic.stages` run in the emulator on CPU tensors.
 
     seed, mode: see Policy; each launch has its own seed. sms: the number of SMs, few so that CTAs
         take several tiles.
-    config: a TileConfig for every launch instead of the default one. options: see Machine.
+    config: a TileConfig for every launch instead of the default one.
+    arch: whose kernels, see :func:`has_kernels`. options: see Machine.
     """
     from sonic import stages
     from sonic.runtime import launch
 
-    session = Session(seed, mode, sms, config, options)
+    session = Session(seed, mode, sms, config, arch, options)
     replaced = [
         (launch, "kernel_for", session.kernel_for),
         (launch, "backend_for", lambda device: None),

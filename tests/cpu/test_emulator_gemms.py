@@ -1,0 +1,108 @@
+"""Every grouped GEMM that a layer can ask for, its compiled kernel run in the emulator.
+
+Small sizes that are no multiple of any tile, an empty expert, NaN in rows that belong to none.
+Results are held to the reference, and bitwise to exact sums.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed")
+
+from sonic.enums import ActivationType, GateUpLayout
+from sonic.reference import stages as reference
+from sonic.runtime.problem import (
+    Arch,
+    Operand,
+    Schedule,
+    TileConfig,
+    down_problem,
+    layer_problems,
+    up_backward_act_problem,
+    weight_grad_problem,
+)
+from tests.emulator.fixture import check_exact, emulated_gemm  # noqa: F401
+from tests.emulator.layer import has_kernels
+from tests.grouped_gemms import EXACT, GroupedGemm, Sizes, cast
+
+READY = [arch for arch in Arch if has_kernels(arch)]
+COOPERATIVE, PINGPONG = Schedule.COOPERATIVE, Schedule.PINGPONG
+DOWN = down_problem("bfloat16", False)
+DOWN_WEIGHT = weight_grad_problem("bfloat16", Operand.A, False, False)
+# A tile and a bit in every direction, and few of them: most of the time goes into tiles.
+SIZES = Sizes(40, 72, 72, (130, 0, 7))
+
+
+def problems():
+    """Distinct problems of layers with every activation; dtype, bias and accumulation alternate."""
+    found = {}
+    for i, activation in enumerate(ActivationType):
+        dtype = ("bfloat16", "float16")[i % 2]
+        for problem in layer_problems(activation, dtype, i % 3 == 0, accumulate=i % 4 < 2):
+            found[problem] = None
+    for gated in (False, True):  # rows that lie in order already, as of grouped_mm
+        found[weight_grad_problem("bfloat16", None, gated, accumulate=gated)] = None
+    return list(found)
+
+
+@pytest.mark.parametrize("arch", Arch, ids=lambda a: a.value)
+def test_architecture(emulated_gemm, arch):  # noqa: F811
+    """Says which architectures this file runs on; the rest are skipped here, once."""
+    emulated_gemm(GroupedGemm(DOWN, SIZES), arch=arch)
+
+
+@pytest.mark.parametrize("arch", READY, ids=lambda a: a.value)
+@pytest.mark.parametrize("problem", problems(), ids=lambda p: p.name)
+def test_problem(emulated_gemm, problem, arch):  # noqa: F811
+    layout = (GateUpLayout.INTERLEAVED, GateUpLayout.CONCATENATED)[len(problem.name) % 2]
+    emulated_gemm(GroupedGemm(problem, SIZES, layout), arch=arch)
+
+
+TILES = [
+    (DOWN, TileConfig(128, 128, 2, 1, PINGPONG, 2)),
+    (DOWN, TileConfig(128, 64, 1, 2, COOPERATIVE, 2)),
+    (up_backward_act_problem("bfloat16", True), TileConfig(64, 192, 1, 1, PINGPONG, 2)),
+    (
+        up_backward_act_problem("bfloat16", True),
+        TileConfig(128, 128, 2, 1, PINGPONG, 2, raster_along_m=False),
+    ),
+    (DOWN_WEIGHT, TileConfig(128, 128, 2, 1, COOPERATIVE, 4)),
+    (
+        weight_grad_problem("bfloat16", Operand.B, True, True),
+        TileConfig(128, 64, 1, 2, COOPERATIVE, 1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("problem", "config"), TILES, ids=lambda v: v.name)
+def test_tiles(emulated_gemm, problem, config):  # noqa: F811
+    """Schedules, multicast of either operand and rasters that the default choice leaves out."""
+    emulated_gemm(GroupedGemm(problem, SIZES), config)
+
+
+@pytest.mark.parametrize("counts", [(1,), (64, 0, 128)], ids=str)
+@pytest.mark.parametrize("problem", [DOWN, DOWN_WEIGHT], ids=lambda p: p.ragged.value)
+def test_rows_of_experts(emulated_gemm, problem, counts):  # noqa: F811
+    """A single row, and whole tiles; ragged along M and along K."""
+    emulated_gemm(GroupedGemm(problem, replace(SIZES, counts=counts)))
+
+
+def test_no_rows(emulated_gemm):  # noqa: F811
+    """Experts without rows have a gradient of zero."""
+    sizes = replace(SIZES, counts=(0, 0))
+    run = emulated_gemm(GroupedGemm(DOWN_WEIGHT, sizes), runs=((0, EXACT),))
+    assert not run.outputs["dw2"].any()
+
+
+def test_a_wrong_result_is_refused():
+    """The comparison sees one element that is one step off, and one that was never written."""
+    gemm = GroupedGemm(DOWN, SIZES)
+    inputs = gemm.inputs(0, EXACT)
+    right = gemm.run(reference, cast(inputs))
+    check_exact(gemm, inputs, right)
+    for row, column, change in ((0, 0, 1 / 128), (136, 71, float("nan"))):
+        wrong = {"y": right["y"].clone()}
+        wrong["y"][row, column] += max(abs(wrong["y"][row, column]), 1) * change
+        with pytest.raises(AssertionError, match="y: 1 elements"):
+            check_exact(gemm, inputs, wrong)
