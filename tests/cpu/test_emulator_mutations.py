@@ -7,20 +7,9 @@ pytest.importorskip("cutlass")
 
 from tests.cpu.test_emulator import GatherProblem, compile_pair
 from tests.emulator import STREAM, Fault, Policy
-from tests.emulator.mutations import all_mutations
+from tests.emulator.mutations import all_mutations, executed_lines
 
 SEEDS = (0, 3, 4)
-
-
-def executed_lines(emulator):
-    """PTX lines that the emulator's last run executed."""
-    program = next(iter(emulator.programs.values()))
-    lines = set()
-    for at in emulator.machine.executed:
-        kind, _, after = program.nodes[at]
-        end = after if kind == "run" else at + 1
-        lines |= {ins.line for ins in program.kernel.instrs[at:end]}
-    return lines
 
 
 def survivors(emulator, is_wrong):

@@ -1,0 +1,227 @@
+"""How many single mistakes in right kernels the emulator finds.
+
+    python -m tests.emulator.evidence --arch sm_90a --json result.json
+
+For each kernel of `subjects.py` and each kind of change of `mutations.py` a few places that the
+kernel executes are drawn, the same ones in every run; each changed kernel runs with one seed after
+another until something is reported or the result is wrong. A result file keeps the entries of the
+architectures that are not run. What is missed needs a sentence in `equivalents.json`.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from .memory import Fault
+from .mutations import Mutation, all_mutations, executed_lines
+from .ptx import PtxError
+from .subjects import ARCHITECTURES, Subject, subjects
+
+SEEDS = tuple(range(6))
+PER_KIND = 4  # of one architecture, over all its kernels
+_STEPS_ALLOWED = 8  # times those of the unchanged kernel
+_EXPLANATIONS = Path(__file__).with_name("equivalents.json")
+# How a change shows, by what the report says; the first that fits.
+_REPORTS = (
+    ("deadlock", ("deadlock", "livelock", "step limit")),
+    ("proxy", ("fence.proxy", "proxy fence")),
+    ("race", ("race:", "in flight", "races with")),
+)
+
+
+def how_caught(report: str) -> str:
+    """The class of a report: deadlock, proxy, race, or illegal for anything else."""
+    headline = report.split("\n[", 1)[0]
+    for name, words in _REPORTS:
+        if any(word in headline for word in words):
+            return name
+    return "illegal"
+
+
+def trial(subject: Subject, mutant: Mutation, max_steps: int) -> dict[str, Any]:
+    """Runs a mutant until it is caught: how, by which seed, what was said."""
+    start = time.perf_counter()
+    result: dict[str, Any] = {"caught": "missed", "seeds": len(SEEDS), "report": ""}
+    try:
+        subject.emulator.load(mutant.text)
+    except PtxError as error:
+        result |= {"caught": "refused", "seeds": 0, "report": str(error)}
+        return result
+    for tried, seed in enumerate(SEEDS, 1):
+        try:
+            wrong = subject.run(seed, max_steps)
+        except Fault as fault:
+            text = str(fault)
+            result |= {"caught": how_caught(text), "seeds": tried, "report": shortened(text)}
+            break
+        except RuntimeError as error:  # of the host code
+            result |= {"caught": "illegal", "seeds": tried, "report": shortened(str(error))}
+            break
+        if wrong:
+            result |= {"caught": "values", "seeds": tried, "report": wrong}
+            break
+    result["seconds"] = round(time.perf_counter() - start, 2)
+    return result
+
+
+def shortened(report: str) -> str:
+    """The first line of a report, without the kernel's long name."""
+    line = report.split("\n", 1)[0]
+    return line.split(": ", 1)[-1][:160]
+
+
+def instruction_at(subject: Subject, mutant: Mutation) -> tuple[str, str]:
+    """(PTX text, Python source line) of the place that a mutation changes, in the loaded text."""
+    kernel = next(iter(subject.emulator.programs.values())).kernel
+    for instruction in kernel.instrs:
+        if mutant.line <= instruction.line <= mutant.last:
+            file, line = instruction.source[0] if instruction.source else ("", 0)
+            return instruction.text[:120], f"{file.rsplit('/', 1)[-1]}:{line}" if file else ""
+    return "", ""
+
+
+def baseline(subject: Subject) -> tuple[set[int], int]:
+    """(PTX lines that the unchanged kernel executes, most steps of a run).
+
+    :raises RuntimeError: the unchanged kernel is reported or wrong.
+    """
+    lines: set[int] = set()
+    steps = 0
+    for seed in SEEDS:
+        wrong = subject.run(seed, 10**9)
+        if wrong:
+            raise RuntimeError(f"{subject.name}, unchanged, seed {seed}: {wrong}")
+        lines |= executed_lines(subject.emulator)
+        steps = max(steps, subject.emulator.machine.steps)
+    return lines, steps
+
+
+def mutants_by_kind(subject: Subject, lines: set[int]) -> dict[str, list[Mutation]]:
+    """The mutations of executed places of one kernel, by kind, in a drawn order."""
+    found = defaultdict(list)
+    for mutant in all_mutations(subject.emulator.ptx_text):
+        if lines & set(range(mutant.line, mutant.last + 1)):
+            found[mutant.kind].append(mutant)
+    for kind, mutants in found.items():
+        random.Random(f"{subject.name} {kind}").shuffle(mutants)
+    return dict(found)
+
+
+def sample(
+    by_subject: list[dict[str, list[Mutation]]], per_kind: int
+) -> list[list[tuple[str, Mutation]]]:
+    """Up to `per_kind` mutants of each kind, one kernel after another in turn."""
+    chosen: list[list[tuple[str, Mutation]]] = [[] for _ in by_subject]
+    for n, kind in enumerate(sorted({kind for kinds in by_subject for kind in kinds})):
+        left = per_kind
+        depth = 0
+        while left and any(len(kinds.get(kind, ())) > depth for kinds in by_subject):
+            for offset in range(len(by_subject)):
+                i = (n + offset) % len(by_subject)  # kinds begin with different kernels
+                mutants = by_subject[i].get(kind, [])
+                if left and len(mutants) > depth:
+                    chosen[i].append((kind, mutants[depth]))
+                    left -= 1
+            depth += 1
+    return chosen
+
+
+def explanations() -> dict[str, str]:
+    return json.loads(_EXPLANATIONS.read_text()) if _EXPLANATIONS.exists() else {}
+
+
+def key_of(entry: dict[str, Any]) -> str:
+    """What an explanation is filed under. It names the PTX, so that it falls with the code."""
+    parts = [entry[name] for name in ("arch", "kernel", "kind", "detail", "ptx")]
+    return " | ".join(part for part in parts if part)
+
+
+def run_architecture(arch: str, per_kind: int, only: str) -> dict[str, Any]:
+    """The entry of one architecture in the result file."""
+    start = time.perf_counter()
+    made = [make() for make in subjects(arch)]
+    made = [subject for subject in made if only in subject.name]
+    known = explanations()
+    by_subject, steps = [], []
+    for subject in made:
+        lines, most = baseline(subject)
+        by_subject.append(mutants_by_kind(subject, lines))
+        steps.append(most)
+        count = sum(map(len, by_subject[-1].values()))
+        print(f"{arch} {subject.name}: {count} places to change, {most} steps", flush=True)
+    entries = []
+    for i, chosen in enumerate(sample(by_subject, per_kind)):
+        subject, original = made[i], made[i].emulator.ptx_text
+        for kind, mutant in chosen:
+            subject.emulator.load(original)
+            ptx, source = instruction_at(subject, mutant)
+            entry: dict[str, Any] = {"arch": arch, "kernel": subject.name, "kind": kind}
+            entry |= {"detail": mutant.detail, "line": mutant.line, "ptx": ptx, "source": source}
+            entry |= trial(subject, mutant, _STEPS_ALLOWED * steps[i] + 50_000)
+            if entry["caught"] == "missed":
+                entry["explanation"] = known.get(key_of(entry), "")
+            entries.append(entry)
+            print(
+                f"{entry['caught']:9}{entry['seeds']} {entry.get('seconds', 0):6.2f} s  "
+                f"{subject.name}: {mutant.name}: {ptx[:60]}  {source}",
+                flush=True,
+            )
+        subject.emulator.load(original)
+    places = sum(len(mutants) for kinds in by_subject for mutants in kinds.values())
+    summary = {**totals(entries), "places": places, "seeds": len(SEEDS), "per_kind": per_kind}
+    summary["seconds"] = round(time.perf_counter() - start, 1)
+    return {"summary": summary, "mutants": entries}
+
+
+def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of an architecture. Equivalent: missed, and explained why nothing could be found."""
+    missed = [entry for entry in entries if entry["caught"] == "missed"]
+    explained = sum(bool(entry["explanation"]) for entry in missed)
+    caught = len(entries) - len(missed)
+    return {
+        "mutants": len(entries),
+        "caught": caught,
+        "share_caught": round(caught / max(len(entries), 1), 4),
+        "missed_and_explained": explained,
+        "missed_without_explanation": len(missed) - explained,
+        "kinds": len({entry["kind"] for entry in entries}),
+        "kernels": len({entry["kernel"] for entry in entries}),
+        "how": dict(Counter(entry["caught"] for entry in entries).most_common()),
+        "by_first_seed": sum(e["seeds"] == 1 for e in entries if e["caught"] != "missed"),
+    }
+
+
+def head() -> dict[str, Any]:
+    import torch
+
+    from benchmarks.measure import environment
+
+    return {**environment(torch.device("cpu")), "rows": []}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="default: all")
+    parser.add_argument("--json", type=Path, help="result file")
+    parser.add_argument("--per-kind", type=int, default=PER_KIND)
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    arguments = parser.parse_args()
+    path = arguments.json
+    result: dict[str, Any] = {"architectures": {}}
+    if path and path.exists():
+        result = json.loads(path.read_text())
+    for arch in arguments.arch or ARCHITECTURES:
+        entry = run_architecture(arch, arguments.per_kind, arguments.only)
+        print(json.dumps(entry["summary"], indent=1))
+        result["architectures"][arch] = entry
+        if path:
+            path.write_text(json.dumps({**result, **head()}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,143 @@
+"""Right kernels that mutations are made of, by architecture, each on a problem small enough to run
+often and large enough that every ring of buffers wraps.
+
+sm_90a: the six grouped GEMMs of the layer, from `kernels_sm90`. sm_100a and sm_120a: GEMMs of
+quack-kernels, as in tests/calibration.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sonic.enums import ActivationType, GateUpLayout
+from sonic.runtime.problem import (
+    Operand,
+    Schedule,
+    TileConfig,
+    down_backward_act_problem,
+    down_problem,
+    up_backward_act_problem,
+    up_problem,
+    weight_grad_problem,
+)
+from tests.gemm_bounds import bands
+from tests.grouped_gemms import NORMAL, GroupedGemm, Sizes
+
+from .layer import emulated_layer, emulator_for
+from .policy import Policy
+from .run import Emulator
+
+ARCHITECTURES = ("sm_90a", "sm_100a", "sm_120a")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel. `run(seed, max_steps)` returns what is wrong with the result, or ""; Fault if the
+    emulator reports anything. It runs whatever PTX `emulator` was last loaded with."""
+
+    name: str
+    arch: str
+    emulator: Emulator
+    run: Callable[[int, int], str]
+
+
+def subjects(arch: str) -> list[Callable[[], Subject]]:
+    """One function for each subject of an architecture, which compiles it."""
+    if arch == "sm_90a":
+        return [functools.partial(_layer_subject, *entry) for entry in _hopper()]
+    from tests.calibration.kernels import available
+
+    names = [name for name in _CALIBRATION[arch] if available(name)]
+    if len(names) < len(_CALIBRATION[arch]):
+        raise RuntimeError(
+            f"no compiled calibration kernels for {sorted(set(_CALIBRATION[arch]) - set(names))}: "
+            "tests/calibration/README.md says how to make them"
+        )
+    return [functools.partial(_calibration_subject, arch, name) for name in names]
+
+
+# One or two CTAs, ragged rows and depth, a gated epilogue; ping-pong and gathered rows.
+_CALIBRATION = {
+    "sm_100a": ("b-dense", "b-dense-2cta", "b-rows-2cta", "b-depth", "b-rows-swiglu"),
+    "sm_120a": ("g-dense-pingpong", "g-rows", "g-rows-gather", "g-rows-swiglu", "g-depth"),
+}
+
+
+def _hopper() -> list[tuple[str, GroupedGemm, TileConfig]]:
+    """Every stage, both schedules, multicast of either operand, both gathers, every epilogue.
+
+    The longer reductions make one tile use the ring of stages more than once.
+    """
+    cooperative, pingpong = Schedule.COOPERATIVE, Schedule.PINGPONG
+    swiglu, bf16 = ActivationType.SWIGLU, "bfloat16"
+    # Few tokens, so that every gathered copy meets the last one, behind which there is nothing.
+    deep = Sizes(6, 328, 136, (130, 0, 7))
+    wide = Sizes(6, 200, 456, (130, 0, 7))
+    long = Sizes(6, 264, 136, (200, 0, 137))
+    return [
+        (
+            "up",
+            GroupedGemm(up_problem(swiglu, bf16, True, True), deep),
+            TileConfig(128, 128, 2, 1, cooperative, 2),
+        ),
+        ("down", GroupedGemm(down_problem(bf16, True), wide), TileConfig(128, 64, 2, 1, pingpong)),
+        (
+            "down_backward_act",
+            GroupedGemm(down_backward_act_problem(ActivationType.REGLU, bf16), deep),
+            TileConfig(128, 128, 1, 1, cooperative, 2),
+        ),
+        (
+            "down_backward_weight",
+            GroupedGemm(weight_grad_problem(bf16, Operand.A, False, False), long),
+            TileConfig(128, 128, 2, 1, cooperative, 2),
+        ),
+        (
+            "up_backward_act",
+            GroupedGemm(
+                up_backward_act_problem(bf16, True),
+                Sizes(6, 200, 264, (130, 0, 7)),
+                GateUpLayout.CONCATENATED,
+            ),
+            TileConfig(128, 192, 1, 1, pingpong, 1),
+        ),
+        (
+            "up_backward_weight",
+            GroupedGemm(weight_grad_problem(bf16, Operand.B, True, True), long),
+            TileConfig(256, 128, 1, 2, cooperative, 1),
+        ),
+    ]
+
+
+def _layer_subject(name: str, gemm: GroupedGemm, config: TileConfig) -> Subject:
+    from sonic import stages
+    from sonic.testing import poisoned_empty
+
+    inputs: dict[str, Any] = gemm.inputs(0, NORMAL)
+    expected = bands(gemm, inputs, NORMAL)
+
+    def run(seed: int, max_steps: int) -> str:
+        options = {"seed": seed, "sms": config.cluster_size, "config": config}
+        with emulated_layer(**options, max_steps=max_steps) as session, poisoned_empty():
+            outputs = gemm.run(stages, inputs)
+        for output, tensor in outputs.items():
+            wrong = expected[output].outside(tensor)
+            if wrong:
+                return f"{wrong} of {tensor.numel()} elements of {output} are wrong"
+        return "; ".join(sorted(map(str, session.machines[-1].warnings)))
+
+    return Subject(name, "sm_90a", emulator_for(gemm.problem, config), run)
+
+
+def _calibration_subject(arch: str, name: str) -> Subject:
+    from tests.calibration import calibration_kernel
+
+    kernel = calibration_kernel(name)
+
+    def run(seed: int, max_steps: int) -> str:
+        (error, share), machine = kernel.run(Policy(seed), max_steps=max_steps)
+        if not share <= 1:
+            return f"an error of {error:.3g} of the largest value, {share:.3g} times the bound"
+        return "; ".join(sorted(map(str, machine.warnings)))
+
+    return Subject(name, arch, kernel.emulator, run)
