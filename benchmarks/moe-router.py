@@ -6,7 +6,8 @@ One call is everything between the logits and the experts: scores, top-k, plan, 
 z-loss; backward is the gradient of the logits from weights and losses. Winners, weights, plan,
 losses and gradient of the two are compared first; after a failed check nothing is timed and the
 exit status is 1. Times are of CUDA graph replays, so that neither side waits for the host, by the
-protocol of ``benchmarks.measure``; backward is the difference of two of them.
+protocol of ``benchmarks.measure``; backward is the difference of two of them. Launches are those
+that torch's profiler sees.
 """
 
 import argparse
@@ -21,12 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.launches import captured, launches_of
 from benchmarks.measure import environment, sustained_ms
 from benchmarks.report import Result, text_table
-from benchmarks.shapes import NAMED_SHAPES, NamedShape, named_shape
+from benchmarks.shapes import NamedShape, named_shape
 from sonic.routing.route import route
 
 EAGER = "torch_eager"
+SHAPES = tuple(named_shape(letter) for letter in ("A", "B", "C", "D2", "E", "F"))
+DTYPES = {"BFloat16": torch.bfloat16, "Float32": torch.float32}
+_REPEATS = 10  # of a pass in one CUDA graph
 ROUTERS = ("softmax", "deepseek")  # top-k softmax; sigmoid with bias, 8 groups of which 4, scale
 SCALE, GROUPS, TOPK_GROUPS = 2.5, 8, 4
 # A bfloat16 gradient is rounded once on either side.
@@ -43,6 +48,9 @@ class Passed(NamedTuple):
     row_by_slot: Tensor
     switch: Tensor
     z: Tensor
+
+
+RouterPath = Callable[[Tensor, int, Tensor | None], Passed]
 
 
 def sonic_path(logits: Tensor, top_k: int, bias: Tensor | None) -> Passed:
@@ -87,18 +95,30 @@ def eager_path(logits: Tensor, top_k: int, bias: Tensor | None) -> Passed:
     return Passed(scores, ids.int(), offset, (order // top_k).int(), row_by_slot.int(), switch, z)
 
 
+def distinct_values(count: int) -> Tensor:
+    """(count,) numbers, all different in bfloat16: of equal logits several are right winners, and
+    torch takes any of them."""
+    return torch.linspace(-2, 2, count, device="cuda")
+
+
+class Figures(NamedTuple):
+    """One pass: milliseconds, launches, and microseconds by kernel."""
+
+    ms: float
+    launches: float
+    kernels: dict[str, float]
+
+
 class Case:
     """One shape and router: logits, and the graphs of both paths."""
 
-    def __init__(self, named: NamedShape, router: str) -> None:
+    def __init__(self, named: NamedShape, router: str, dtype: torch.dtype) -> None:
         shape = named.shape
         self.label, self.router, self.problem = named.letter, router, shape.problem
         self.top_k = shape.top_k
         generator = torch.Generator("cuda").manual_seed(0)
-        size = (shape.T, shape.E)
-        logits = torch.randn(size, device="cuda", generator=generator)
-        # Distinct choices: a bfloat16 tie has several right answers, one of which torch takes.
-        self.logits = logits.requires_grad_()
+        order = torch.rand(shape.T, shape.E, device="cuda", generator=generator).argsort(dim=1)
+        self.logits = distinct_values(shape.E)[order].to(dtype).requires_grad_()
         self.bias = None
         if router == "deepseek":
             self.bias = 0.05 * torch.randn(shape.E, device="cuda", generator=generator)
@@ -134,36 +154,38 @@ class Case:
                 wrong.append(f"{name}: relative error {error:.1e}")
         return wrong
 
-    def times(self, path: Callable[..., Passed]) -> tuple[float, float]:
-        """Milliseconds of forward and backward."""
+    def passes(self, path: RouterPath) -> dict[str, Callable[[], object]]:
+        """Forward, and forward with backward."""
 
         def forward() -> Passed:
             return path(self.logits, self.top_k, self.bias)
 
-        forward_ms = sustained_ms(captured(forward).replay, self.logits.device)
-        both = captured(lambda: self.gradient(forward()))
-        return forward_ms, sustained_ms(both.replay, self.logits.device) - forward_ms
+        return {"forward": forward, "forward + backward": lambda: self.gradient(forward())}
 
-
-def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph
+    def figures(self, path: RouterPath) -> dict[str, Figures]:
+        """Forward and backward, the latter as what both take more than the former."""
+        found = {}
+        for name, function in self.passes(path).items():
+            replay = captured(function, _REPEATS)
+            ms = sustained_ms(replay, self.logits.device) / _REPEATS
+            launches = launches_of(function)
+            found[name] = Figures(ms, launches.total, launches.microseconds)
+        forward, both = found["forward"], found["forward + backward"]
+        backward = {
+            kernel: us - forward.kernels.get(kernel, 0.0) for kernel, us in both.kernels.items()
+        }
+        return {
+            "forward": forward,
+            "backward": Figures(both.ms - forward.ms, both.launches - forward.launches, backward),
+        }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--shapes", nargs="+", type=named_shape, default=NAMED_SHAPES, metavar="SHAPE"
-    )
+    parser.add_argument("--shapes", nargs="+", type=named_shape, default=SHAPES, metavar="SHAPE")
     parser.add_argument("--routers", nargs="+", choices=ROUTERS, default=ROUTERS)
+    parser.add_argument("--dtype", choices=DTYPES, default="BFloat16", help="of the logits")
+    parser.add_argument("--kernels", action="store_true", help="also print each kernel's time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write a result file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -173,20 +195,30 @@ def main() -> int:
     lines = []
     for named in arguments.shapes:
         for router in arguments.routers:
-            case = Case(named, router)
+            case = Case(named, router, DTYPES[arguments.dtype])
             wrong = case.findings()
             if wrong:
                 print(f"{named.letter} {router}: " + "; ".join(wrong), file=sys.stderr)
                 return 1
-            ours, theirs = case.times(sonic_path), case.times(eager_path)
-            for index, name in enumerate(("forward", "backward")):
+            ours, theirs = case.figures(sonic_path), case.figures(eager_path)
+            for name in ("forward", "backward"):
                 metric = f"router {router}/{name}"
-                result.add(metric, ours[index], "ms", case.problem)
-                result.add(metric, theirs[index], "ms", case.problem, provider=EAGER)
-                ratio = theirs[index] / ours[index]
-                figures = f"{ours[index]:.4f}", f"{theirs[index]:.4f}", f"{ratio:.2f}"
-                lines.append([named.letter, router, name, *figures])
-    print(text_table(["shape", "router", "pass", "sonic ms", "eager ms", "ratio"], lines))
+                for figures, provider in ((ours[name], ""), (theirs[name], EAGER)):
+                    result.add(metric, figures.ms, "ms", case.problem, provider)
+                    result.add(
+                        f"{metric}/launches", figures.launches, "count", case.problem, provider
+                    )
+                cells = [f"{value:.4f}" for value in (ours[name].ms, theirs[name].ms)]
+                ratio = f"{theirs[name].ms / ours[name].ms:.2f}"
+                launches = [f"{side[name].launches:g}" for side in (ours, theirs)]
+                lines.append([named.letter, router, name, *cells, ratio, *launches])
+                if arguments.kernels:
+                    print(f"{named.letter} {router} {name}")
+                    for kernel, us in ours[name].kernels.items():
+                        if us > 0.05:
+                            print(f"  {us:8.1f} us  {kernel[:70]}")
+    header = ["shape", "router", "pass", "sonic ms", "eager ms", "ratio", "launches", "eager's"]
+    print(text_table(header, lines))
     if arguments.json:
         result.write(arguments.json)
     return 0

@@ -46,6 +46,8 @@ def saved_bytes(
     activation: str | ActivationType = "swiglu",
     dtype: torch.dtype = torch.bfloat16,
     weights_frozen: bool = False,
+    rounding: str | None = None,
+    tile: int | str = "auto",
 ) -> int:
     """Bytes that one call of the experts keeps for its backward pass, weights not counted.
 
@@ -59,22 +61,26 @@ def saved_bytes(
         activation: decides between 2I and I columns of pre-activation.
         dtype: working dtype.
         weights_frozen: True if ``w1`` requires no gradient; the input is then not kept.
+        rounding, tile: of :func:`sonic.moe`, with ``top_k``. How many pairs are kept is known on
+            the device only, so that R is the bound :func:`sonic.routing.max_pairs`.
 
     Raises:
         ArgumentError: a size is no int or too small, neither or both of ``top_k`` and ``num_slots``
-            are given, or ``activation`` is unknown.
+            are given, or ``activation``, ``rounding`` or ``tile`` is unknown.
         DTypeError: ``dtype`` is none that the layer computes in.
     """
     op = "saved_bytes"
     rows = _rows(op, num_tokens, top_k, num_slots)
     _check(op, num_tokens, hidden_size, intermediate_size, num_experts, dtype)
+    if rounding is not None:
+        rows = _rounded_rows(op, num_tokens, num_experts, top_k, rounding, tile)
     width = _preact_width(op, intermediate_size, activation)
     total = rows * width * dtype.itemsize
     if not weights_frozen:
         total += num_tokens * hidden_size * dtype.itemsize
     score_bytes = 8 if dtype == torch.float64 else _FP32
     total += rows * (score_bytes + 3 * _INT32) + (num_experts + 1) * _INT32
-    if top_k is None:
+    if top_k is None or rounding is not None:
         total += (num_tokens + 1 + rows) * _INT32
     return total
 
@@ -88,8 +94,14 @@ def memory_estimate(
     *,
     activation: str | ActivationType = "swiglu",
     dtype: torch.dtype = torch.bfloat16,
+    rounding: str | None = None,
+    tile: int | str = "auto",
 ) -> MemoryEstimate:
     """Bytes of one training step through :func:`sonic.experts`, without the allocator's rounding.
+
+    With ``rounding`` and ``tile`` of :func:`sonic.moe`, of its experts on the rounded pairs: their
+    buffers have the R rows of :func:`sonic.routing.max_pairs`, of which the kernels touch those
+    that hold a pair. What the router keeps is not counted.
 
     The peaks follow the order in which ``sonic.ops`` allocates and frees: the post-activation and
     the expert outputs live in the forward pass only, ``dh`` together with either the scaled
@@ -104,6 +116,8 @@ def memory_estimate(
     op = "memory_estimate"
     rows = _rows(op, num_tokens, top_k, None)
     _check(op, num_tokens, hidden_size, intermediate_size, num_experts, dtype)
+    if rounding is not None:
+        rows = _rounded_rows(op, num_tokens, num_experts, top_k, rounding, tile)
     width = _preact_width(op, intermediate_size, activation)
     size = dtype.itemsize
     saved = saved_bytes(
@@ -114,6 +128,8 @@ def memory_estimate(
         top_k,
         activation=activation,
         dtype=dtype,
+        rounding=rounding,
+        tile=tile,
     )
     tokens_by_hidden = num_tokens * hidden_size * size
     rows_by_hidden = rows * hidden_size * size
@@ -169,3 +185,16 @@ def _rows(op: str, num_tokens: int, top_k: int | None, num_slots: int | None) ->
         f"{op}: top_k={top_k} and num_slots={num_slots} came together. Allowed: exactly one of "
         "them. Pass top_k for sonic.experts, num_slots for sonic.experts_flat."
     )
+
+
+def _rounded_rows(
+    op: str, num_tokens: int, num_experts: int, top_k: int | None, rounding: str, tile: int | str
+) -> int:
+    from sonic.routing.token_rounding import RULES, max_pairs, resolve_tile
+
+    if rounding not in RULES or top_k is None:
+        raise ArgumentError(
+            f"{op}: rounding={rounding!r} came with top_k={top_k}. Allowed: one of "
+            f"{', '.join(map(repr, RULES))}, with top_k. Pass both, or leave rounding out."
+        )
+    return max_pairs(num_tokens, num_experts, top_k, resolve_tile(op, tile), rounding)

@@ -6,7 +6,7 @@ Symbols: T tokens, H hidden size, I intermediate size, E experts.
 """
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from sonic import checks
 from sonic.enums import ActivationType, GateUpLayout, KernelBackendMoE, ScoreOrder
 from sonic.flops import register_if_counting
 from sonic.functional import experts, experts_planned, grouped_mm, moe
+from sonic.plan import RoutingPlan
 from sonic.reference.routing import load_balancing_loss
+from sonic.routing.logits import router_logits
+from sonic.routing.route import plan_of, route
 from sonic.routing.token_rounding import RULES as ROUNDING_RULES
 from sonic.runtime.errors import ArgumentError, DeviceError, ShapeError, UnsupportedError
 
@@ -305,23 +308,44 @@ class MoE(_ExpertsBase):
     def _by_linear_router(
         self, hidden_states: Tensor, impl: str, is_inference_mode: bool
     ) -> tuple[Tensor, Tensor | None]:
+        tokens = hidden_states.reshape(-1, self.hidden_size)
+        weight = cast(Tensor, self.router.weight)
         rounds = self.routing == "token_rounding" and self.training and not is_inference_mode
-        out, logits, frequency = moe(
-            hidden_states.reshape(-1, self.hidden_size),
-            cast(Tensor, self.router.weight),
-            self.c_fc.weight,
-            self.c_proj.weight,
-            top_k=self.top_k,
-            score_order=self.score_order,
-            b1=self.c_fc.bias,
-            b2=self.c_proj.bias,
-            activation=self.activation_function,
-            layout=self.layout,
-            impl=impl,
-            rounding=self.rounding if rounds else None,
-            tile=self.tile,
+        weights = self.c_fc.weight, self.c_proj.weight
+        if rounds:
+            out, logits, frequency = moe(
+                tokens,
+                weight,
+                *weights,
+                top_k=self.top_k,
+                score_order=self.score_order,
+                rounding=self.rounding,
+                tile=self.tile,
+                **self._options(impl),
+            )
+            return out, load_balancing_loss(logits, frequency)
+        # The loss comes from the kernels that route, not from a softmax of its own.
+        checks.check_router("MoE", tokens, weight, self.num_experts, self.top_k, impl)
+        routed = route(
+            router_logits(tokens, weight),
+            self.top_k,
+            renormalize=self.score_order is not ScoreOrder.TOPK_OVER_SOFTMAX,
+            num_experts=self.num_experts,
+            balance=not is_inference_mode,
         )
-        return out, None if is_inference_mode else load_balancing_loss(logits, frequency)
+        plan = cast(RoutingPlan, plan_of(routed))
+        out = experts_planned(tokens, routed.scores, plan, *weights, **self._options(impl))
+        return out, None if is_inference_mode else routed.switch
+
+    def _options(self, impl: str) -> dict[str, Any]:
+        """What every call of the experts takes besides tokens, routing and weights."""
+        return {
+            "b1": self.c_fc.bias,
+            "b2": self.c_proj.bias,
+            "activation": self.activation_function,
+            "layout": self.layout,
+            "impl": impl,
+        }
 
     def _by_own_router(
         self,
@@ -338,11 +362,7 @@ class MoE(_ExpertsBase):
             routed.plan,
             self.c_fc.weight,
             self.c_proj.weight,
-            b1=self.c_fc.bias,
-            b2=self.c_proj.bias,
-            activation=self.activation_function,
-            layout=self.layout,
-            impl=impl,
+            **self._options(impl),
         )
         if routed.identity_weight is not None:
             # The float32 weight makes the sum float32, which is then rounded once.

@@ -7,6 +7,7 @@ import sonic
 from kernels_sm90 import tiles
 from sonic import KernelBackendMoE, MoE
 from sonic.enums import ScoreOrder
+from sonic.functional import experts_planned
 from sonic.plan import build_plan_flat
 from sonic.reference import experts_flat_reference, load_balancing_loss
 from sonic.routing import (
@@ -514,6 +515,33 @@ def test_function_and_flat_lists_agree():
     torch.testing.assert_close(out, sonic.experts_flat(x, *pairs, *weights))
     assert torch.equal(out, module(x, TORCH)[0])
     assert (frequency % 8 == 0).all() and frequency.sum() > 0
+
+
+@every_rule
+def test_saved_bytes_are_those_of_the_rounded_rows(rule):
+    """Of the experts; the router's own operator keeps what its docstring says."""
+    x = torch.randn(50, 16).requires_grad_()
+    module = make(routing="token_rounding", rounding=rule, tile=8).float()
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.data_ptr(), tensor.numel()] = tensor.nbytes
+        return tensor
+
+    weights = (module.c_fc.weight, module.c_proj.weight)
+    logits = torch.nn.functional.linear(x, module.router.weight).detach()
+    pair_weights, plan = rounded_routing(logits, 2, 8, rule)
+    pair_weights.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = experts_planned(x, pair_weights, plan, *weights)
+    held = sum(size for (address, _), size in saved.items()
+               if address not in {weight.data_ptr() for weight in weights})  # fmt: skip
+    options = {"dtype": torch.float32, "rounding": rule, "tile": 8}
+    assert held == sonic.saved_bytes(50, 16, 12, 6, 2, **options)
+    estimate = sonic.memory_estimate(50, 16, 12, 6, 2, **options)
+    assert estimate.saved == held < estimate.backward_peak and out.requires_grad
+    with pytest.raises(ArgumentError, match="rounding='near'.*Pass both"):
+        sonic.memory_estimate(50, 16, 12, 6, 2, rounding="near")
 
 
 def test_module_compiles():
