@@ -7,6 +7,7 @@ active.
 
 import numpy as np
 
+from . import conversions
 from .ptx import Imm, Not, Pair, PtxError, Reg, Sink, Special, Sym, Vec
 from .values import HELPERS, KIND, LANES, NP, STORE
 
@@ -31,6 +32,7 @@ PACKED = {
     "add": "np.add", "sub": "np.subtract", "mul": "np.multiply", "min": "np.fmin", "max": "np.fmax",
     "neg": "np.negative", "abs": "np.abs", "fma": "fma", "tanh": "np.tanh", "ex2": "np.exp2",
 }  # fmt: skip
+NAN_MINMAX = {"min": "np.minimum", "max": "np.maximum"}
 PACKER = {
     "f32x2": ("f32x2", "u8"),
     "f16x2": ("h2", "u4"),
@@ -56,7 +58,7 @@ class Codegen:
         self.names = {
             "np": np,
             "where": np.where,
-            **{f.__name__: f for f in HELPERS},
+            **{f.__name__: f for f in (*HELPERS, *conversions.FUNCTIONS)},
             **{t: d for t, d in NP.items() if t != "?"},
         }
         self.constants = {}
@@ -117,6 +119,9 @@ class Codegen:
             return f"pack64({self.src(op.items[0], 'u4')}, {self.src(op.items[1], 'u4')})"
         if kind == "u4" and n == 2:
             return f"pack2({self.src(op.items[0], 'u2')}, {self.src(op.items[1], 'u2')})"
+        if kind == "u2" and n == 2:
+            low, high = (self.src(x, "u1") for x in op.items)
+            return f"({low} | {high}.astype(u2) << u2(8))"
         if kind == "u4" and n == 4:
             return f"pack_bytes({', '.join(self.src(x, 'u2') for x in op.items)})"
         if kind == "u8" and n == 4:
@@ -156,7 +161,8 @@ class Codegen:
     def emit(self, ins):
         """Source lines of a register-only instruction."""
         handler = getattr(self, "op_" + ins.parts[0], None) or self.simple
-        unknown = [p for p in ins.parts[1:] if p not in KNOWN]
+        known = KNOWN | conversions.MODIFIERS if ins.parts[0] == "cvt" else KNOWN
+        unknown = [p for p in ins.parts[1:] if p not in known]
         if unknown:
             raise PtxError(f"line {ins.line}: modifier {unknown[0]} of {ins.text} is not supported")
         types = [p for p in ins.parts[1:] if p in KIND]
@@ -187,13 +193,15 @@ class Codegen:
         name = ins.parts[0]
         if (
             name not in PACKED
-            or {"sat", "NaN", "rz"} & set(ins.parts)
+            or {"sat", "rz"} & set(ins.parts)
+            or ("NaN" in ins.parts and name not in NAN_MINMAX)
             or ("relu" in ins.parts and name != "fma")
         ):
             raise PtxError(f"line {ins.line}: unsupported instruction {ins.text}")
         d, *s = ins.operands
         f, k = PACKER[t]
         op = "lambda a, b, c: relu32(fma(a, b, c))" if "relu" in ins.parts else PACKED[name]
+        op = NAN_MINMAX[name] if "NaN" in ins.parts else op
         return self.assign(d, f"{f}({op}, {', '.join(self.src(x, k) for x in s)})", k, ins.guard)
 
     def simple(self, ins):
@@ -243,6 +251,7 @@ class Codegen:
         pieces, sub = {
             ("u8", 2): (("lo32(x)", "hi32(x)"), "u4"),
             ("u4", 2): (("lo16(x)", "hi16(x)"), "u2"),
+            ("u2", 2): (("(x & u2(255)).astype(u1)", "(x >> u2(8)).astype(u1)"), "u1"),
             ("u4", 4): (
                 tuple(f"((x >> np.uint32({8 * i})) & np.uint32(255)).astype(u2)" for i in range(4)),
                 "u2",
@@ -353,19 +362,15 @@ class Codegen:
         return self.assign(d, self.saturated(ins, e, k), k, ins.guard)
 
     def op_cvt(self, ins):
-        types = [p for p in ins.parts[1:] if p in KIND]
+        to, frm = conversions.types_of(ins)
+        if conversions.handles(to, frm, ins.parts):
+            return conversions.emit(self, ins)
         d, *s = ins.operands
-        to, frm = types[0], types[-1]
         kt, kf = KIND[to], KIND[frm]
         rounding = next((p for p in ins.parts if p in ("rzi", "rni", "rmi", "rpi")), None)
-        relu = (lambda e: f"relu32({e})") if "relu" in ins.parts else (lambda e: e)
-        if "rz" in ins.parts and to != "bf16":
+        if {"rz", "rp", "rna", "satfinite"} & set(ins.parts):
             raise PtxError(f"line {ins.line}: rounding of {ins.text} is not supported")
-        if to in ("bf16x2", "f16x2") and frm == "f32":
-            e = f"cvt_{to}({relu(self.src(s[0], 'f4'))}, {relu(self.src(s[1], 'f4'))})"
-        elif to == "bf16" and frm == "f32":
-            e = f"{'bf16_rz' if 'rz' in ins.parts else 'bf16_bits'}({relu(self.src(s[0], 'f4'))})"
-        elif "relu" in ins.parts or to in PACKER or frm in ("f32x2", "f16x2", "bf16x2"):
+        if "relu" in ins.parts or to in PACKER or frm in ("f32x2", "f16x2", "bf16x2"):
             raise PtxError(f"line {ins.line}: unsupported instruction {ins.text}")
         elif frm == "bf16" and kt[0] == "f":
             e = f"bf16_float({self.src(s[0], 'u2')}).astype({kt})"

@@ -145,6 +145,7 @@ class Grid:
         """A warp's initial registers: poison, then special registers and symbols."""
         blank = {
             1: np.zeros(LANES, bool),
+            8: np.full(LANES, 0x7F, np.uint8),
             16: np.full(LANES, 0x7FFF, np.uint16),
             32: np.full(LANES, POISON32, np.uint32),
             64: np.full(LANES, POISON32 << 32 | POISON32, np.uint64),

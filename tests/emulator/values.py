@@ -10,7 +10,7 @@ import numpy as np
 
 LANES = 32
 POISON32 = 0x7FFF7FFF  # uninitialised memory and registers: a NaN as float32, bf16 pair, f16 pair
-STORE = {1: "?", 16: "u2", 32: "u4", 64: "u8"}
+STORE = {1: "?", 8: "u1", 16: "u2", 32: "u4", 64: "u8"}
 KIND = {
     "b8": "u1", "u8": "u1", "s8": "i1", "b16": "u2", "u16": "u2", "s16": "i2", "b32": "u4",
     "u32": "u4", "s32": "i4", "b64": "u8", "u64": "u8", "s64": "i8", "f32": "f4", "f64": "f8",
@@ -85,8 +85,8 @@ def cvt_f16x2(hi, lo):
 
 
 def relu32(x):
-    """`.relu` of a conversion: negative and NaN become +0."""
-    return np.where(x > 0, x, np.float32(0))
+    """`.relu`: negative becomes +0, NaN stays."""
+    return np.where((x > 0) | np.isnan(x), x, np.float32(0))
 
 
 def saturate(x):
