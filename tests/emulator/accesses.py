@@ -1,7 +1,7 @@
-"""Loads, stores and atomics (PTX ISA 9.7.9.8-9.7.9.12, 9.7.13.6-7).
+"""Loads, stores and atomics (PTX ISA 9.7.9.8-9.7.9.11, 9.7.13.6-7).
 
-Memory order modifiers change nothing here: each instruction of a warp takes effect at once, for all
-    its lanes.
+Each instruction of a warp takes effect at once, for all its lanes; its modifiers say what else it
+orders (see `races`).
 """
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from .builder import MASK24, instruction, lanes_of, set_reg, split_by_cta
 from .memory import LOCAL_WINDOW, SHARED_WINDOW, Fault, misaligned
 from .ptx import Mem, PtxError, Sink, Sym
+from .semantics import PLAIN, Semantics
 from .values import LANES, NP, UINT, bf16_bits, bf16_float
 
 CACHE = (
@@ -19,13 +20,15 @@ CACHE = (
 )
 
 
-def load_shared(w, a, size, n, ins):
-    """n consecutive values of `size` bytes at each shared address."""
+def load_shared(w, a, size, n, ins, order=PLAIN):
+    """n consecutive values of `size` bytes at each shared address; order: its Semantics."""
     if (a % np.uint32(size * n)).any():
         raise misaligned("shared load", a, size * n)
     values = [np.zeros(len(a), UINT[size]) for _ in range(n)]
     for cta, sel, off in split_by_cta(w, a):
-        cta.smem.check_generic(w, ins, off, size * n, write=False)
+        cta.smem.check_generic(w, ins, off, size * n, write=False, strength=order.strength)
+        if order.strength and cta.smem.releases:
+            order.observe(w, cta.smem.releases, off)
         at = (off // np.uint32(size)).astype(np.int64)
         view = cta.smem.generic[size]
         for j in range(n):
@@ -33,13 +36,15 @@ def load_shared(w, a, size, n, ins):
     return values
 
 
-def store_shared(w, a, size, vals, ins):
+def store_shared(w, a, size, vals, ins, order=PLAIN):
     """Stores the arrays `vals` to consecutive places at each shared address."""
     n = len(vals)
     if (a % np.uint32(size * n)).any():
         raise misaligned("shared store", a, size * n)
     for cta, sel, off in split_by_cta(w, a):
-        cta.smem.check_generic(w, ins, off, size * n, write=True)
+        cta.smem.check_generic(w, ins, off, size * n, write=True, strength=order.strength)
+        if order.strength:
+            order.publish(w, cta.smem.releases, off, keep=False)
         at = (off // np.uint32(size)).astype(np.int64)
         view = cta.smem.generic[size]
         for j in range(n):
@@ -92,6 +97,7 @@ def load(b, ins):
     if space == "param" and isinstance(mem.base, Sym):
         return load_param(b, ins, mem, raw, size, len(dst), finish)
     addr = b.address(mem, "u4" if space == "shared" else "u8")
+    order = Semantics(ins, "load")
 
     def ld(M, w, frag, m):
         a = addr(w.r)
@@ -107,6 +113,7 @@ def load(b, ins):
                     size,
                     len(dst),
                     ins,
+                    order,
                 ),
                 m,
             )
@@ -116,8 +123,10 @@ def load(b, ins):
             finish(w, list(np.ascontiguousarray(rows).view(raw).T.copy()), m)
         else:
             values = [np.zeros(len(a), raw) for _ in dst]
-            for sel, data, off in M.memory.locate(a, nbytes, "load"):
-                view = data[: len(data) // size * size].view(raw)
+            for sel, region, off in M.memory.locate(a, nbytes, "load"):
+                if region.track:
+                    order.load(w, ins, region.track, off, nbytes)
+                view = region.data[: region.size // size * size].view(raw)
                 for j, v in enumerate(values):
                     v[sel] = view[off // size + j]
             finish(w, values, m)
@@ -165,6 +174,7 @@ def store(b, ins):
 
         return st_param
     addr = b.address(mem, "u4" if space == "shared" else "u8")
+    order = Semantics(ins, "store")
 
     def st(M, w, frag, m):
         a, vals = addr(w.r), [g(w.r) for g in src]
@@ -179,6 +189,7 @@ def store(b, ins):
                 size,
                 vals,
                 ins,
+                order,
             )
         elif where == "local":
             off, lanes = local_bytes(w, a, nbytes), np.asarray(lanes_of(m))
@@ -186,10 +197,17 @@ def store(b, ins):
             for i in range(nbytes):
                 w.local[lanes, off + i] = rows[:, i]
         else:
-            for sel, data, off in M.memory.locate(a, nbytes, "store"):
-                view = data[: len(data) // size * size].view(UINT[size])
-                for j, v in enumerate(vals):
-                    view[off // size + j] = v[sel]
+            for sel, region, off in M.memory.locate(a, nbytes, "store"):
+                view = region.data[: region.size // size * size].view(UINT[size])
+                at, new = off // size, [v[sel] for v in vals]
+                if region.track:
+
+                    def same(view=view, at=at, new=new):
+                        return all((view[at + j] == v).all() for j, v in enumerate(new))
+
+                    order.store(w, ins, region.track, off, nbytes, same)
+                for j, v in enumerate(new):
+                    view[at + j] = v
 
     return st
 
@@ -236,16 +254,16 @@ def atomic(b, ins, dst, mem, rest):
         raise PtxError(f"line {ins.line}: unsupported instruction {ins.text}")
     src = [[b.get(x, f"u{size}") for x in b.vector(v)] for v in rest[: 2 if name == "cas" else 1]]
     addr = b.address(mem, "u4" if space == "shared" else "u8")
-    width = len(src[0])
+    width, order = len(src[0]), Semantics(ins, "atomic")
 
     def run(M, w, frag, m):
         a = addr(w.r)
         vals = [[g(w.r) for g in column] for column in src]
         out = [np.zeros(LANES, UINT[size]) for _ in range(width)]
-        order = list(lanes_of(m))
-        M.rng.shuffle(order)
-        for i in order:
-            cell = cell_at(M, w, int(a[i]), space, size * width, ins).view(UINT[size])
+        sequence = list(lanes_of(m))
+        M.rng.shuffle(sequence)
+        for i in sequence:
+            cell = cell_at(M, w, int(a[i]), space, size * width, ins, order).view(UINT[size])
             for j in range(width):
                 old = cell[j : j + 1].copy()
                 out[j][i] = old[0]
@@ -262,50 +280,20 @@ def atomic(b, ins, dst, mem, rest):
     return run
 
 
-def cell_at(M, w, addr, space, nbytes, ins):
+def cell_at(M, w, addr, space, nbytes, ins, order):
     """The bytes that an atomic operation works on."""
     if space == "shared" or SHARED_WINDOW <= addr < LOCAL_WINDOW:
         cta, off = w.cta.cluster.resolve(addr & 0xFFFFFFFF)
         if off % nbytes:
             raise Fault(f"shared atomic misaligned for {nbytes} bytes: {off:#x}")
         cell = np.array([off], np.uint32)
-        cta.smem.check_generic(w, ins, cell, nbytes, write=True, ordered=True)
+        cta.smem.check_generic(w, ins, cell, nbytes, write=True, strength=order.strength)
+        order.observe(w, cta.smem.releases, cell)
+        order.publish(w, cta.smem.releases, cell, keep=True)
         index = np.arange(off & int(MASK24), off + nbytes)
         w.dirty.add(cta.smem.note_store(index, 1, (w, ins)))
         return cta.smem.generic[1][off : off + nbytes]
-    ((_, data, off),) = M.memory.locate(np.array([addr], np.uint64), nbytes, "atomic")
-    return data[int(off[0]) : int(off[0]) + nbytes]
-
-
-@instruction("st.async", "weak shared::cluster mbarrier::complete_tx::bytes v2 v4")
-def store_async(b, ins):
-    """9.7.9.12: a store to a CTA of the cluster that completes on an mbarrier there, later."""
-    _, _, size = b.type_of(ins)
-    dst, value, bar = ins.operands
-    src = [b.get(x, f"u{size}") for x in b.vector(value)]
-    addr, mbar = b.shared_address(dst), b.shared_address(bar)
-    nbytes = size * len(src)
-
-    def st_async(M, w, frag, m):
-        a, at, vals = addr(w.r), mbar(w.r), [g(w.r) for g in src]
-        for i in lanes_of(m):
-            cta, off = w.cta.cluster.resolve(int(a[i]))
-            if off % nbytes:
-                raise Fault(f"st.async misaligned for {nbytes} bytes: {off:#x}")
-            mb = w.cta.cluster.mbarrier(w, int(at[i]), remote=True)
-            if mb.cta is not cta:
-                raise Fault("st.async: data and mbarrier lie in different CTAs")
-            data = np.array([v[i] for v in vals]).view(np.uint8)
-            units = np.array([off >> 4])
-            cta.smem.check_async(w, units, "st.async", write=True)
-            access = cta.smem.begin("TMA write", units, ins, w)
-
-            def run(cta=cta, off=off, data=data, mb=mb, access=access):
-                cta.smem.write_async_bytes(off, data)
-                cta.smem.end_access(access)
-                cta.smem.written_by(access, mb)
-                mb.add_tx(M, -len(data))
-
-            M.later("tma_store", run)
-
-    return st_async
+    ((_, region, off),) = M.memory.locate(np.array([addr], np.uint64), nbytes, "atomic")
+    if region.track:
+        order.modify(w, ins, region.track, off, nbytes)
+    return region.data[int(off[0]) : int(off[0]) + nbytes]

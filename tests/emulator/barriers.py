@@ -2,6 +2,8 @@
 
 from .builder import BLOCK, converged, first, instruction
 from .memory import Fault
+from .races import fence as order_fence
+from .races import learn, scope_of
 from .sync import NamedBarrier
 from .values import LANES
 
@@ -104,14 +106,18 @@ def publish_inits(w):
 
 @instruction("fence.proxy.async", "global shared::cta shared::cluster")
 def fence_proxy_async(b, ins):
-    if "global" in ins.parts:
-        return lambda M, w, frag, m: None
+    """Publishes generic stores to the async proxy: those to all memory, or to one space."""
+    to_shared = "global" not in ins.parts
+    to_global = b.program.mixes_proxies and not any("shared" in p for p in ins.parts)
 
     def fence(M, w, frag, m):
-        for d in w.dirty:
-            d.flush()
-        w.dirty = set()
-        publish_inits(w)
+        if to_shared:
+            for d in w.dirty:
+                d.flush()
+            w.dirty = set()
+            publish_inits(w)
+        if to_global:
+            M.memory.order.add_fence(w, M.memory.order.proxy_fences, ins)
 
     return fence
 
@@ -128,8 +134,8 @@ def fence_mbarrier_init(b, ins):
     return fence
 
 
-@instruction("fence.proxy", "alias tensormap::generic acquire release cta cluster gpu sys")
-def fence_proxy(b, ins):
+@instruction("fence.proxy.alias")
+def fence_proxy_alias(b, ins):
     return lambda M, w, frag, m: None
 
 
@@ -139,14 +145,16 @@ def fence_proxy(b, ins):
     "sync_restrict::shared::cluster",
 )
 def fence(b, ins):
-    if "acquire" in ins.parts:
-        return lambda M, w, frag, m: None
-    return lambda M, w, frag, m: w.fence_release()
+    """Also `sync_restrict`, which promises less: here it is a fence of all memory."""
+    scope = scope_of(ins.parts)
+    acquire, release = "release" not in ins.parts, "acquire" not in ins.parts
+    return lambda M, w, frag, m: order_fence(w, scope, acquire, release)
 
 
 @instruction("membar", "cta gl sys")
 def membar(b, ins):
-    return lambda M, w, frag, m: w.fence_release()
+    scope = scope_of(ins.parts)
+    return lambda M, w, frag, m: order_fence(w, scope)
 
 
 @instruction("griddepcontrol.launch_dependents")
@@ -160,9 +168,10 @@ def grid_wait(b, ins):
     """Until the launch before is complete and its memory visible; nothing else orders the two."""
 
     def wait(M, w, frag, m):
-        before = w.cta.cluster.grid.previous
+        grid = w.cta.cluster.grid
+        before = grid.previous
         if before is None or before.complete:
-            w.waited = True
+            learn(w, grid.before())
             return None
         w.why = f"the end of {before}"
         before.waiters.append(w)

@@ -20,7 +20,9 @@ class Copies:
     them.
     """
 
-    __slots__ = ("lanes", "smem", "words", "done", "covered", "dirty", "waiters", "arrivals")
+    __slots__ = (
+        "lanes", "smem", "words", "done", "covered", "dirty", "waiters", "arrivals", "event",
+    )  # fmt: skip
 
     def __init__(self, lanes, smem, words):
         self.lanes, self.smem, self.words = lanes, smem, words
@@ -38,6 +40,8 @@ class Copies:
         """From `time` of the clock's `component` on, what was copied may be used."""
         if self.smem.check:
             self.smem.history.end_copy(self.words, component, time)
+        if self.event is not None:
+            self.event.component, self.event.time = component, int(time)
 
 
 class Arrival:
@@ -97,10 +101,11 @@ def cp_async(b, ins):
             raise Fault("cp.async into another CTA's shared memory")
         smem = w.cta.smem
         smem.check_generic(w, ins, parts[0][2], size, write=True, what="cp.async write")
-        locate_live(M.memory, g, n)  # an invalid source is reported here, not when the data lands
+        live = locate_live(M.memory, g, n)
         off = parts[0][2].astype(np.int64)
         words = ((off >> 2)[:, None] + np.arange(size // 4)).reshape(-1)
         copies = Copies(frozenset(lanes.tolist()), smem, words)
+        copies.event = read_by_copy(M.memory.order, w, ins, live)
         w.copies = [c for c in w.copies if not c.covered]
         w.copies.append(copies)
         if len(w.copy_open) > 64:  # a kernel that waits by mbarrier never commits a group
@@ -110,8 +115,8 @@ def cp_async(b, ins):
 
         def land():
             data = np.zeros((len(off), size), np.uint8)
-            for rows, buffer, at, k in locate_live(M.memory, g, n):
-                data[rows, :k] = buffer[at[:, None] + np.arange(k)]
+            for rows, region, at, k in live:
+                data[rows, :k] = region.data[at[:, None] + np.arange(k)]
             index = off[:, None] + np.arange(size)
             smem.generic[1][index] = data
             smem.end_access(access)
@@ -128,12 +133,23 @@ def cp_async(b, ins):
     return run
 
 
+def read_by_copy(order, w, ins, live):
+    """Enters the reads of a cp.async, in flight until `rely`; returns their event."""
+    if not order.check:
+        return None
+    number = order.new(w, ins, "cp.async read", w.id)
+    for _, region, at, k in live:
+        if region.track:
+            region.track.read(w, ins, at, k, "cp.async read", number=number)
+    return order.events[number]
+
+
 def locate_live(memory, addrs, n):
-    """[(rows, buffer, offsets, bytes)] of the lanes that read anything."""
+    """[(rows, Region, offsets, bytes)] of the lanes that read anything."""
     return [
-        (np.flatnonzero(n == k)[sel], buffer, at, int(k))
+        (np.flatnonzero(n == k)[sel], region, at, int(k))
         for k in np.unique(n[n > 0])
-        for sel, buffer, at in memory.locate(addrs[n == k], int(k), "cp.async read", align=1)
+        for sel, region, at in memory.locate(addrs[n == k], int(k), "cp.async read", align=1)
     ]
 
 

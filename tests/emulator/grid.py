@@ -6,6 +6,7 @@ PTX ISA 2.2 "Thread hierarchy", 9.7.13.14 (griddepcontrol), 10 (special register
 import numpy as np
 
 from .memory import SMEM_RESERVED, Fault
+from .races import Knowledge
 from .state import Cluster, Cta, Warp
 from .values import LANES, POISON32
 
@@ -28,6 +29,8 @@ class Grid:
         )
         self.name = self.kernel.name
         self.previous, self.programmatic = None, False
+        self.behind = frozenset()  # serials of launches that were not complete when it started
+        self.after = None  # what is known after griddepcontrol.wait
         self.started = self.complete = False
         self.due = self.released = False  # the policy's moment for a programmatic launch
         self.active = 0  # clusters that run
@@ -52,12 +55,23 @@ class Grid:
         return f"{self.name} (launch {self.serial})"
 
     # ---- the stream ----
+    def before(self):
+        """What is known once griddepcontrol.wait returns."""
+        if self.after is None:
+            known = set()
+            if self.previous is not None:
+                known = {self.previous.serial}
+                if self.previous.after is not None:  # then it has waited for what it follows
+                    known |= self.previous.after.grids
+            self.after = Knowledge({}, frozenset(known))
+        return self.after
+
     def may_start(self):
         """Whether what precedes it in the stream lets it start."""
         before = self.previous
-        if before is None or before.complete:
+        if self.machine.stream[0] is self:
             return True
-        return self.programmatic and before.started and not before.silent
+        return self.programmatic and (before.complete or (before.started and not before.silent))
 
     def release(self):
         """The moment has come that the policy chose for an early start."""
@@ -117,9 +131,18 @@ class Grid:
         self.smem_end = at + dynamic
 
     # ---- starting clusters ----
+    def start(self):
+        stream = self.machine.stream
+        self.behind = frozenset(g.serial for g in stream[: stream.index(self)])
+        self.started = True
+        if not self.behind:
+            self.machine.memory.order.reset()
+
     def start_cluster(self):
         """Puts the CTAs of the next cluster on the machine."""
         machine, at = self.machine, self.todo.pop()
+        if not self.started:
+            self.start()
         cdim, warps = self.cluster_dim, -(-self.threads // LANES)
         cluster = Cluster(self, at, self.ctas_per_cluster * warps, machine.new_cluster_serial())
         for rank in range(self.ctas_per_cluster):
@@ -137,7 +160,6 @@ class Grid:
                 cluster.live_warps += 1
                 cluster.barrier.live_lanes += int(w.live.sum())
                 machine.ready.append(w)
-        self.started = True
         self.active += 1
         machine.active.append(cluster)
 

@@ -40,6 +40,7 @@ class Machine:
         self.race_check, self.exit_check, self.max_steps = race_check, exit_check, max_steps
         self.copy_fence = copy_fence
         self.rng = self.policy.rng
+        memory.order.check = race_check
         self.stats, self.warnings, self.output = {}, set(), []
         self.coverage = {}  # by kernel, the first instructions of the nodes that ran
         self.operand_cache = {}

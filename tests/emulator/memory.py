@@ -10,17 +10,16 @@ import bisect
 
 import numpy as np
 
-from .ordering import PENDING, History
+from .ordering import Fault, History
+from .races import CTA, WEAK, GlobalOrder, Track
 from .values import POISON32, UINT
 
 SHARED_WINDOW = 1 << 56  # where shared memory appears in the generic address space
 LOCAL_WINDOW = 1 << 57  # and local memory
 SMEM_BYTES = 1 << 18  # what the 14-bit address field of a matrix descriptor can reach
+MARKED = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFFFFFF, 8: 0xFFFFFFFFFFFFFFFF, 16: 0xFF}
+BY_WORDS = ("cp.async", "st.async", "red.async")
 SMEM_RESERVED = 1024  # the system part at the start of a CTA's shared memory
-
-
-class Fault(Exception):
-    """A program error that the emulator found."""
 
 
 def misaligned(what, addresses, align):
@@ -29,11 +28,20 @@ def misaligned(what, addresses, align):
     return Fault(f"{what} misaligned for {align} bytes: {wrong:#x}")
 
 
+class Region:
+    """A buffer: the uint8 array `data` at host address `base`; `track`: its accesses, or None."""
+
+    __slots__ = ("base", "size", "data", "name", "track")
+
+    def __init__(self, base, data, name, track):
+        self.base, self.size, self.data, self.name, self.track = base, len(data), data, name, track
+
+
 class GlobalMemory:
     """The registered host buffers; an access outside all of them is a fault."""
 
     def __init__(self):
-        self.bases, self.regions = [], []
+        self.bases, self.regions, self.order = [], [], GlobalOrder()
 
     def add(self, base, data, name="", track=True):
         """Registers the bytes of the uint8 array `data`, which lie at host address `base`.
@@ -42,28 +50,35 @@ class GlobalMemory:
         """
         i = bisect.bisect(self.bases, base)
         self.bases.insert(i, base)
-        self.regions.insert(i, (base, len(data), data, name))
+        watch = Track(self.order, name or "a buffer", len(data)) if track else None
+        self.regions.insert(i, Region(base, data, name, watch))
 
     def remove(self, base):
         i = self.bases.index(base)
+        if self.regions[i].track:
+            self.order.tracks.remove(self.regions[i].track)
         del self.bases[i], self.regions[i]
+
+    def region(self, addr, what="access"):
+        """The buffer that holds the address."""
+        i = bisect.bisect_right(self.bases, addr) - 1
+        if i >= 0:
+            found = self.regions[i]
+            if addr < found.base + found.size:
+                return found
+        raise Fault(f"global {what} at {addr:#x}: {self.nearest(addr)}")
 
     def find(self, addr, what="access"):
         """(base, size, bytes) of the buffer that holds the address."""
-        i = bisect.bisect_right(self.bases, addr) - 1
-        if i >= 0:
-            base, size, data, _ = self.regions[i]
-            if addr < base + size:
-                return base, size, data
-        raise Fault(f"global {what} at {addr:#x}: {self.nearest(addr)}")
+        r = self.region(addr, what)
+        return r.base, r.size, r.data
 
     def nearest(self, addr):
         """Where an address lies relative to the closest buffer, for a message."""
         if not self.regions:
             return "no buffer is registered"
-        base, size, _, name = min(
-            self.regions, key=lambda r: min(abs(addr - r[0]), abs(addr - r[0] - r[1]))
-        )
+        r = min(self.regions, key=lambda r: min(abs(addr - r.base), abs(addr - r.base - r.size)))
+        base, size, name = r.base, r.size, r.name
         where = (
             f"{addr - base - size} bytes past the end of"
             if addr >= base + size
@@ -78,25 +93,25 @@ class GlobalMemory:
         return data[addr - base : addr - base + nbytes]
 
     def locate(self, addrs, nbytes, what, align=None):
-        """[(selector, bytes, offsets)] for lanes' addresses by buffer, bounds checked."""
+        """[(selector, Region, offsets)] for lanes' addresses by buffer, bounds checked."""
         if (addrs % np.uint64(align or nbytes)).any():
             raise misaligned(f"global {what}", addrs, align or nbytes)
-        base, size, data = self.find(int(addrs[0]), what)
-        off = (addrs - np.uint64(base)).view(np.int64)
-        if off.min() >= 0 and off.max() + nbytes <= size:
-            return [(slice(None), data, off)]
+        r = self.region(int(addrs[0]), what)
+        off = (addrs - np.uint64(r.base)).view(np.int64)
+        if off.min() >= 0 and off.max() + nbytes <= r.size:
+            return [(slice(None), r, off)]
         out, left = [], np.ones(len(addrs), bool)
         while left.any():
             one = int(addrs[left][0])
-            base, size, data = self.find(one, what)
-            off = (addrs - np.uint64(base)).view(np.int64)
-            sel = left & (off >= 0) & (off + nbytes <= size)
+            r = self.region(one, what)
+            off = (addrs - np.uint64(r.base)).view(np.int64)
+            sel = left & (off >= 0) & (off + nbytes <= r.size)
             if not sel.any():
                 raise Fault(
-                    f"global {what} of {nbytes} bytes at {one:#x} runs past its buffer of {size} "
-                    f"bytes at {base:#x}"
+                    f"global {what} of {nbytes} bytes at {one:#x} runs past its buffer of {r.size} "
+                    f"bytes at {r.base:#x}"
                 )
-            out.append((sel, data, off[sel]))
+            out.append((sel, r, off[sel]))
             left &= ~sel
         return out
 
@@ -146,7 +161,9 @@ class SharedMemory:
 
     def __init__(self, name, end, warps, check=True):
         self.name, self.end, self.check = name, end, check
-        self.history = History(-(-end // 4) if check else 4, warps)
+        self.history = History(end if check else 16, warps)
+        self.releases = {}  # by offset, see `races`
+        self.reduced = set()  # words that red.async works on
         data = np.full(SMEM_BYTES // 4, POISON32, np.uint32).view(np.uint8)
         self.generic = self._views(data)
         self.asynchronous = self._views(data.copy())
@@ -156,8 +173,8 @@ class SharedMemory:
         self.writing = np.zeros(SMEM_BYTES // 16, np.int16)
         self.copying = np.zeros(SMEM_BYTES // 4, np.uint8)  # counts of cp.async on each word
         self.copying_unit = self.copying.view(np.uint32)
-        self.unfenced = np.zeros(SMEM_BYTES // 4, bool)  # words the async proxy does not see yet
-        self.unfenced_unit = self.unfenced.view(np.uint32)
+        # nonzero where the async proxy does not see what was stored yet, by size of the access
+        self.unfenced = self._views(np.zeros(SMEM_BYTES, np.uint8))
         self.inflight, self.copies, self.accesses, self.stores = 0, 0, {}, {}
         self.version = 0  # of the async copy, for caches of what was read from it
 
@@ -169,11 +186,14 @@ class SharedMemory:
 
     # ---- asynchronous operations in flight ----
     def begin(self, kind, units, ins, who):
-        """Marks units as read ("... read"), written or copied to by an operation until `end`."""
+        """Marks units as read ("... read"), written or copied to by an operation until `end`.
+
+        cp.async, st.async and red.async work on words instead.
+        """
         access = Access(kind, units, ins, who)
         self.accesses[access] = None
         h = self.history
-        if kind == "cp.async":
+        if kind in BY_WORDS:
             np.add.at(self.copying, units, np.uint8(1))
             self.copies += 1
             mark = h.begin_copy
@@ -189,7 +209,7 @@ class SharedMemory:
     def end_access(self, access):
         """The operation is complete; who may rely on that is another matter (see `ordering`)."""
         del self.accesses[access]
-        if access.kind == "cp.async":
+        if access.kind in BY_WORDS:
             np.subtract.at(self.copying, access.units, np.uint8(1))
             self.copies -= 1
         else:
@@ -199,7 +219,9 @@ class SharedMemory:
 
     def written_by(self, access, mbarrier):
         """A copy has completed and its bytes are about to be counted on an mbarrier."""
-        if self.check:
+        if self.check and access.kind in BY_WORDS:
+            self.history.end_copy(access.units, mbarrier.id, mbarrier.completed + 1)
+        elif self.check:
             self.history.end_write(access.units, mbarrier.id, mbarrier.completed + 1)
 
     def reads_over(self, w, finished, pending):
@@ -220,16 +242,16 @@ class SharedMemory:
         """The Fault for an access to units that an operation of one of `kinds` is using."""
         wanted = set(np.asarray(units).reshape(-1).tolist())
         for a in self.accesses:
-            own = set((a.units >> 2 if a.kind == "cp.async" else a.units).reshape(-1).tolist())
+            own = set((a.units >> 2 if a.kind in BY_WORDS else a.units).reshape(-1).tolist())
             if a.kind.endswith(kinds) and wanted & own:
                 at = min(wanted & own) * 16
                 return Fault(f"race: {what} of {self.name}+{at:#x} while in flight: {a}")
         return Fault(f"race: {what} of {self.name}")
 
-    def check_generic(self, w, ins, off, nbytes, write, ordered=False, what=None):
+    def check_generic(self, w, ins, off, nbytes, write, strength=WEAK, what=None):
         """A generic load or store of `nbytes` at each offset: reports races, leaves stamps.
 
-        An atomic operation passes `ordered`: it races with what is pending only.
+        strength: of the access, as in `races`; an atomic operation is a strong store.
         """
         if not self.check:
             return
@@ -240,44 +262,29 @@ class SharedMemory:
                 raise self.conflict(what, u, ("TMA write",))
             if write and self.reading[u].any():
                 raise self.conflict(what, u, ("read",))
-        words = (off >> np.uint32(2)).astype(np.int64)
-        if nbytes > 4:
-            words = (words[:, None] + np.arange(nbytes // 4)).reshape(-1)
-        if self.copies and self.copying[words].any():
-            raise self.conflict(what, words >> 2, ("cp.async",))
+        if self.copies:
+            words = (off >> np.uint32(2)).astype(np.int64)
+            if nbytes > 4:
+                words = (words[:, None] + np.arange(nbytes // 4)).reshape(-1)
+            if self.copying[words].any():
+                raise self.conflict(what, words >> 2, BY_WORDS)
+        if strength == CTA and w.cta.smem is not self:
+            strength = WEAK  # the scope does not include the CTA whose memory this is
         h = self.history
-        if nbytes < 4 or ordered:
-            at = h.pending(words) if write else None
-            if at is not None:
-                raise self.unordered(w, what, at, h.written[at] == PENDING)
-            return
-        at = h.unordered_write(w.clock, words)
-        if at is not None:
-            raise self.unordered(w, what, at, True)
-        if write:
-            at = h.unordered_read(w.clock, words)
-            if at is not None:
-                raise self.unordered(w, what, at, False)
-            h.stamp_write(w, words, ins.line)
-        else:
-            h.stamp_read(w, words, ins.line)
+        at = h.granules(off, nbytes)
+        found = h.conflict(w, at, write, strength)
+        if found is not None:
+            raise self.unordered(w, what, *found)
+        h.stamp(w, at, write, strength, ins.line)
 
-    def unordered(self, w, what, word, after_write):
-        """The Fault for an access that nothing orders after an earlier write or read of a word."""
+    def unordered(self, w, what, kind, granule, warps):
+        """The Fault for an access that nothing orders after an earlier one."""
         h = self.history
-        where = f"race: {what} of {self.name}+{word * 4:#x}, which nothing orders after"
-        if not after_write:
-            warps = ", ".join(str(x) for x in h.readers(word, w.clock))
-            return Fault(
-                f"{where} the read by warp {warps} of the cluster, {line_of(w, h.read_line[word])}"
-            )
-        by = int(h.writer[word])
-        who = (
-            ""
-            if h.written[word] == PENDING or by >= h.read.shape[1]
-            else f" by warp {by} of the cluster"
+        by = f" by warp {', '.join(map(str, warps))} of the cluster" if warps else ""
+        return Fault(
+            f"race: {what} of {self.name}+{granule * h.granule:#x}, which nothing orders after the "
+            f"{kind}{by}, {line_of(w, h.line_of(kind, granule))}"
         )
-        return Fault(f"{where} the write{who}, {line_of(w, h.write_line[word])}")
 
     def check_async(self, w, units, what, write):
         """An async-proxy read or write of 16-byte units, as warp `w` issues it."""
@@ -289,19 +296,13 @@ class SharedMemory:
             if write and self.reading[units].any():
                 raise self.conflict(what, units, ("read",))
         if self.copies and self.copying_unit[units].any():
-            raise self.conflict(what, units, ("cp.async",))
-        h = self.history
-        at = h.unordered_unit_write(w.clock, units)
-        if at is not None:
-            word = 4 * at + int(np.argmax(h.unit_written[at] > w.clock[h.unit_writer[at]]))
-            raise self.unordered(w, what, word, True)
-        at = h.unordered_unit_read(w.clock, units) if write else None
-        if at is not None:
-            late = (h.unit_read[at] > w.clock[: h.read.shape[1]]).any(1)
-            raise self.unordered(w, what, 4 * at + int(np.argmax(late)), False)
-        stale = self.unfenced_unit[units]
+            raise self.conflict(what, units, BY_WORDS)
+        found = self.history.unit_conflict(w, units, write)
+        if found:
+            raise self.unordered(w, what, *found)
+        stale = self.unfenced[16][units]
         if stale.any():
-            at = int(np.asarray(units)[stale != 0].min())
+            at = int(np.asarray(units)[stale.any(1)].min())
             raise Fault(
                 f"{what} of {self.name}+{at * 16:#x}, where a generic-proxy store was not followed "
                 f"by a fence.proxy.async ordered before it; stored by {self.origin_of(at)}"
@@ -317,12 +318,7 @@ class SharedMemory:
     # ---- the two proxies ----
     def clean(self, index, size):
         self.version += 1
-        if size == 16:
-            self.unfenced_unit[index] = 0
-        elif size == 8:
-            self.unfenced[2 * index] = self.unfenced[2 * index + 1] = False
-        else:
-            self.unfenced[index * size >> 2] = False
+        self.unfenced[size][index] = 0
 
     def note_store(self, index, size, origin):
         """The Dirty of a generic store; a store to the same places shares one while unfenced."""
@@ -330,12 +326,7 @@ class SharedMemory:
         d = self.stores.get(key)
         if d is None or d.flushed:
             d = self.stores[key] = Dirty(self, index, size, origin)
-        if size == 16:
-            self.unfenced_unit[index] = 0x01010101
-        elif size == 8:
-            self.unfenced[2 * index] = self.unfenced[2 * index + 1] = True
-        else:
-            self.unfenced[index * size >> 2] = True
+        self.unfenced[size][index] = MARKED[size]
         return d
 
     def write_async(self, units, data):

@@ -1,15 +1,14 @@
 """What is ordered in shared memory, whatever the interleaving: vector clocks (PTX ISA 8).
 
 Every warp of a cluster is a component of a clock, and so is every mbarrier. A warp's clock holds,
-per component, the latest
-time that is ordered before what the warp does next: barriers, arrivals and waits pass clocks on. A
-    write is stamped with the warp's own time or, if an asynchronous copy made it, with the mbarrier
-    and the phase that count it; a read with the reader's own time. An asynchronous access is
-    stamped PENDING from its issue until the wait that its issuer must make. An access to a word
-    whose stamps the warp's clock does not cover is a race, in this run or in another.
+per component, the latest time that is ordered before what the warp does next: barriers, arrivals
+and waits pass clocks on. A write is stamped with the warp's own time or, if an asynchronous copy
+made it, with the mbarrier and the phase that count it; a read with the reader's own time. An
+asynchronous access is stamped PENDING from its issue until the wait that its issuer must make. An
+access to a granule whose stamps the warp's clock does not cover is a race, in this run or in
+another, unless both are strong (atomics, `.relaxed` and the like).
 
-Accesses of less than a word are compared with what is pending only, since neighbours may share a
-word.
+Granules are words, until an access of less makes them all smaller.
 """
 
 import numpy as np
@@ -18,59 +17,136 @@ PENDING = np.int32(2**31 - 1)
 COMPONENTS = 1024
 
 
+class Fault(Exception):
+    """A program error that the emulator found."""
+
+
 def new_clock():
     return np.zeros(COMPONENTS, np.int32)
 
 
+class Accesses:
+    """Of each granule and warp, the time of the last access of one kind; `line`: the last's."""
+
+    def __init__(self, granules, warps):
+        self.time = np.zeros((granules, warps), np.int32)
+        self.line = np.zeros(granules, np.int32)
+
+    def late(self, clock, granules):
+        """(granule, warps) of the first whose accesses are not all ordered before, or None."""
+        late = self.time[granules] > clock[: self.time.shape[1]]
+        if not late.any():
+            return None
+        at = int(np.argmax(late.any(1)))
+        return int(granules[at]), np.flatnonzero(late[at]).tolist()
+
+    def stamp(self, w, granules, time, line):
+        self.time[granules, w.id] = time
+        self.line[granules] = line
+
+    def refine(self, factor):
+        self.time, self.line = np.repeat(self.time, factor, 0), np.repeat(self.line, factor)
+
+
 class History:
-    """Stamps of the words of one CTA's shared memory, for a cluster of `warps` warps."""
+    """Stamps of one CTA's shared memory of `nbytes`, for a cluster of `warps` warps."""
 
-    def __init__(self, words, warps):
-        words = -(-words // 4) * 4
-        self.writer = np.zeros(words, np.int16)
-        self.written = np.zeros(words, np.int32)
-        self.write_line = np.zeros(words, np.int32)
-        self.read = np.zeros((words, warps), np.int32)
-        self.read_line = np.zeros(words, np.int32)
+    def __init__(self, nbytes, warps):
+        count = -(-nbytes // 16) * 4
+        self.granule, self.warps = 4, warps
+        self.writer = np.zeros(count, np.int16)
+        self.written = np.zeros(count, np.int32)
+        self.write_line = np.zeros(count, np.int32)
+        self.reads = Accesses(count, warps)
+        self.strong = None  # (loads, stores and atomics), once there are any
+        self.look_at_units()
+
+    def look_at_units(self):
+        """Views of the same stamps by 16-byte units, for asynchronous accesses."""
+        n = 16 // self.granule
         self.unit_writer, self.unit_written = (
-            self.writer.reshape(-1, 4),
-            self.written.reshape(-1, 4),
+            self.writer.reshape(-1, n),
+            self.written.reshape(-1, n),
         )
-        self.unit_write_line = self.write_line.reshape(-1, 4)
-        self.unit_read = self.read.reshape(-1, 4, warps)
-        self.unit_read_line = self.read_line.reshape(-1, 4)
+        self.unit_write_line = self.write_line.reshape(-1, n)
+        self.unit_read = self.reads.time.reshape(-1, n, self.warps)
+        self.unit_read_line = self.reads.line.reshape(-1, n)
 
-    # ---- generic accesses of words ----
-    def unordered_write(self, clock, words):
-        """The first word whose last write is not ordered before, or None."""
-        late = self.written[words] > clock[self.writer[words]]
-        return int(words[late][0]) if late.any() else None
+    def refine(self, granule):
+        factor, self.granule = self.granule // granule, granule
+        self.writer, self.written, self.write_line = (
+            np.repeat(x, factor) for x in (self.writer, self.written, self.write_line)
+        )
+        for accesses in (self.reads, *(self.strong or ())):
+            accesses.refine(factor)
+        self.look_at_units()
 
-    def unordered_read(self, clock, words):
-        late = (self.read[words] > clock[: self.read.shape[1]]).any(-1)
-        return int(words[late][0]) if late.any() else None
+    def granules(self, off, nbytes):
+        """The granules of `nbytes` (1, 2 or a multiple of 4) at each offset."""
+        if nbytes < self.granule:
+            self.refine(nbytes)
+        first, count = off.astype(np.int64) // self.granule, nbytes // self.granule
+        return first if count == 1 else (first[:, None] + np.arange(count)).reshape(-1)
 
-    def pending(self, words):
-        late = (self.written[words] == PENDING) | (self.read[words] == PENDING).any(-1)
-        return int(words[late][0]) if late.any() else None
+    def of_units(self, units):
+        return self.granules(np.asarray(units) * 16, 16)
 
-    def stamp_write(self, w, words, line):
-        self.writer[words] = w.id
-        self.written[words] = w.clock[w.id]
-        self.write_line[words] = line
+    # ---- generic accesses ----
+    def conflict(self, w, at, write, strong):
+        """(kind, granule, warps) of an earlier access that nothing orders before, or None."""
+        late = self.written[at] > w.clock[self.writer[at]]
+        if late.any():
+            return self.writer_of(int(at[late][0]))
+        kinds = [("read", self.reads)] if write else []
+        if self.strong and not strong:
+            kinds += [("strong store", self.strong[1])]
+            kinds += [("strong load", self.strong[0])] if write else []
+        for kind, accesses in kinds:
+            found = accesses.late(w.clock, at)
+            if found:
+                return kind, *found
+        return None
 
-    def stamp_read(self, w, words, line):
-        self.read[words, w.id] = w.clock[w.id]
-        self.read_line[words] = line
+    def writer_of(self, granule):
+        """The last weak write; by an mbarrier or while pending it is no warp's."""
+        by = int(self.writer[granule])
+        own = self.written[granule] != PENDING and by < self.warps
+        return "write", granule, [by] if own else []
+
+    def line_of(self, kind, granule):
+        if kind == "write":
+            return self.write_line[granule]
+        accesses = {"read": self.reads}
+        if self.strong:
+            accesses |= {"strong load": self.strong[0], "strong store": self.strong[1]}
+        return accesses[kind].line[granule]
+
+    def stamp(self, w, at, write, strong, line):
+        time = w.clock[w.id]
+        if strong:
+            if self.strong is None:
+                self.strong = tuple(Accesses(len(self.writer), self.warps) for _ in range(2))
+            self.strong[write].stamp(w, at, time, line)
+        elif write:
+            self.writer[at], self.written[at], self.write_line[at] = w.id, time, line
+        else:
+            self.reads.stamp(w, at, time, line)
 
     # ---- asynchronous accesses of 16-byte units ----
-    def unordered_unit_write(self, clock, units):
-        late = self.unit_written[units] > clock[self.unit_writer[units]]
-        return int(units[late.any(1)][0]) if late.any() else None
-
-    def unordered_unit_read(self, clock, units):
-        late = (self.unit_read[units] > clock[: self.read.shape[1]]).any((1, 2))
-        return int(units[late][0]) if late.any() else None
+    def unit_conflict(self, w, units, write):
+        """The same for an asynchronous access."""
+        late = self.unit_written[units] > w.clock[self.unit_writer[units]]
+        if late.any():
+            return self.writer_of(int(self.of_units(units).reshape(late.shape)[late][0]))
+        if write and (self.unit_read[units] > w.clock[: self.warps]).any():
+            return "read", *self.reads.late(w.clock, self.of_units(units))
+        if self.strong:
+            for kind, accesses in zip(("strong load", "strong store"), self.strong, strict=True):
+                if write or kind == "strong store":
+                    found = accesses.late(w.clock, self.of_units(units))
+                    if found:
+                        return kind, *found
+        return None
 
     def begin_write(self, w, units, line):
         self.unit_writer[units], self.unit_written[units] = w.id, PENDING
@@ -88,12 +164,9 @@ class History:
 
     # ---- cp.async: words, written for the generic proxy ----
     def begin_copy(self, w, words, line):
-        self.writer[words], self.written[words] = w.id, PENDING
-        self.write_line[words] = line
+        at = self.granules(words * 4, 4)
+        self.writer[at], self.written[at], self.write_line[at] = w.id, PENDING, line
 
     def end_copy(self, words, component, time):
-        self.writer[words], self.written[words] = component, time
-
-    def readers(self, word, clock):
-        """The warps whose reads of a word are not ordered before."""
-        return np.flatnonzero(self.read[word] > clock[: self.read.shape[1]]).tolist()
+        at = self.granules(words * 4, 4)
+        self.writer[at], self.written[at] = component, time

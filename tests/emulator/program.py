@@ -9,8 +9,8 @@ from .builder import Builder
 from .memory import LOCAL_WINDOW, SHARED_WINDOW
 
 MODULES = (
-    "accesses", "barriers", "calls", "copies", "fragments", "lanes", "mbarriers", "mma_sync",
-    "registers", "tcgen05", "tcgen05_mma", "tma", "wgmma",
+    "accesses", "barriers", "bulk", "calls", "copies", "fragments", "lanes", "maps", "mbarriers",
+    "mma_sync", "registers", "remote", "tcgen05", "tcgen05_mma", "tma", "wgmma",
 )  # fmt: skip
 for _module in MODULES:  # each enters its instructions in the table
     importlib.import_module("." + _module, __package__)
@@ -37,6 +37,10 @@ class Program:
         )
         self.nodes = [None] * (len(kernel.instrs) + 1)
         self.uses = {}  # by node: the registers that its instructions name (see inflight)
+        heads = {i.parts[:3] for i in kernel.instrs}
+        self.mixes_proxies = bool(
+            heads & {("cp", "async", "bulk"), ("cp", "reduce", "async")}
+        ) and any(i.parts[0] in ("st", "atom", "red") for i in kernel.instrs)
         self.local_at, self.local_bytes = {}, 0
         for name, (size, align) in kernel.local.items():
             self.local_bytes = -(-self.local_bytes // align) * align

@@ -34,11 +34,10 @@ class Warp:
         self.dirty = (
             set()
         )  # unfenced generic stores that are ordered before what this warp does next
-        self.waited = False  # has passed a griddepcontrol.wait
+        self.stamped = {}  # its events of the races on global memory, to be shared
+        self.heard, self.fences, self.learned = [], {}, {}  # of releases and fences, see `races`
         self.cluster_target = 0
         self.init_fence = 0  # the time of its last fence.mbarrier_init
-        # its clock, and the unfenced stores it knew of, at its last fence with release semantics
-        self.release_fence = None
         self.bulk_open, self.bulk_groups = [], []  # cp.async.bulk
         self.copy_open, self.copy_groups, self.copies = [], [], []  # cp.async
         self.wgmma_open, self.wgmma_groups, self.wgmma_issued = [], [], 0
@@ -73,17 +72,11 @@ class Warp:
         if self.dirty:
             self.dirty = barrier.release(self.dirty)
 
-    def fence_release(self):
-        """A fence with release semantics: later relaxed arrivals release what came before it."""
-        self.release_fence = self.clock.copy(), set(self.dirty)
-        self.clock[self.id] += 1
-
     def release_fenced(self, barrier):
         """A relaxed arrival: with a fence before it, a release pattern (PTX ISA 8.8)."""
-        if self.release_fence is not None:
-            clock, dirty = self.release_fence
-            np.maximum(barrier.clock, clock, out=barrier.clock)
-            barrier.release(dirty)
+        for known in self.fences.values():
+            np.maximum(barrier.clock, known.clocks[self.cta.cluster.serial], out=barrier.clock)
+            barrier.release(known.dirty)
 
 
 class Cta:
@@ -117,6 +110,7 @@ class Cluster:
         self.grid, self.serial = grid, serial  # `serial` numbers the clusters of the machine
         self.index, self.warps, self.ctas, self.live_warps = index, warps, [], 0
         self.components = 0  # of its clocks, in use
+        self.imports = {}  # by component, [(time, Knowledge of other clusters)]
         self.barrier = ClusterBarrier()
 
     def new_component(self):

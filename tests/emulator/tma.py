@@ -1,213 +1,195 @@
-"""Bulk asynchronous copies: tensor tiles (TMA) and plain bytes (PTX ISA 9.7.9.25.4-9.7.9.27).
+"""Bulk asynchronous copies of tensor tiles: TMA (PTX ISA 5.5, 9.7.9.27).
 
 A load completes on an mbarrier some time after its issue; a store first reads shared memory, then
-writes global memory, each some time later, and completes its bulk group.
+writes global memory, each some time later, and completes its bulk group. Boxes are read and written
+row by row; elements outside the tensor are zeros (or NaN), or dropped.
 """
+
+import math
 
 import numpy as np
 
 from . import tensormap
-from .builder import BLOCK, instruction, lanes_of
-from .memory import LOCAL_WINDOW, SHARED_WINDOW, SMEM_RESERVED, Fault
-from .values import UINT, bf16_bits, bf16_float
+from .builder import instruction, lanes_of
+from .bulk import REDUCTIONS, combine, enter_read, enter_write, ranks_of, stored
+from .maps import read_map
+from .memory import SMEM_RESERVED, Fault
+from .races import GPU, WEAK
+from .values import UINT
 
 TENSOR = (
-    "1d 2d 3d 4d 5d tile shared shared::cta shared::cluster global mbarrier::complete_tx::bytes "
-    "multicast::cluster cta_group::1 cta_group::2 L2::cache_hint bulk_group add min max inc dec "
-    "and or xor"
+    "1d 2d 3d 4d 5d tile tile::gather4 tile::scatter4 shared shared::cta shared::cluster global "
+    "mbarrier::complete_tx::bytes multicast::cluster cta_group::1 cta_group::2 L2::cache_hint "
+    "bulk_group add min max inc dec and or xor"
 )
+NAN_BITS = {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF, "f32_ftz": 0x7FFFFFFF}
+NAN_BITS["f64"] = 0x7FFFFFFFFFFFFFFF
 
 
-class BulkStore:
-    """A bulk copy out of shared memory: how far it is, and who waits for it.
+class Box:
+    """Where a box lies in global memory, row by row (a row: dimension 0).
 
-    `over`: its issuer has waited at least for the read.
-    """
-
-    __slots__ = ("access", "read", "written", "over", "waiters")
-
-    def __init__(self, access):
-        self.access, self.waiters = access, []
-        self.read, self.written, self.over = False, False, False
-
-    def reached(self, M, state):
-        setattr(self, state, True)
-        for w in self.waiters:
-            M.wake(w)
-        self.waiters.clear()
-
-
-@instruction("cp.async.bulk.commit_group")
-def commit_group(b, ins):
-    def run(M, w, frag, m):
-        w.bulk_groups.append(w.bulk_open)
-        w.bulk_open = []
-
-    return run
-
-
-@instruction("cp.async.bulk.wait_group", "read")
-def wait_group(b, ins):
-    """All groups but the n most recent must be complete, whatever order they finish in."""
-    n, state = ins.operands[0].bits, "read" if "read" in ins.parts else "written"
-
-    def run(M, w, frag, m):
-        cut = max(len(w.bulk_groups) - n, 0)
-        older = [op for g in w.bulk_groups[:cut] for op in g]
-        pending = [op for op in older if not getattr(op, state)]
-        if pending:
-            w.why = f"{len(pending)} bulk stores not {state} yet"
-            for op in pending:
-                op.waiters.append(w)
-            return BLOCK
-        recent = [op for g in [*w.bulk_groups[cut:], w.bulk_open] for op in g]
-        finished, reading = ([op.access for op in x if not op.over] for x in (older, recent))
-        w.cta.smem.reads_over(w, finished, reading)
-        for op in older:
-            op.over = True
-        # groups that were waited for as read only may still have to be waited for as written
-        left = [g for g in w.bulk_groups[:cut] if any(not op.written for op in g)]
-        w.bulk_groups = left + w.bulk_groups[cut:]
-        return None
-
-    return run
-
-
-@instruction("cp.async.bulk.prefetch", "*")
-def prefetch(b, ins):
-    return lambda M, w, frag, m: None
-
-
-def read_map(M, addr, coords, what):
-    """The tensor map at an address, checked against the instruction and the hardware's rules."""
-    if addr % 64:
-        raise Fault(f"{what}: tensor map at {addr:#x} is not 64-byte aligned")
-    if SHARED_WINDOW <= addr < LOCAL_WINDOW:
-        raise Fault(f"{what}: tensor map in shared memory")
-    t = tensormap.decode(M.memory.read(addr, 128).tobytes())
-    if len(coords) != t.rank:
-        raise Fault(f"{what} of rank {len(coords)} with a tensor map of rank {t.rank}")
-    if t.interleave or t.oob_nan or set(t.elem_strides) != {1}:
-        raise Fault(f"{what}: interleaving, NaN fill and traversal strides are not supported: {t}")
-    row = t.box[0] * t.elem
-    if row % 16 or (t.swizzle and row > t.swizzle):
-        raise Fault(f"{what}: a box row of {row} bytes does not fit swizzle {t.swizzle}")
-    return t
-
-
-def addresses(t, at):
-    """Per element of the box, slowest dimension first: its address, and whether it is inside.
+    rows: which rows meet the tensor; off: their first bytes within `region`; nbytes: of each row,
+    those inside the tensor, from byte `skip` of the row on. region: None if all lies outside.
 
     Addresses wrap modulo 2**64, which maps of ragged tensors rely on (strides near 2**34,
     coordinates near 2**30).
     """
-    address = np.full((1,) * t.rank, t.base, np.uint64)
-    inside = np.ones((1,) * t.rank, bool)
-    for d in range(t.rank):
-        x = at[d] + np.arange(t.box[d], dtype=np.int64)
-        shape = [1] * t.rank
-        shape[t.rank - 1 - d] = t.box[d]
-        address = address + (x.view(np.uint64) * np.uint64(t.strides[d])).reshape(shape)
-        inside = inside & ((x >= 0) & (x < t.dims[d])).reshape(shape)
-    return np.broadcast_to(address, inside.shape).reshape(-1), inside.reshape(-1)
+
+    def __init__(self, memory, t, at, four_rows, what):
+        self.map, self.region = t, None
+        first, last = max(at[0], 0), min(at[0] + t.box[0], t.dims[0])
+        self.skip, self.nbytes = (first - at[0]) * t.bits // 8, (last - first) * t.bits // 8
+        address, inside = self.lines(t, at, four_rows)
+        self.count = len(inside)
+        self.rows = np.flatnonzero(inside) if last > first else np.zeros(0, np.int64)
+        if len(self.rows):
+            start = np.uint64((t.base + first * t.bits // 8) & 0xFFFFFFFFFFFFFFFF)
+            self.place(memory, address[self.rows] + start, what)
+
+    @staticmethod
+    def lines(t, at, four_rows):
+        """Per row of the box, slowest dimension first: byte offset of its start; whether inside."""
+        if four_rows:
+            y = np.array(at[1:], np.int64)
+            return y.view(np.uint64) * np.uint64(t.strides[1]), (y >= 0) & (y < t.dims[1])
+        address, inside = np.zeros(1, np.uint64), np.ones(1, bool)
+        for d in range(t.rank - 1, 0, -1):
+            x = at[d] + t.elem_strides[d] * np.arange(t.shape[d], dtype=np.int64)
+            step = x.view(np.uint64) * np.uint64(t.strides[d])
+            address = (address[:, None] + step).reshape(-1)
+            inside = (inside[:, None] & ((x >= 0) & (x < t.dims[d]))).reshape(-1)
+        return address, inside
+
+    def place(self, memory, address, what):
+        """A box lies in one buffer."""
+        t, low, high = self.map, int(address.min()), int(address.max())
+        r = memory.region(low, what)
+        if high + self.nbytes > r.base + r.size:
+            raise Fault(
+                f"{what} at {high:#x}: the tensor map describes more than the buffer of {r.size} "
+                f"bytes at {r.base:#x} holds (dims {t.dims}, strides {t.strides}, "
+                f"map base {t.base:#x})"
+            )
+        self.region, self.off = r, (address - np.uint64(r.base)).view(np.int64)
+
+    def index(self):
+        """(type, positions) of the box's words in the buffer, in the widest type that fits."""
+        low = math.gcd(int(np.bitwise_or.reduce(self.off)) | self.nbytes | 8, 8)
+        return UINT[low], self.off[:, None] // low + np.arange(self.nbytes // low)
+
+    def view(self, typ):
+        size = np.dtype(typ).itemsize
+        return self.region.data[: self.region.size // size * size].view(typ)
+
+    def read(self):
+        """The bytes of the box as shared memory has them: (16-byte units, 16)."""
+        t = self.map
+        packed = t.box[0] * t.bits // 8
+        out = np.zeros((self.count, packed), np.uint8)
+        if t.oob_nan:
+            out.view(UINT[t.elem])[:] = NAN_BITS[t.dtype]
+        if self.region is not None:
+            typ, index = self.index()
+            inside = self.view(typ)[index].view(np.uint8).reshape(len(index), -1)
+            out[self.rows, self.skip : self.skip + self.nbytes] = inside
+        if t.dtype in tensormap.PADDED:
+            groups = out.reshape(-1, 2 * t.bits)  # 16 elements each
+            out = np.full((len(groups), 16), 0xFF, np.uint8)  # nothing may rely on the padding
+            out[:, : 2 * t.bits] = groups
+        return out.reshape(-1, 16)
+
+    def write(self, data, op):
+        """Writes 16-byte units, or combines them with what is there."""
+        if self.region is None:
+            return
+        rows = data.reshape(self.count, -1)[self.rows, self.skip : self.skip + self.nbytes]
+        rows = np.ascontiguousarray(rows)
+        if op is None:
+            typ, index = self.index()
+            self.view(typ)[index] = rows.view(typ)
+            return
+        typ = UINT[self.map.elem]
+        index = self.off[:, None] // self.map.elem + np.arange(self.nbytes // self.map.elem)
+        view = self.view(typ)
+        view[index] = combine(view[index], rows.view(typ), self.map.dtype, op)
 
 
-def region_view(memory, t, address, what):
-    """(elements of the buffer, index of each address); a box lies in one buffer."""
-    low, high = int(address.min()), int(address.max())
-    base, size, data = memory.find(low, what)
-    if high + t.elem > base + size:
-        raise Fault(
-            f"{what} at {high:#x}: the tensor map describes more than the buffer of {size} bytes "
-            f"at {base:#x} holds (dims {t.dims}, strides {t.strides}, map base {t.base:#x})"
-        )
-    view = data[: size // t.elem * t.elem].view(UINT[t.elem])
-    return view, ((address - np.uint64(base)) // np.uint64(t.elem)).astype(np.int64)
+class Tile:
+    """What an instruction says of the tensor: its map, coordinates, mode."""
 
+    def __init__(self, b, ins, operand, what):
+        self.ins, self.what = ins, what
+        self.map = b.address(operand, "u8")
+        self.coords = [b.get(c, "i4") for c in operand.coords]
+        self.four_rows = any(p in ("tile::gather4", "tile::scatter4") for p in ins.parts)
+        self.rank = int(next(p for p in ins.parts if p in ("1d", "2d", "3d", "4d", "5d"))[0])
+        wanted = 5 if self.four_rows else self.rank
+        if len(self.coords) != wanted or (self.four_rows and self.rank != 2):
+            raise b.unsupported(ins)
 
-def gather(memory, t, at):
-    """The bytes of a box; zeros outside the tensor."""
-    address, inside = addresses(t, at)
-    out = np.zeros(len(inside), UINT[t.elem])
-    if inside.any():
-        view, where = region_view(memory, t, address[inside], "TMA load")
-        out[inside] = view[where]
-    return out.view(np.uint8)
+    def read_map(self, M, w, i):
+        return read_map(M, w, self.ins, int(self.map(w.r)[i]), self.rank, self.what)
 
+    def box(self, M, w, i):
+        """The Box of lane i."""
+        at, t = [int(c(w.r)[i]) for c in self.coords], self.read_map(M, w, i)
+        if self.four_rows and t.box[1] != 1:
+            raise Fault(f"{self.what}: the box of {self.ins.op} must have one row, not {t.box[1]}")
+        return Box(M.memory, t, at, self.four_rows, self.what)
 
-def combine(old, new, dtype, op):
-    """`op` of raw element bits, as the reduction forms do it."""
-    if op in ("and", "or", "xor"):
-        return {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[op](old, new)
-    f = {"add": np.add, "min": np.minimum, "max": np.maximum}.get(op)
-    if f is None:
-        raise Fault(f"bulk reduction .{op} is not supported")
-    if dtype == "bf16":
-        return bf16_bits(f(bf16_float(old), bf16_float(new)))
-    types = {
-        "f32": np.float32,
-        "f32_ftz": np.float32,
-        "f16": np.float16,
-        "f64": np.float64,
-        "s32": np.int32,
-        "s64": np.int64,
-    }
-    typ = types.get(dtype, old.dtype)
-    return f(old.view(typ), new.view(typ)).view(old.dtype)
+    def nbytes(self, t):
+        return 4 * t.row_bytes if self.four_rows else t.box_bytes
 
-
-def scatter(memory, t, at, data, op):
-    """Writes a box, or combines it with what is there; elements outside the tensor are dropped."""
-    address, inside = addresses(t, at)
-    if not inside.any():
-        return
-    view, where = region_view(memory, t, address[inside], "TMA store")
-    new = data.view(UINT[t.elem])[inside]
-    view[where] = combine(view[where], new, t.dtype, op) if op else new
+    def units(self, t, off):
+        """16-byte units of shared memory, after checks of the address."""
+        if off % 128:
+            raise Fault(f"{self.what}: shared address {off:#x} is not 128-byte aligned")
+        return tensormap.box_units(off, self.nbytes(t), t.swizzle, t.atom)
 
 
 @instruction("cp.async.bulk.tensor", TENSOR)
 def bulk_tensor(b, ins):
-    to_shared = next(p for p in ins.parts[4:] if p.startswith(("shared", "global"))).startswith(
-        "shared"
-    )
+    spaces = [p.split("::")[0] for p in ins.parts[4:]]
+    to_shared = next(p for p in spaces if p in ("shared", "global")) == "shared"
     return tma_load(b, ins) if to_shared else tma_store(b, ins, None)
 
 
 @instruction("cp.reduce.async.bulk.tensor", TENSOR)
 def reduce_tensor(b, ins):
-    return tma_store(
-        b,
-        ins,
-        next(p for p in ins.parts if p in ("add", "min", "max", "inc", "dec", "and", "or", "xor")),
-    )
+    return tma_store(b, ins, next(p for p in ins.parts if p in REDUCTIONS))
 
 
-def ranks_of(mask):
-    return [x for x in range(16) if (mask >> x) & 1]
+@instruction("cp.async.bulk.prefetch.tensor", TENSOR + " L2")
+def prefetch_tensor(b, ins):
+    """Reads nothing that anyone sees; its tensor map must be legal."""
+    tile = Tile(b, ins, ins.operands[0], "TMA prefetch")
+
+    def prefetch(M, w, frag, m):
+        for i in lanes_of(m):
+            tile.read_map(M, w, i)
+
+    return prefetch
 
 
 def tma_load(b, ins):
     """Global to shared memory of one CTA or, with a multicast mask, of several."""
     dst, tm, bar, *rest = ins.operands
-    gd, gt, gb = b.shared_address(dst), b.address(tm, "u8"), b.shared_address(bar)
-    coords = [b.get(c, "i4") for c in tm.coords]
+    tile = Tile(b, ins, tm, "TMA load")
+    gd, gb = b.shared_address(dst), b.shared_address(bar)
     mask = b.get(rest[0], "u4") if "multicast::cluster" in ins.parts else None
     pair = "cta_group::2" in ins.parts
 
     def issue(M, w, i):
-        r = w.r
-        at = [int(c(r)[i]) for c in coords]
-        t = read_map(M, int(gt(r)[i]), at, "TMA load")
+        box = tile.box(M, w, i)
+        t, nbytes = box.map, tile.nbytes(box.map)
         M.memory.find(t.base, "base of a tensor map used for a load, which the hardware validates,")
-        d, bar_at = int(gd(r)[i]), int(gb(r)[i])
+        d, bar_at = int(gd(w.r)[i]), int(gb(w.r)[i])
         off, bar_off = d & 0xFFFFFF, bar_at & 0xFFFFFF
-        targets = [d >> 24] if mask is None else ranks_of(int(mask(r)[i]))
-        if off % 128:
-            raise Fault(f"TMA load: destination {d:#x} is not 128-byte aligned")
-        if off < SMEM_RESERVED or off + t.box_bytes > w.cta.smem.end:
-            raise Fault(f"TMA load: destination {off:#x}+{t.box_bytes} is outside the allocation")
-        units = tensormap.box_units(off, t.box_bytes, t.swizzle)
+        targets = [d >> 24] if mask is None else ranks_of(int(mask(w.r)[i]))
+        units = tile.units(t, off)
+        if off < SMEM_RESERVED or off + nbytes > w.cta.smem.end:
+            raise Fault(f"TMA load: destination {off:#x}+{nbytes} is outside the allocation")
         jobs = []
         for x in targets:
             # with cta_group::2 the barrier may be the peer's: its parity in the pair is that of the
@@ -217,16 +199,21 @@ def tma_load(b, ins):
             )
             cta, _ = w.cta.cluster.resolve(x << 24 | off)
             mb = w.cta.cluster.mbarrier(w, bar_rank << 24 | bar_off, remote=True)
+            if mb.cta is not cta and not pair:
+                raise Fault("TMA load: destination and mbarrier lie in different CTAs")
             cta.smem.check_async(w, units, "TMA load", write=True)
             jobs.append((cta.smem, cta.smem.begin("TMA write", units, ins, w), mb))
+        if box.region is not None:
+            bars = [mb for _, _, mb in jobs]
+            enter_read(M, w, ins, box.region, box.off, box.nbytes, "TMA load", bars)
 
         def run():
-            data = gather(M.memory, t, at).reshape(-1, 16)
+            data = tensormap.flipped(units, box.read(), t.atom)
             for smem, access, mb in jobs:
                 smem.write_async(units, data)
                 smem.end_access(access)
                 smem.written_by(access, mb)
-                mb.add_tx(M, -t.box_bytes)
+                mb.add_tx(M, -nbytes)
 
         M.later("tma_load", run, cause=(w, ins))
         M.count("tma_load")
@@ -238,156 +225,40 @@ def tma_load(b, ins):
     return load
 
 
-def stored(M, w, smem, units, ins, write):
-    """Schedules the halves of a bulk store: `write(bytes)` runs some time after the read."""
-    smem.check_async(w, units, "bulk store", write=False)
-    access = smem.begin("bulk store read", units, ins, w)
-    op = BulkStore(access)
-    w.bulk_open.append(op)
-
-    def read():
-        data = smem.asynchronous[16][units].copy()
-        smem.end_access(access)
-        op.reached(M, "read")
-
-        def finish():
-            write(data.reshape(-1))
-            op.reached(M, "written")
-
-        M.later("tma_store", finish, cause=(w, ins))
-
-    M.later("tma_store", read, cause=(w, ins))
-    M.count("tma_store")
-
-
 def tma_store(b, ins, op):
     """Shared to global memory, or a reduction into it."""
     tm, src = ins.operands[:2]
-    gt, gs = b.address(tm, "u8"), b.shared_address(src)
-    coords = [b.get(c, "i4") for c in tm.coords]
+    what = "TMA reduction" if op else "TMA store"
+    tile, gs = Tile(b, ins, tm, what), b.shared_address(src)
+    strength = GPU if op else WEAK  # a reduction is relaxed, of scope gpu
+
+    def issue(M, w, i, addr):
+        box = tile.box(M, w, i)
+        t = box.map
+        if t.dtype in tensormap.PADDED or (op and t.bits < 8):
+            raise Fault(f"{what}: elements of type {t.dtype} are not supported")
+        cta, off = w.cta.cluster.resolve(addr)
+        if cta is not w.cta:
+            raise Fault(f"{what}: the source must lie in the issuing CTA's shared memory")
+        units = tile.units(t, off)
+        if off + tile.nbytes(t) > cta.smem.end:
+            raise Fault(f"{what}: source {off:#x}+{tile.nbytes(t)} is outside the allocation")
+        event = None
+        if box.region is not None:
+            event = enter_write(M, w, ins, box.region, box.off, box.nbytes, what, strength)
+
+        def write(data):
+            box.write(tensormap.flipped(units, data, t.atom), op)
+
+        stored(M, w, cta.smem, units, ins, event, write)
 
     def store(M, w, frag, m):
         seen = set()  # lanes that issue the very same store: the hardware instruction is warp-wide
         for i in lanes_of(m):
-            at = [int(c(w.r)[i]) for c in coords]
+            at = tuple(int(c(w.r)[i]) for c in tile.coords)
             addr = int(gs(w.r)[i])
-            if (addr, *at) in seen:
-                continue
-            seen.add((addr, *at))
-            t = read_map(M, int(gt(w.r)[i]), at, "TMA store")
-            cta, off = w.cta.cluster.resolve(addr)
-            if off % 128:
-                raise Fault(f"TMA store: source {off:#x} is not 128-byte aligned")
-            if off + t.box_bytes > cta.smem.end:
-                raise Fault(f"TMA store: source {off:#x}+{t.box_bytes} is outside the allocation")
-            units = tensormap.box_units(off, t.box_bytes, t.swizzle)
-            stored(
-                M,
-                w,
-                cta.smem,
-                units,
-                ins,
-                lambda data, t=t, at=at: scatter(M.memory, t, at, data, op),
-            )
+            if (addr, *at) not in seen:
+                seen.add((addr, *at))
+                issue(M, w, i, addr)
 
     return store
-
-
-BULK = (
-    "shared shared::cta shared::cluster global mbarrier::complete_tx::bytes multicast::cluster "
-    "L2::cache_hint bulk_group noftz add min max inc dec and or xor"
-)
-
-
-def bulk_checks(what, *numbers):
-    if any(n % 16 for n in numbers):
-        listed = ", ".join(hex(n) for n in numbers)
-        raise Fault(f"{what}: addresses and size must be multiples of 16: {listed}")
-
-
-def bulk_copy(b, ins):
-    """`cp.async.bulk` without a tensor map, in its three directions."""
-    spaces = [p.split("::")[0] for p in ins.parts[3:] if p.split("::")[0] in ("shared", "global")]
-    if spaces == ["global", "shared"]:
-        return bulk_out(b, ins, None)
-    dst, src, size, bar, *rest = ins.operands
-    gd, gn, gb = b.shared_address(dst), b.get(size, "u4"), b.shared_address(bar)
-    from_shared = spaces[1] == "shared"
-    gs = b.shared_address(src) if from_shared else b.address(src, "u8")
-    mask = b.get(rest[0], "u4") if "multicast::cluster" in ins.parts else None
-
-    def copy(M, w, frag, m):
-        for i in lanes_of(m):
-            d, s, n, bar_at = (int(g(w.r)[i]) for g in (gd, gs, gn, gb))
-            bulk_checks("cp.async.bulk", d, s, n)
-            jobs = []
-            units = np.arange((d & 0xFFFFFF) >> 4, ((d & 0xFFFFFF) + n) >> 4)
-            for x in [d >> 24] if mask is None else ranks_of(int(mask(w.r)[i])):
-                cta, _ = w.cta.cluster.resolve(x << 24 | d & 0xFFFFFF)
-                w.cta.cluster.resolve(x << 24 | (d & 0xFFFFFF) + max(n, 1) - 1)
-                at = bar_at if mask is None else x << 24 | bar_at & 0xFFFFFF
-                mb = w.cta.cluster.mbarrier(w, at, remote=True)
-                cta.smem.check_async(w, units, "bulk copy", write=True)
-                jobs.append((cta.smem, cta.smem.begin("TMA write", units, ins, w), mb))
-            source = None
-            if from_shared:
-                cta, off = w.cta.cluster.resolve(s)
-                own = np.arange(off >> 4, (off + n) >> 4)
-                cta.smem.check_async(w, own, "bulk copy", write=False)
-                source = (cta.smem, own, cta.smem.begin("bulk copy read", own, ins, w))
-
-            def run(jobs=jobs, source=source, s=s, n=n, units=units):
-                if source:
-                    smem, own, access = source
-                    data = smem.asynchronous[16][own].copy()
-                    smem.end_access(access)
-                else:
-                    data = M.memory.read(s, n).reshape(-1, 16)
-                for smem, access, mb in jobs:
-                    smem.write_async(units, data)
-                    smem.end_access(access)
-                    smem.written_by(access, mb)
-                    mb.add_tx(M, -n)
-
-            M.later("tma_load", run, cause=(w, ins))
-            M.count("bulk_copy")
-
-    return copy
-
-
-def bulk_out(b, ins, op):
-    dst, src, size = ins.operands[:3]
-    gd, gs, gn = b.address(dst, "u8"), b.shared_address(src), b.get(size, "u4")
-    dtype, _, elem = b.type_of(ins) if op else ("u8", None, 1)
-
-    def copy(M, w, frag, m):
-        for i in lanes_of(m):
-            d, s, n = (int(g(w.r)[i]) for g in (gd, gs, gn))
-            bulk_checks("cp.async.bulk", d, s, n)
-            M.memory.read(d, n)
-            cta, off = w.cta.cluster.resolve(s)
-
-            def write(data, d=d, n=n):
-                target = M.memory.read(d, n).view(UINT[elem])
-                target[:] = (
-                    combine(target, data.view(UINT[elem]), dtype, op)
-                    if op
-                    else data.view(UINT[elem])
-                )
-
-            stored(M, w, cta.smem, np.arange(off >> 4, (off + n) >> 4), ins, write)
-
-    return copy
-
-
-for _to in ("shared", "shared::cta", "shared::cluster", "global"):
-    instruction(f"cp.async.bulk.{_to}", BULK)(bulk_copy)
-
-
-@instruction("cp.reduce.async.bulk.global", BULK)
-def bulk_reduce(b, ins):
-    return bulk_out(
-        b,
-        ins,
-        next(p for p in ins.parts if p in ("add", "min", "max", "inc", "dec", "and", "or", "xor")),
-    )
