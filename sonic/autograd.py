@@ -33,22 +33,62 @@ raise :class:`UnsupportedError`.
 Source: SonicMoE (arXiv 2512.14080), section 3.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sonic import ops
 from sonic.ops import LIBRARY
 from sonic.runtime.derivatives import below_autograd, register_gradient
+from sonic.runtime.eager import needs_dispatcher
 from sonic.runtime.errors import ArgumentError, UnsupportedError
 
 _NUM_DIFFERENTIABLE = 6  # x, w1, b1, w2, b2, scores: the first inputs of sonic::experts_forward
 
 
+def experts_forward(*inputs: Any) -> Tensor:
+    """``torch.ops.sonic.experts_forward(*inputs)[0]``, past the dispatcher where that is the
+    same."""
+    run: Callable[..., Any] = ops.experts_forward
+    if needs_dispatcher(inputs):
+        run = torch.ops.sonic.experts_forward
+    elif torch.is_grad_enabled() and any_requires_grad(inputs[:_NUM_DIFFERENTIABLE]):
+        run = _Experts.apply
+    out: Tensor = run(*inputs)[0]
+    return out
+
+
+def grouped_mm(*inputs: Any) -> Tensor:
+    """``torch.ops.sonic.grouped_mm(*inputs)``, likewise."""
+    run: Callable[..., Any] = ops.grouped_mm
+    if needs_dispatcher(inputs):
+        run = torch.ops.sonic.grouped_mm
+    elif torch.is_grad_enabled() and any_requires_grad(inputs[:3]):
+        run = _GroupedMM.apply
+    out: Tensor = run(*inputs)
+    return out
+
+
+def any_requires_grad(inputs: tuple[Any, ...]) -> bool:
+    """Whether one of some tensors, or None, requires a gradient."""
+    for value in inputs:  # a loop: a generator takes as long again
+        if value is not None and value.requires_grad:
+            return True
+    return False
+
+
+def _below_autograd(op: Any, function: Any, inputs: tuple[Any, ...]) -> Any:
+    """What ``function``, the implementation of ``op``, computes; by ``op`` if anyone is looking."""
+    return below_autograd(op, inputs) if needs_dispatcher(inputs) else function(*inputs)
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        out, h = below_autograd(torch.ops.sonic.experts_forward.default, inputs)
+        op = torch.ops.sonic.experts_forward.default
+        out, h = _below_autograd(op, ops.experts_forward, inputs)
         x, w1, _, w2, b2, scores, *plan = inputs[:12]
         top_k, activation, layout, impl, store_preact, w1_main_grad, w2_main_grad = inputs[12:]
         ctx.mark_non_differentiable(h)
@@ -74,6 +114,9 @@ class _Experts(torch.autograd.Function):
             )
         arguments = (dout, *ctx.saved_tensors, *ctx.options, ctx.needs)
         w1_main_grad, w2_main_grad = ctx.main_grads
+        if not torch.is_grad_enabled() and not needs_dispatcher(arguments):
+            gradients = ops.experts_gradients(*arguments, w1_main_grad, w2_main_grad)
+            return gradients + rest
         if w1_main_grad is None and w2_main_grad is None:
             gradients = torch.ops.sonic.experts_backward(*arguments)
         else:
@@ -99,7 +142,8 @@ class _GroupedMM(torch.autograd.Function):
         ctx.needs = list(ctx.needs_input_grad[:3])
         ctx.impl = impl
         ctx.save_for_backward(rows if ctx.needs[1] else None, weight, offset_by_expert)
-        out: Tensor = below_autograd(torch.ops.sonic.grouped_mm.default, inputs)
+        op = torch.ops.sonic.grouped_mm.default
+        out: Tensor = _below_autograd(op, ops.grouped_mm, inputs)
         return out
 
     @staticmethod

@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sonic.autograd  # noqa: F401  (defines the operators and their gradients)
-from sonic import checks
+from sonic import autograd, checks
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
-from sonic.plan import RoutingPlan, build_plan, build_plan_flat
+from sonic.plan import RoutingPlan, build_plan, build_plan_flat, plan_of_topk
 from sonic.routing.logits import router_logits
 from sonic.routing.rounded_routing import rounded_routing
 from sonic.routing.topk import topk_routing
+from sonic.runtime.eager import remembered
 from sonic.runtime.errors import ArgumentError, ShapeError, SonicError
 
 MainGrads = tuple[Tensor | None, Tensor | None]
@@ -106,13 +106,22 @@ def experts(
         >>> sonic.experts(x, ids, torch.full((3, 2), 0.5), w1, w2).shape
         torch.Size([3, 16])
     """
+    impl = _check_experts(hidden_states, topk_ids, topk_weights, impl)
+    operands = _operands(
+        "experts", hidden_states, w1, b1, w2, b2, activation, layout, impl, main_grads
+    )
+    plan = plan_of_topk(topk_ids, w1.shape[0], _PLAN_IMPL[impl])
+    return _run(operands, topk_weights, plan)
+
+
+@remembered
+def _check_experts(hidden_states: Any, topk_ids: Any, topk_weights: Any, impl: Any) -> str:
+    """The implementation that will run, if these arguments are right."""
     op = "experts"
     checks.check_hidden_states(op, hidden_states)
     impl = checks.resolve_impl(op, impl, hidden_states.device)
     checks.check_topk(op, hidden_states, topk_ids, topk_weights, impl)
-    operands = _operands(op, hidden_states, w1, b1, w2, b2, activation, layout, impl, main_grads)
-    plan = build_plan(topk_ids, w1.shape[0], impl=_PLAN_IMPL[impl])
-    return _run(operands, topk_weights, plan)
+    return str(impl)
 
 
 def experts_flat(
@@ -309,8 +318,7 @@ def grouped_mm(
         rows, weight, bias = _autocast(rows, weight, bias)
     checks.check_grouped_mm(op, rows, weight, offset_by_expert, bias, impl)
     offsets = offset_by_expert.contiguous()
-    out: Tensor = torch.ops.sonic.grouped_mm(rows, weight, bias, offsets, impl)
-    return out
+    return autograd.grouped_mm(rows, weight, bias, offsets, impl)
 
 
 # ------------------------------------------------------------------- names known to users
@@ -484,10 +492,10 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 def _autocast(anchor: Any, *others: Any) -> tuple[Any, ...]:
     """``anchor`` and ``others`` in autocast's dtype, if such a region encloses the call."""
     dtype = _autocast_dtype(anchor)
+    if dtype is None:
+        return anchor, *others
     return tuple(
-        x.to(dtype)
-        if dtype is not None and isinstance(x, Tensor) and x.dtype in checks.FLOAT_DTYPES
-        else x
+        x.to(dtype) if isinstance(x, Tensor) and x.dtype in checks.FLOAT_DTYPES else x
         for x in (anchor, *others)
     )
 
@@ -505,15 +513,32 @@ def _operands(
     main_grads: MainGrads | None,
 ) -> _Operands:
     """Cast, check and bundle what one call of the experts reads besides its routing."""
-    act = checks.choice(op, "activation", activation, ActivationType)
-    order = checks.choice(op, "layout", layout, GateUpLayout)
     x, w1, b1, w2, b2 = _autocast(hidden_states, w1, b1, w2, b2)
-    checks.check_weights(op, x, w1, b1, w2, b2, act, impl)
+    act, order = _check_operands(op, x, w1, b1, w2, b2, activation, layout, impl)
     if main_grads is None:
         main_grads = (None, None)
     else:
         checks.check_main_grads(op, main_grads, w1, w2)
-    return (x, w1, b1, w2, b2), (act.value, order.value, impl), main_grads
+    return (x, w1, b1, w2, b2), (act, order, impl), main_grads
+
+
+@remembered
+def _check_operands(
+    op: str,
+    x: Tensor,
+    w1: Any,
+    b1: Any,
+    w2: Any,
+    b2: Any,
+    activation: Any,
+    layout: Any,
+    impl: str,
+) -> tuple[str, str]:
+    """Values of the activation and of the layout, if these arguments are right."""
+    act = checks.choice(op, "activation", activation, ActivationType)
+    order = checks.choice(op, "layout", layout, GateUpLayout)
+    checks.check_weights(op, x, w1, b1, w2, b2, act, impl)
+    return act.value, order.value
 
 
 def _run(operands: _Operands, weights: Tensor, plan: RoutingPlan) -> Tensor:
@@ -521,12 +546,9 @@ def _run(operands: _Operands, weights: Tensor, plan: RoutingPlan) -> Tensor:
     x = tensors[0]
     # float64 only in the reference, where it lets gradcheck see the scores exactly.
     scores = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    scores = scores.reshape(-1).contiguous()  # one strided axis survives a reshape
-    differentiable = (*tensors, scores)
-    store_preact = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in differentiable
-    )
-    out: Tensor = torch.ops.sonic.experts_forward(
+    differentiable = (*tensors, scores.contiguous())
+    store_preact = torch.is_grad_enabled() and autograd.any_requires_grad(differentiable)
+    return autograd.experts_forward(
         *differentiable,
         plan.offset_by_expert,
         plan.token_by_row,
@@ -538,8 +560,7 @@ def _run(operands: _Operands, weights: Tensor, plan: RoutingPlan) -> Tensor:
         *options,
         store_preact,
         *main_grads,
-    )[0]
-    return out
+    )
 
 
 def _experts_flat(

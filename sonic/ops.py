@@ -9,12 +9,14 @@ Every operator runs on the current stream, reads no device value on the host, al
 the static shapes say, and is deterministic. Formulas for the gradients are in ``sonic.autograd``.
 
 Symbols: T tokens, H hidden size, I intermediate size, E experts, R routed rows (static upper bound,
-the number of slots), slot: index into the flat (T * top_k) list of token-expert pairs.
+the number of slots), slot: index into the flat (T * top_k) list of token-expert pairs. Scores are
+contiguous, of one element a slot and any shape, which is that of their gradient.
 
 The seven plan arguments of the experts operators are the fields of :class:`sonic.plan.RoutingPlan`.
 """
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -64,7 +66,12 @@ _define(
     " str impl, bool[] needs) -> (Tensor drows, Tensor dweight, Tensor dbias)"
 )
 
+# Of x, w1, b1, w2, b2 and the scores.
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+SomeGradients = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
+_HERE = nullcontext()  # most layers are on the current device, and entering it takes time
 
 
 # ------------------------------------------------------------------------------- dispatch
@@ -90,11 +97,12 @@ def _region(x: Tensor, impl: str) -> AbstractContextManager[Any]:
     The stages own their dtypes, so an enclosing region must not reach the reference's matmuls.
     """
     if impl == "cute":
-        return torch.cuda.device(x.device)
+        index = x.get_device()
+        return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
     kind = x.device.type
     if kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind):
         return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
+    return _HERE
 
 
 def _impl(name: str) -> Any:
@@ -199,7 +207,7 @@ def experts_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         out = stages.combine(
             y,
             call.row_by_slot,
-            call.scores,
+            call.scores.view(-1),
             call.offset_by_token,
             call.slot_by_position,
             num_tokens,
@@ -242,27 +250,41 @@ class _Backward(NamedTuple):
     w1_main_grad: Tensor | None = None
     w2_main_grad: Tensor | None = None
 
-    def empty_gradients(self, zero: bool = False) -> Gradients:
-        """The six results: shaped like the inputs, or ``(0,)`` for one that is not asked for."""
-        make = torch.zeros if zero else torch.empty
+    def make_gradients(self, make: Callable[..., Tensor]) -> SomeGradients:
+        """The six results by ``make`` (``torch.zeros``, ...), None for one not asked for."""
         w1, w2 = self.w1.shape, self.w2.shape
         shapes = (self.dout.shape, w1, w1[:2], w2, w2[:2], self.scores.shape)
         wanted = list(self.needs)
         wanted[1] = wanted[1] and self.w1_main_grad is None
         wanted[3] = wanted[3] and self.w2_main_grad is None
-        anchors = [self.dout] * 5 + [self.scores]
         dx, dw1, db1, dw2, db2, dscores = (
-            make(shape if want else (0,), dtype=anchor.dtype, device=anchor.device)
-            for shape, want, anchor in zip(shapes, wanted, anchors, strict=True)
+            make(shape, dtype=anchor.dtype, device=anchor.device) if want else None
+            for shape, want, anchor in zip(shapes, wanted, self.anchors, strict=True)
         )
         return dx, dw1, db1, dw2, db2, dscores
 
+    def complete(self, gradients: SomeGradients) -> Gradients:
+        """``gradients`` with a tensor of shape ``(0,)`` for each None: operators return tensors,
+        of which no two may share memory."""
+        dx, dw1, db1, dw2, db2, dscores = (
+            anchor.new_empty((0,)) if gradient is None else gradient
+            for gradient, anchor in zip(gradients, self.anchors, strict=True)
+        )
+        return dx, dw1, db1, dw2, db2, dscores
 
-def _gradients(call: _Backward) -> Gradients:
+    @property
+    def anchors(self) -> tuple[Tensor, ...]:
+        """A tensor of each result's dtype and device."""
+        return (self.dout,) * 5 + (self.scores,)
+
+
+def experts_gradients(*arguments: Any) -> SomeGradients:
+    """What the backward operators compute, with None for what is not asked for."""
+    call = _Backward(*arguments)
     needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_scores = call.needs
     if call.token_by_row.shape[0] == 0:
-        return call.empty_gradients(zero=True)
-    dout, w1, w2, b2, scores = call.dout, call.w1, call.w2, call.b2, call.scores
+        return call.make_gradients(torch.zeros)
+    dout, w1, w2, b2, scores = call.dout, call.w1, call.w2, call.b2, call.scores.view(-1)
     token_by_row, offset_by_expert = call.token_by_row, call.offset_by_expert
     w1_main_grad, w2_main_grad = call.w1_main_grad, call.w2_main_grad
     from sonic.reference.layout import packed_to_rows
@@ -270,8 +292,7 @@ def _gradients(call: _Backward) -> Gradients:
     act, order = ActivationType(call.activation), GateUpLayout(call.layout)
     stages = _load_stages(call.impl, dout.device)
     require_aligned(call.impl, w1_main_grad=w1_main_grad, w2_main_grad=w2_main_grad)
-    dx, dw1, db1, dw2, db2 = (dout.new_empty((0,)) for _ in range(5))  # results must not alias
-    dscores = scores.new_empty((0,))
+    dx = dw1 = db1 = dw2 = db2 = dscores = None
     with _region(dout, call.impl):
         dout = _rows_16b(dout)
         score_by_row = stages.gather_scores(scores, call.slot_by_row)
@@ -285,7 +306,7 @@ def _gradients(call: _Backward) -> Gradients:
         if needs_scores:
             dscores = stages.score_grad(
                 ds_partial, call.row_by_slot, dout, b2, token_by_row, offset_by_expert
-            )
+            ).view(call.scores.shape)
         if needs_w2:
             result = stages.down_backward_weight(
                 dout, a_scaled, token_by_row, offset_by_expert, accumulate_into=w2_main_grad
@@ -332,19 +353,20 @@ def experts_backward(*arguments: Any) -> Gradients:
     ``x`` may be None if ``dw1`` is not needed. Source: SonicMoE (arXiv 2512.14080), section 3,
     backward: ``dscores = <dout @ w2, act(h)>`` needs neither the expert outputs nor a second GEMM.
     """
-    return _gradients(_Backward(*arguments))
+    return _Backward(*arguments).complete(experts_gradients(*arguments))
 
 
 @_impl("experts_backward_accumulate")
 def experts_backward_accumulate(*arguments: Any) -> Gradients:
     """:func:`experts_backward` that adds ``dw1`` / ``dw2`` into fp32 main gradients where given."""
-    return _gradients(_Backward(*arguments))
+    return _Backward(*arguments).complete(experts_gradients(*arguments))
 
 
 @_fake("experts_backward")
 @_fake("experts_backward_accumulate")
 def _experts_backward_fake(*arguments: Any) -> Gradients:
-    return _Backward(*arguments).empty_gradients()
+    call = _Backward(*arguments)
+    return call.complete(call.make_gradients(torch.empty))
 
 
 # ---------------------------------------------------------------------------- grouped_mm

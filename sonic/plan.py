@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from sonic import checks
+from sonic.runtime.eager import needs_dispatcher
 from sonic.runtime.errors import (
     ArgumentError,
     DeviceError,
@@ -102,9 +103,14 @@ def build_plan(topk_ids: torch.Tensor, num_experts: int, impl: str = "auto") -> 
             )
         )
     _check("build_plan", num_experts, impl, topk_ids=topk_ids)
-    offset_by_expert, token_by_row, slot_by_row, row_by_slot = torch.ops.sonic.build_plan(
-        topk_ids, num_experts, impl
-    )
+    return plan_of_topk(topk_ids, num_experts, impl)
+
+
+def plan_of_topk(topk_ids: torch.Tensor, num_experts: int, impl: str) -> RoutingPlan:
+    """:func:`build_plan` of arguments that have been checked."""
+    inputs = (topk_ids, num_experts, impl)
+    run = torch.ops.sonic.build_plan if needs_dispatcher(inputs) else _build_plan
+    offset_by_expert, token_by_row, slot_by_row, row_by_slot = run(*inputs)
     return RoutingPlan(
         offset_by_expert,
         token_by_row,
@@ -173,9 +179,10 @@ def build_plan_flat(
             )
         )
     _check(op, num_experts, impl, token_ids=token_ids, expert_ids=expert_ids)
-    rows = torch.ops.sonic.build_plan_flat(token_ids, expert_ids, num_tokens, num_experts, impl)
+    inputs = (token_ids, expert_ids, num_tokens, num_experts, impl)
+    run = torch.ops.sonic.build_plan_flat if needs_dispatcher(inputs) else _build_plan_flat
     offset_by_expert, token_by_row, slot_by_row, row_by_slot, offset_by_token, slot_by_position = (
-        rows
+        run(*inputs)
     )
     return RoutingPlan(
         offset_by_expert,

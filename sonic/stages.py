@@ -7,6 +7,8 @@ Rows at or past ``offset_by_expert[E]`` of any ``(R, *)`` output are undefined a
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from sonic.enums import ActivationType, GateUpLayout
@@ -36,6 +38,14 @@ __all__ = [
     "up_backward_weight",
     "up_forward",
 ]
+
+
+# One object for each: a Problem takes longer to make than to look up.
+_up_problem = functools.cache(up_problem)
+_down_problem = functools.cache(down_problem)
+_down_backward_act_problem = functools.cache(down_backward_act_problem)
+_up_backward_act_problem = functools.cache(up_backward_act_problem)
+_weight_grad_problem = functools.cache(weight_grad_problem)
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
@@ -81,7 +91,7 @@ def up_forward(
     a = x.new_empty((rows, width // 2 if gated else width))
     if rows == 0:
         return h, a
-    problem = up_problem(activation, _dtype_name(x), b1 is not None, store_preact)
+    problem = _up_problem(activation, _dtype_name(x), b1 is not None, store_preact)
     grouped_gemm(
         problem,
         config_for(problem, x.device, rows, experts, width, hidden),
@@ -106,7 +116,7 @@ def down_forward(
     y = a.new_empty((rows, hidden))
     if rows == 0:
         return y
-    problem = down_problem(_dtype_name(a), b2 is not None)
+    problem = _down_problem(_dtype_name(a), b2 is not None)
     grouped_gemm(
         problem,
         config_for(problem, a.device, rows, experts, hidden, width),
@@ -138,7 +148,7 @@ def down_backward_act(
     :returns: ``dh`` like ``h``, ``a' (R, I)``, partial sums ``(n, R)`` float32.
     """
     rows, (experts, hidden, width) = h.shape[0], w2.shape
-    problem = down_backward_act_problem(activation, _dtype_name(h))
+    problem = _down_backward_act_problem(activation, _dtype_name(h))
     dh = torch.empty_like(h)
     a_scaled = h.new_empty((rows, width))
     if rows == 0:
@@ -179,7 +189,7 @@ def _weight_grad(
     d = a.new_empty((experts, m, n)) if accumulate_into is None else accumulate_into
     if rows == 0:
         return d if accumulate else d.zero_()
-    problem = weight_grad_problem(_dtype_name(a), gather, gated, accumulate)
+    problem = _weight_grad_problem(_dtype_name(a), gather, gated, accumulate)
     grouped_gemm(
         problem,
         config_for(problem, a.device, rows, experts, n, m),
@@ -229,7 +239,7 @@ def up_backward_act(
     dx = dh.new_empty((rows, hidden))
     if rows == 0:
         return dx
-    problem = up_backward_act_problem(_dtype_name(dh), gated)
+    problem = _up_backward_act_problem(_dtype_name(dh), gated)
     grouped_gemm(
         problem,
         config_for(problem, dh.device, rows, experts, hidden, width),

@@ -7,6 +7,8 @@ memory bandwidth. Section 4 of the SonicMoE paper (arXiv 2512.14080) weighs it a
 the down projection's epilogue.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -112,6 +114,15 @@ _combine = Launcher(_combine_kernel)
 _combine_ragged = Launcher(_combine_ragged_kernel)
 
 
+@functools.cache
+def _shape_of_program(hidden_size: int, element_size: int, top_k: int) -> tuple[int, int, int]:
+    """Columns and warps of a program, and how many rows it loads at once for fixed top-k."""
+    vector = 16 // element_size
+    block_h = min(power_of_2(hidden_size), 128 * vector)
+    num_warps = max(1, block_h // (32 * vector))  # one 16-byte load per thread and row
+    return block_h, num_warps, next(n for n in range(_MAX_UNROLL, 0, -1) if top_k % n == 0)
+
+
 def combine(
     rows: torch.Tensor,
     row_by_slot: torch.Tensor,
@@ -144,16 +155,12 @@ def combine(
     if out.numel() == 0:
         return out
     rows = row_major(rows)
-    vector = 16 // rows.element_size()
-    block_h = min(power_of_2(hidden_size), 128 * vector)
-    # One 16-byte load per thread and row.
-    num_warps = max(1, block_h // (32 * vector))
+    block_h, num_warps, unroll = _shape_of_program(hidden_size, rows.element_size(), top_k)
     programs = num_tokens * cdiv(hidden_size, block_h)
     common = {"HAS_SCORES": scores is not None, "BLOCK_H": block_h, "num_warps": num_warps}
     with device_of(rows):
         if offset_by_token is None:
             check_shape("combine", "row_by_slot", row_by_slot, (num_tokens * top_k,))
-            unroll = next(n for n in range(_MAX_UNROLL, 0, -1) if top_k % n == 0)
             _combine(
                 programs,
                 rows,
