@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from sonic.runtime.route import Route, ScoreFunction
-from sonic.triton.common import device_of, row_major
+from sonic.triton.common import cdiv, device_of, power_of_2, row_major
+from sonic.triton.launch import Launcher
 from sonic.triton.scores import SCORES, _load_values, _probabilities, row_major_mask
 
 # Tiles and columns that a program of the reduction takes at a time.
@@ -245,6 +246,10 @@ def _loss_weight_kernel(
 # ------------------------------------------------------------------------------- launchers
 
 
+_reduce = Launcher(_reduce_kernel)
+_finish = Launcher(_finish_kernel)
+
+
 def reduce_tiles(
     by_tile: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
     prefix: torch.Tensor | None,
@@ -270,7 +275,8 @@ def reduce_tiles(
     tiles_per_sequence = tiles // route.num_sequences
     block, columns = _FEW_TILES if tiles_per_sequence <= _FEW_TILES[0] else _MANY_TILES
     with device_of(count):
-        _reduce_kernel[(triton.cdiv(num_columns, columns) + 1,)](
+        _reduce(
+            cdiv(num_columns, columns) + 1,
             *by_tile,
             prefix,
             count,
@@ -302,9 +308,10 @@ def finish(
     """Writes ``offset_by_expert`` unless it is empty, and with ``route.balance`` the four
     scalars."""
     num_sequences, num_columns = count.shape
-    block = triton.next_power_of_2(num_columns)
+    block = power_of_2(num_columns)
     with device_of(count):
-        _finish_kernel[(1,)](
+        _finish(
+            1,
             count,
             prob_sum,
             live,
@@ -334,14 +341,14 @@ def column_sums(
     logits = row_major(logits)
     mask, mask_stride = row_major_mask(mask)
     length = num_rows // route.num_sequences
-    block = min(triton.next_power_of_2(num_columns), 1024)
+    block = min(power_of_2(num_columns), 1024)
     rows = max(1, 2048 // block)
     # Enough programs to fill a GPU, few enough partial sums to be cheap.
-    chunks = min(triton.cdiv(length, rows), max(1, 256 // route.num_sequences))
-    rows_per_chunk = triton.cdiv(triton.cdiv(length, chunks), rows) * rows
+    chunks = min(cdiv(length, rows), max(1, 256 // route.num_sequences))
+    rows_per_chunk = cdiv(cdiv(length, chunks), rows) * rows
     options: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}
     partial = torch.empty(route.num_sequences, chunks, num_columns, **options)
-    grid = (triton.cdiv(num_columns, block), route.num_sequences * chunks)
+    grid = (cdiv(num_columns, block), route.num_sequences * chunks)
     with device_of(logits):
         _column_sums_kernel[grid](
             logits,
@@ -391,9 +398,9 @@ def loss_weights(
         dz_sum = torch.empty((), **options)
     if weight is None and dz_sum is None:
         return None, None
-    block = min(triton.next_power_of_2(num_columns), 1024)
+    block = min(power_of_2(num_columns), 1024)
     with device_of(count):
-        _loss_weight_kernel[(triton.cdiv(num_columns, block),)](
+        _loss_weight_kernel[(cdiv(num_columns, block),)](
             None if dprob_sum is None else dprob_sum.contiguous(),
             dswitch,
             dsequence,

@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 
 from sonic.enums import ScoreOrder
-from sonic.triton.common import check_float, check_shape, device_of, row_major
+from sonic.triton.common import (
+    cdiv,
+    check_float,
+    check_shape,
+    device_of,
+    power_of_2,
+    row_major,
+)
+from sonic.triton.launch import Launcher
 from sonic.triton.topk import _select_best, _sortable, _value_of, free_bits, topk_scores
 
 LOWEST = tl.constexpr(-(2**31))
@@ -153,6 +161,9 @@ def _keys_kernel(
 # --- launchers ------------------------------------------------------------------------------------
 
 
+_logit_scores = Launcher(_logit_scores_kernel)
+
+
 def rows_of(block_e: int) -> int:
     """Tokens of a block of so many experts."""
     return min(64, max(1, _ELEMENTS // block_e))
@@ -160,17 +171,18 @@ def rows_of(block_e: int) -> int:
 
 def _key_stride(num_tokens: int) -> int:
     # A multiple of 16, so that keys move in whole vectors.
-    return triton.cdiv(num_tokens, 16) * 16
+    return cdiv(num_tokens, 16) * 16
 
 
 def _launch(
     logits: torch.Tensor, outputs: tuple[torch.Tensor | None, ...], top_k: int, full: bool
 ) -> None:
     num_tokens, num_experts = logits.shape
-    block_e = triton.next_power_of_2(num_experts)
+    block_e = power_of_2(num_experts)
     rows = rows_of(block_e)
     stride = _key_stride(num_tokens)
-    _logit_scores_kernel[(triton.cdiv(stride, rows),)](
+    _logit_scores(
+        cdiv(stride, rows),
         logits,
         *outputs,
         num_tokens,
@@ -179,7 +191,7 @@ def _launch(
         stride,
         BITS=free_bits(logits.dtype, num_experts),
         TOP_K=top_k,
-        K_PAD=triton.next_power_of_2(top_k),
+        K_PAD=power_of_2(top_k),
         FULL=full,
         ROWS=rows,
         BLOCK_E=block_e,
@@ -215,13 +227,13 @@ def keys_of_scores(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     num_tokens, num_experts = scores.shape
     stride = _key_stride(num_tokens)
     keys = torch.empty(num_experts, stride, dtype=torch.int32, device=scores.device)
-    block_e = triton.next_power_of_2(num_experts)
+    block_e = power_of_2(num_experts)
     ids = None
     if block_e > MAX_BLOCK_E:
         _, ids = topk_scores(scores.clamp(min=0), top_k, ScoreOrder.SOFTMAX_OVER_TOPK)
         block_e = 128
     rows = min(64, max(1, 4096 // block_e))
-    _keys_kernel[(triton.cdiv(stride, rows), triton.cdiv(num_experts, block_e))](
+    _keys_kernel[(cdiv(stride, rows), cdiv(num_experts, block_e))](
         scores,
         ids,
         keys,
@@ -283,6 +295,9 @@ def _winner_softmax_grad_kernel(
     tl.store(dlogits + offset, result.to(dlogits.dtype.element_ty), mask=mask)
 
 
+_winner_softmax_grad = Launcher(_winner_softmax_grad_kernel)
+
+
 def winner_softmax_grad(
     dscores: torch.Tensor, scores: torch.Tensor, top_k: int, full: bool, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -292,10 +307,11 @@ def winner_softmax_grad(
     dlogits = torch.empty(num_tokens, num_experts, dtype=dtype, device=scores.device)
     if num_tokens == 0:
         return dlogits
-    block_e = triton.next_power_of_2(num_experts)
+    block_e = power_of_2(num_experts)
     rows = min(64, max(1, 4096 // block_e))
     with device_of(scores):
-        _winner_softmax_grad_kernel[(triton.cdiv(num_tokens, rows),)](
+        _winner_softmax_grad(
+            cdiv(num_tokens, rows),
             dscores.contiguous(),
             scores.contiguous(),
             dlogits,

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sonic.triton.common import power_of_2
+from sonic.triton.launch import Launcher
 from sonic.triton.rounding_keys import HIGHEST, LOWEST, _score_of
 
 GROUP = tl.constexpr(32)  # tokens whose verdicts share a word
@@ -263,18 +265,21 @@ def _balance_kernel(frequency, count_by_expert, num_tokens, num_experts, tile, B
 # --- launchers ------------------------------------------------------------------------------------
 
 
+_select = Launcher(_select_kernel)
+_frequency = Launcher(_frequency_kernel)
+_balance = Launcher(_balance_kernel)
+
+
 def _balanced_counts(
     keys: torch.Tensor, counts: torch.Tensor, num_tokens: int, tile: int, block: int
 ) -> None:
     num_experts, key_stride = keys.shape
     frequency = torch.empty_like(counts)
-    _frequency_kernel[(num_experts,)](
-        keys, frequency, key_stride, BLOCK=block, num_warps=max(4, block // 1024)
+    _frequency(
+        num_experts, keys, frequency, key_stride, BLOCK=block, num_warps=max(4, block // 1024)
     )
-    block = min(triton.next_power_of_2(num_experts), _BALANCE_BLOCK)
-    _balance_kernel[(1,)](
-        frequency, counts, num_tokens, num_experts, tile, BLOCK=block, num_warps=4
-    )
+    block = min(power_of_2(num_experts), _BALANCE_BLOCK)
+    _balance(1, frequency, counts, num_tokens, num_experts, tile, BLOCK=block, num_warps=4)
 
 
 def decide(
@@ -293,12 +298,13 @@ def decide(
         num_tokens: T, at least 1. tile: M. rule: see :mod:`sonic.routing.token_rounding`.
     """
     num_experts, key_stride = keys.shape
-    block = max(1024, triton.next_power_of_2(num_tokens))
+    block = max(1024, power_of_2(num_tokens))
     block = block if block <= _MAX_HELD else _MAX_CHUNK_T
     balanced = rule == "balance-f"
     if balanced:
         _balanced_counts(keys, decisions.counts, num_tokens, tile, block)
-    _select_kernel[(num_experts,)](
+    _select(
+        num_experts,
         keys,
         uniform,
         decisions.counts,

@@ -23,7 +23,8 @@ import triton.language as tl
 from sonic.runtime.route import Route, RouteTensors, ScoreFunction
 from sonic.triton import plan as triton_plan
 from sonic.triton.balance import finish, reduce_tiles
-from sonic.triton.common import check_float, device_of, row_major
+from sonic.triton.common import cdiv, check_float, device_of, power_of_2, row_major
+from sonic.triton.launch import Launcher
 from sonic.triton.scores import (
     EPSILON,
     SCORES,
@@ -238,11 +239,14 @@ def _route_kernel(
 # ------------------------------------------------------------------------------- launchers
 
 
+_route = Launcher(_route_kernel)
+
+
 def _block_shape(num_columns: int, num_groups: int) -> tuple[int, int]:
     """Groups and columns per group, padded to powers of two."""
     return (
-        triton.next_power_of_2(num_groups),
-        triton.next_power_of_2(num_columns // num_groups),
+        power_of_2(num_groups),
+        power_of_2(num_columns // num_groups),
     )
 
 
@@ -287,14 +291,15 @@ def _launch_route(
     by_score = bias is not None or (route.num_groups > 1 and route.group_best > 1)
     # Scores, and sums with a mask, are numbers of full precision.
     exact = by_score or mask is not None
-    _route_kernel[(triton.cdiv(num_rows, rows),)](
+    _route(
+        cdiv(num_rows, rows),
         logits,
         None if bias is None else bias.contiguous(),
         mask,
         given,
         *outputs,
         num_rows,
-        triton.cdiv(num_rows, rows),
+        cdiv(num_rows, rows),
         logits.stride(0),
         mask_stride,
         route.num_working,
@@ -304,10 +309,10 @@ def _launch_route(
         RENORMALIZE=route.renormalize,
         BITS=0 if exact else free_bits(logits.dtype, num_columns),
         TOP_K=route.top_k,
-        K_PAD=triton.next_power_of_2(route.top_k),
+        K_PAD=power_of_2(route.top_k),
         NUM_GROUPS=route.num_groups,
         TOPK_GROUPS=route.topk_groups,
-        TOPK_GROUPS_PAD=triton.next_power_of_2(route.topk_groups),
+        TOPK_GROUPS_PAD=power_of_2(route.topk_groups),
         GROUP_BEST=route.group_best,
         GROUP_SIZE=num_columns // route.num_groups,
         GROUPS_PAD=groups,
@@ -364,8 +369,8 @@ def route_fused(
     num_slots, sequences = num_rows * route.top_k, route.num_sequences
     groups, size = _block_shape(num_columns, route.num_groups)
     rows = _tile_rows(groups * size, num_rows // sequences, sequences)
-    tiles = triton.cdiv(num_rows, rows)
-    stride = triton.cdiv(tiles, 16) * 16
+    tiles = cdiv(num_rows, rows)
+    stride = cdiv(tiles, 16) * 16
     device = logits.device
 
     def floats(*shape: int) -> torch.Tensor:

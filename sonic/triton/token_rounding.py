@@ -18,7 +18,15 @@ import torch
 import triton
 import triton.language as tl
 
-from sonic.triton.common import check_float, check_shape, device_of, row_major
+from sonic.triton.common import (
+    cdiv,
+    check_float,
+    check_shape,
+    device_of,
+    power_of_2,
+    row_major,
+)
+from sonic.triton.launch import Launcher
 from sonic.triton.rounding_keys import _score_of, keys_of_logits, keys_of_scores
 from sonic.triton.rounding_select import GROUP, Decisions, decide
 
@@ -338,6 +346,11 @@ def _logit_grad_kernel(
 # --- launchers ------------------------------------------------------------------------------------
 
 
+_emit_pairs = Launcher(_emit_kernel)
+_scatter = Launcher(_scatter_kernel)
+_logit_grad = Launcher(_logit_grad_kernel)
+
+
 def _emit(
     keys: torch.Tensor,
     scores: torch.Tensor | None,
@@ -350,7 +363,7 @@ def _emit(
 ) -> Rounded:
     num_experts = keys.shape[0]
     device = keys.device
-    num_groups = triton.cdiv(num_tokens, GROUP.value)
+    num_groups = cdiv(num_tokens, GROUP.value)
     options: dict[str, Any] = {"dtype": torch.int32, "device": device}
     table = num_groups * num_experts
     scratch = torch.empty(3 * table + num_slots + num_experts, **options)
@@ -377,10 +390,11 @@ def _emit(
         offset_by_token=torch.empty(num_tokens + 1, **options),
         slot_by_position=torch.empty(num_slots, **options),
     )
-    block_e = min(_MAX_BLOCK_E, max(16, triton.next_power_of_2(num_experts)))
+    block_e = min(_MAX_BLOCK_E, max(16, power_of_2(num_experts)))
     num_warps = 4 if block_e < _MAX_BLOCK_E else 8
     pairs = 32 * num_warps
-    _emit_kernel[(num_groups + triton.cdiv(num_slots, TAIL_BLOCKS.value * pairs),)](
+    _emit_pairs(
+        num_groups + cdiv(num_slots, TAIL_BLOCKS.value * pairs),
         words,
         before,
         counts,
@@ -477,7 +491,8 @@ def round_tokens_grad(
     if num_slots == 0:
         return dscores
     with device_of(dweights):
-        _scatter_kernel[(triton.cdiv(num_slots, 512),)](
+        _scatter(
+            cdiv(num_slots, 512),
             dweights.contiguous(),
             token_ids,
             expert_ids,
@@ -519,7 +534,8 @@ def round_logits_grad(
         logits = row_major(logits)
     rows = 16
     with device_of(weights):
-        _logit_grad_kernel[(triton.cdiv(num_tokens, rows),)](
+        _logit_grad(
+            cdiv(num_tokens, rows),
             dweights.contiguous(),
             weights,
             expert_ids,
@@ -533,9 +549,9 @@ def round_logits_grad(
             num_experts,
             0 if logits is None else logits.stride(0),
             TOP_K=top_k,
-            K_PAD=triton.next_power_of_2(top_k),
+            K_PAD=power_of_2(top_k),
             ROWS=rows,
-            BLOCK_E=min(256, triton.next_power_of_2(num_experts)),
+            BLOCK_E=min(256, power_of_2(num_experts)),
             PAIRS=16,
             num_warps=4,
         )

@@ -16,7 +16,15 @@ import triton
 import triton.language as tl
 
 from sonic.enums import ScoreOrder
-from sonic.triton.common import check_float, check_shape, device_of, row_major
+from sonic.triton.common import (
+    cdiv,
+    check_float,
+    check_shape,
+    device_of,
+    power_of_2,
+    row_major,
+)
+from sonic.triton.launch import Launcher
 
 # Key of a padded column: below the key of -inf, the least of any logit.
 LOWEST = tl.constexpr(-(2**31))
@@ -268,6 +276,11 @@ def _topk_grad_kernel(
     tl.store(dlogits + offset, result.to(dlogits.dtype.element_ty), mask=mask)
 
 
+_topk = Launcher(_topk_kernel)
+_topk_chunk = Launcher(_topk_chunk_kernel)
+_topk_merge = Launcher(_topk_merge_kernel)
+
+
 def topk_scores(
     logits: torch.Tensor, top_k: int, order: ScoreOrder
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -291,16 +304,17 @@ def topk_scores(
     logits = row_major(logits)
     options = {
         "TOP_K": top_k,
-        "K_PAD": triton.next_power_of_2(top_k),
+        "K_PAD": power_of_2(top_k),
         "FULL": ScoreOrder(order) is ScoreOrder.TOPK_OVER_SOFTMAX,
     }
-    block_e = triton.next_power_of_2(num_experts)
+    block_e = power_of_2(num_experts)
     bits = free_bits(logits.dtype, num_experts)
     with device_of(logits):
         if block_e <= _MAX_BLOCK_E:
             # One warp holds whole rows up to 1024 experts, so that no reduction leaves the warp.
             rows = max(1, 512 // block_e)
-            _topk_kernel[(triton.cdiv(num_rows, rows),)](
+            _topk(
+                cdiv(num_rows, rows),
                 logits,
                 scores,
                 ids,
@@ -314,14 +328,15 @@ def topk_scores(
                 num_warps=max(1, block_e // 1024),
             )
             return scores, ids
-        num_chunks = triton.cdiv(num_experts, _MAX_BLOCK_E)
+        num_chunks = cdiv(num_experts, _MAX_BLOCK_E)
         chunk_keys = torch.empty(
             num_rows, num_chunks, top_k, dtype=torch.int32, device=logits.device
         )
         chunk_ids = torch.empty_like(chunk_keys)
         chunk_top = torch.empty(num_rows, num_chunks, dtype=torch.float32, device=logits.device)
         chunk_sum = torch.empty_like(chunk_top)
-        _topk_chunk_kernel[(num_rows * num_chunks,)](
+        _topk_chunk(
+            num_rows * num_chunks,
             logits,
             chunk_keys,
             chunk_ids,
@@ -335,8 +350,9 @@ def topk_scores(
             BLOCK_E=_MAX_BLOCK_E,
             num_warps=4,
         )
-        block = triton.next_power_of_2(num_chunks * top_k)
-        _topk_merge_kernel[(num_rows,)](
+        block = power_of_2(num_chunks * top_k)
+        _topk_merge(
+            num_rows,
             chunk_keys,
             chunk_ids,
             chunk_top,
@@ -347,7 +363,7 @@ def topk_scores(
             num_chunks,
             **options,
             BLOCK=block,
-            BLOCK_CHUNKS=triton.next_power_of_2(num_chunks),
+            BLOCK_CHUNKS=power_of_2(num_chunks),
             num_warps=1 if block <= 512 else 2,
         )
     return scores, ids
@@ -382,10 +398,10 @@ def topk_scores_grad(
     full = ScoreOrder(order) is ScoreOrder.TOPK_OVER_SOFTMAX
     if full:
         logits = row_major(logits)
-    block_e = min(triton.next_power_of_2(num_experts), 1024)
+    block_e = min(power_of_2(num_experts), 1024)
     rows = max(1, 512 // block_e)
     with device_of(scores):
-        _topk_grad_kernel[(triton.cdiv(num_rows, rows), triton.cdiv(num_experts, block_e))](
+        _topk_grad_kernel[(cdiv(num_rows, rows), cdiv(num_experts, block_e))](
             dscores.contiguous(),
             logits,
             scores.contiguous(),
@@ -395,7 +411,7 @@ def topk_scores_grad(
             num_experts,
             logits.stride(0),
             TOP_K=top_k,
-            K_PAD=triton.next_power_of_2(top_k),
+            K_PAD=power_of_2(top_k),
             FULL=full,
             ROWS=rows,
             BLOCK_E=block_e,
