@@ -72,6 +72,8 @@ SomeGradients = tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]
 _HERE = nullcontext()  # most layers are on the current device, and entering it takes time
+_ACTIVATIONS = {activation.value: activation for activation in ActivationType}
+_LAYOUTS = {layout.value: layout for layout in GateUpLayout}
 
 
 # ------------------------------------------------------------------------------- dispatch
@@ -198,8 +200,8 @@ def experts_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
             call.b1,
             call.token_by_row,
             call.offset_by_expert,
-            activation=ActivationType(call.activation),
-            layout=GateUpLayout(call.layout),
+            activation=_ACTIVATIONS[call.activation],
+            layout=_LAYOUTS[call.layout],
             store_preact=call.store_preact,
         )
         y = stages.down_forward(a, w2, call.b2, call.offset_by_expert)
@@ -289,7 +291,7 @@ def experts_gradients(*arguments: Any) -> SomeGradients:
     w1_main_grad, w2_main_grad = call.w1_main_grad, call.w2_main_grad
     from sonic.reference.layout import packed_to_rows
 
-    act, order = ActivationType(call.activation), GateUpLayout(call.layout)
+    act, order = _ACTIVATIONS[call.activation], _LAYOUTS[call.layout]
     stages = _load_stages(call.impl, dout.device)
     require_aligned(call.impl, w1_main_grad=w1_main_grad, w2_main_grad=w2_main_grad)
     dx = dw1 = db1 = dw2 = db2 = dscores = None

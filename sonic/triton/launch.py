@@ -8,8 +8,8 @@ launches that (``CompiledKernel.__getitem__``, as in Triton's own tutorials).
 
 from typing import Any
 
-import torch
 import triton
+from torch import Tensor
 
 from sonic.triton.common import is_interpreted
 
@@ -36,23 +36,21 @@ class Launcher:
 
     def __call__(self, programs: int, *arguments: Any, **constants: Any) -> None:
         """Launch ``programs`` programs on the current stream of the current device."""
-        key = (arguments[0].get_device(), *constants.items(), *self._facts(arguments))
+        facts = [
+            (argument.dtype, argument.data_ptr() & 15 == 0)
+            if isinstance(argument, Tensor)
+            else argument
+            if argument is None or by_value
+            else -_INT32 <= argument < _INT32
+            for argument, by_value in zip(arguments, self._by_value, strict=False)
+        ]
+        key = (arguments[0].get_device(), *constants, *constants.values(), *facts)
         found = self._compiled.get(key)
         if found is None or self.kernel.pre_run_hooks:
             self._launch_first(key, programs, arguments, constants)
             return
         compiled, trailing = found
         compiled[programs, 1, 1](*arguments, *trailing)
-
-    def _facts(self, arguments: tuple) -> list:
-        return [
-            (argument.dtype, argument.data_ptr() % 16 == 0)
-            if isinstance(argument, torch.Tensor)
-            else argument
-            if argument is None or by_value
-            else -_INT32 <= argument < _INT32
-            for argument, by_value in zip(arguments, self._by_value, strict=False)
-        ]
 
     def _launch_first(self, key: tuple, programs: int, arguments: tuple, constants: dict) -> None:
         """Let Triton compile and launch, and remember the kernel that it launched."""
