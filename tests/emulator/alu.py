@@ -156,6 +156,8 @@ class Codegen:
     def handles(self, ins):
         """Whether the instruction is a register-only one."""
         name = ins.parts[0]
+        if "b128" in ins.parts:
+            return False
         return hasattr(self, "op_" + name) or name in BINARY or name in UNARY
 
     def emit(self, ins):

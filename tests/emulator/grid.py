@@ -130,6 +130,18 @@ class Grid:
             self.shared_at[name] = at
         self.smem_end = at + dynamic
 
+    def cancel(self, refusal):
+        """Takes a cluster that has not started off the launch: its first CTA's position, or None,
+        which happens with probability `refusal` even if there is one.
+        """
+        rng = self.machine.rng
+        if not self.todo or rng.random() < refusal:
+            return None
+        at = self.todo.pop(rng.randrange(len(self.todo)) if self.machine.any_cancel else -1)
+        self.silent -= self.ctas_per_cluster
+        self.machine.attention = True
+        return tuple(a * c for a, c in zip(at, self.cluster_dim, strict=True))
+
     # ---- starting clusters ----
     def start(self):
         stream = self.machine.stream

@@ -24,6 +24,8 @@ class Machine:
     resident: clusters of a launch that run at a time. race_check: report unordered accesses.
     exit_check: report CTAs that exit while a bulk store still reads their shared memory.
     copy_fence: wgmma, tcgen05.mma and TMA see what cp.async wrote only after a fence.proxy.async.
+    any_cancel: cluster launch control hands out clusters in any order, as the ISA allows, not in
+        that of the launch, on which known kernels rely.
     """
 
     def __init__(
@@ -34,11 +36,12 @@ class Machine:
         race_check=True,
         exit_check=True,
         copy_fence=True,
+        any_cancel=False,
         max_steps=50_000_000,
     ):
         self.memory, self.policy, self.resident = memory, policy or Policy(), resident
         self.race_check, self.exit_check, self.max_steps = race_check, exit_check, max_steps
-        self.copy_fence = copy_fence
+        self.copy_fence, self.any_cancel = copy_fence, any_cancel
         self.rng = self.policy.rng
         memory.order.check = race_check
         self.stats, self.warnings, self.output = {}, set(), []
@@ -144,7 +147,10 @@ class Machine:
             if not g.started and g.previous is not None and not g.previous.complete:
                 if not g.due:
                     g.due = True
-                    self.later("launch", g.release)
+                    if self.policy.mode["launch"] == "eager":
+                        g.released = True
+                    else:
+                        self.later("launch", g.release)
                 if not g.released:
                     break
             while g.todo and g.active < self.resident:

@@ -9,8 +9,9 @@ from .builder import Builder
 from .memory import LOCAL_WINDOW, SHARED_WINDOW
 
 MODULES = (
-    "accesses", "barriers", "bulk", "calls", "copies", "fragments", "lanes", "maps", "mbarriers",
-    "mma_sync", "registers", "remote", "tcgen05", "tcgen05_mma", "tma", "wgmma",
+    "accesses", "barriers", "bulk", "calls", "copies", "fragments", "lanes", "launchcontrol",
+    "maps", "mbarriers", "mma_sync", "registers", "remote", "tcgen05", "tcgen05_mma", "tma",
+    "wgmma",
 )  # fmt: skip
 for _module in MODULES:  # each enters its instructions in the table
     importlib.import_module("." + _module, __package__)

@@ -25,6 +25,28 @@ ret;
 """
 
 
+def program_of(body, arrays, params=0, target="sm_90a"):
+    """The Program of a kernel with `body`; see `run_ptx`."""
+    setup = ["mov.u32 %r0, %tid.x;"]
+    declared = [f".param .u64 a{i}" for i in range(arrays)]
+    declared += [f".param .align 64 .b8 m{i}[128]" for i in range(params)]
+    setup += [f"ld.param.u64 %d{i}, [a{i}];" for i in range(arrays)]
+    setup += [f"mov.b64 %d{arrays + i}, m{i};" for i in range(params)]
+    text = HEADER.format(
+        target=target, params=", ".join(declared), setup="\n".join(setup), body=body
+    )
+    (kernel,) = ptx.parse(text).values()
+    return Program(kernel)
+
+
+def machine_for(arrays, policy=None, **machine_options):
+    """A Machine whose global memory holds the numpy arrays."""
+    memory = GlobalMemory()
+    for i, a in enumerate(arrays):
+        memory.add(a.ctypes.data, a.reshape(-1).view(np.uint8), f"array {i}")
+    return Machine(memory, policy or Policy(0), **machine_options)
+
+
 def run_ptx(
     body,
     *arrays,
@@ -43,19 +65,19 @@ def run_ptx(
     %r 32-bit, %d 64-bit. `dynamic` names the dynamic shared memory (`smem` bytes). `params`:
     128-byte parameters (tensor maps), whose generic addresses follow those of the arrays.
     """
-    setup = ["mov.u32 %r0, %tid.x;"]
-    declared = [f".param .u64 a{i}" for i in range(len(arrays))]
-    declared += [f".param .align 64 .b8 m{i}[128]" for i in range(len(params))]
-    setup += [f"ld.param.u64 %d{i}, [a{i}];" for i in range(len(arrays))]
-    setup += [f"mov.b64 %d{len(arrays) + i}, m{i};" for i in range(len(params))]
-    text = HEADER.format(
-        target=target, params=", ".join(declared), setup="\n".join(setup), body=body
-    )
-    (kernel,) = ptx.parse(text).values()
-    memory = GlobalMemory()
-    for i, a in enumerate(arrays):
-        memory.add(a.ctypes.data, a.reshape(-1).view(np.uint8), f"array {i}")
-    machine = Machine(memory, policy or Policy(0), **machine_options)
+    machine = machine_for(arrays, policy, **machine_options)
     raw = [np.uint64(a.ctypes.data).tobytes() for a in arrays] + [bytes(p) for p in params]
-    machine.launch(Program(kernel), grid, block, cluster, smem, raw)
+    program = program_of(body, len(arrays), len(params), target)
+    machine.launch(program, grid, block, cluster, smem, raw)
+    return machine
+
+
+def run_stream(launches, *arrays, policy=None, target="sm_90a", **machine_options):
+    """Runs several kernels on the same arrays; `launches`: (body, grid, block, programmatic)."""
+    machine = machine_for(arrays, policy, **machine_options)
+    raw = [np.uint64(a.ctypes.data).tobytes() for a in arrays]
+    for body, grid, block, programmatic in launches:
+        program = program_of(body, len(arrays), target=target)
+        machine.enqueue(program, (grid, 1, 1), (block, 1, 1), (1, 1, 1), 1024, raw, programmatic)
+    machine.synchronize()
     return machine

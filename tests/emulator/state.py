@@ -110,6 +110,7 @@ class Cluster:
         self.grid, self.serial = grid, serial  # `serial` numbers the clusters of the machine
         self.index, self.warps, self.ctas, self.live_warps = index, warps, [], 0
         self.components = 0  # of its clocks, in use
+        self.refusals = []  # (component, time) of the queries that saw one (launchcontrol)
         self.imports = {}  # by component, [(time, Knowledge of other clusters)]
         self.barrier = ClusterBarrier()
 
