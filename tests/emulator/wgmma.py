@@ -24,6 +24,7 @@ from .operands import (
     to_float,
 )
 from .ordering import new_clock
+from .values import LANES
 
 
 class Operation:
@@ -40,10 +41,49 @@ class Operation:
 
 
 class Part:
-    """What one warp contributes: where its accumulators are, its rows of A, its reads in flight."""
+    """What one warp contributes: its accumulators, its A (registers or smem), its reads in flight.
 
-    def __init__(self, warp, registers, rows, reads):
-        self.warp, self.registers, self.rows, self.reads = warp, registers, rows, reads
+    9.7.15.7.3: until a wait_group, only a wgmma of the same shape may use the accumulators, and
+    only a wgmma may read the registers of A.
+    """
+
+    def __init__(self, warp, ins, form, rows, reads):
+        self.warp, self.ins, self.form = warp, ins, form
+        self.rows, self.reads = rows, reads
+        late, own = warp.late, form.d_registers
+        for other in {late.get(i) for i in own} - {None}:
+            if other.form.accumulators != form.accumulators:
+                raise self.conflict(other, "accumulators of another shape or other registers")
+        for other in {late.get(i) for i in form.a_registers} - {None}:
+            if not other.form.d_set.isdisjoint(form.a_registers):
+                raise self.conflict(other, "its A operand")
+        late.update(dict.fromkeys((*form.a_registers, *own), self))
+
+    @staticmethod
+    def conflict(other, what):
+        return Fault(
+            f"wgmma uses accumulators as {what} while another wgmma is still writing them: no "
+            f"wgmma.wait_group since {other.ins.where()}"
+        )
+
+    def touched(self, M, w, ins, register):
+        """Another instruction is about to use a register."""
+        name = w.cta.program.kernel.reg_names[register]
+        use = "accumulator" if register in self.form.d_set else "A operand"
+        raise Fault(
+            f"{ins.where()} uses {name}, {use} of a wgmma that no wgmma.wait_group is known to "
+            f"have ended: {self.ins.where()}"
+        )
+
+    def over(self):
+        """A wait_group has seen the end."""
+        late, form = self.warp.late, self.form
+        gone = list(form.a_registers)
+        if late.get(form.d_registers[0]) is self:
+            gone += form.d_registers
+        for i in gone:
+            if late.get(i) is self:
+                del late[i]
 
 
 @instruction("wgmma.fence.sync.aligned")
@@ -88,6 +128,7 @@ def wait_group(b, ins):
         ]
         for op in older:
             w.acquire(op.clock)
+            op.parts[w].over()
         over = [a for op in older for a in op.parts[w].reads]
         w.cta.smem.reads_over(w, over, recent)
         w.wgmma_groups = w.wgmma_groups[cut:]
@@ -123,47 +164,100 @@ def check_fence(M, w, registers, what):
                 return
 
 
+TYPES = {
+    "f16": ({"f16"}, ("f32", "f16")),
+    "bf16": ({"bf16"}, ("f32",)),
+    "tf32": ({"tf32"}, ("f32",)),
+    "e4m3": ({"e4m3", "e5m2"}, ("f32", "f16")),
+    "e5m2": ({"e4m3", "e5m2"}, ("f32", "f16")),
+    "s8": ({"s8", "u8"}, ("s32",)),
+    "u8": ({"s8", "u8"}, ("s32",)),
+}  # A: B, D
+
+
+class Form:
+    """The types and shape of a wgmma.mma_async: 64 x n x k, and its immediate operands."""
+
+    def __init__(self, b, ins):
+        p = ins.parts
+        shape = next((x for x in p if x.startswith("m64n")), None)
+        if shape is None or "sp" in p:
+            raise b.unsupported(ins)
+        self.n, self.k = (int(x) for x in shape[4:].split("k"))
+        self.d, self.a, self.b = p[p.index(shape) + 1 : p.index(shape) + 4]
+        others, results = TYPES.get(self.a, (set(), ()))
+        self.saturate = "satfinite" in p
+        known = self.k * ELEM.get(self.a, 0) == 32 and self.b in others and self.d in results
+        if not known or self.saturate and self.d != "s32":
+            raise b.unsupported(ins)
+        d, a, self.b_desc, self.scale_d, *imm = ins.operands
+        self.d_registers = [x.index for x in b.vector(d)]
+        self.d_set = frozenset(self.d_registers)
+        self.accumulators = self.d, self.n, tuple(self.d_registers)
+        self.in_registers = len(b.vector(a)) == 4
+        self.a_operands = b.vector(a)
+        self.a_registers = [x.index for x in self.a_operands] if self.in_registers else []
+        imm = [x.bits for x in imm]
+        signs = [] if self.d == "s32" else imm[:2]
+        trans = imm[len(signs) :]
+        count = 0 if ELEM[self.a] != 2 else 1 if self.in_registers else 2
+        if set(signs) - {1, -1} or len(signs) != (0 if self.d == "s32" else 2):
+            raise b.unsupported(ins)
+        if len(trans) != count or len(self.d_registers) != self.n // (4 if self.d == "f16" else 2):
+            raise b.unsupported(ins)
+        self.negate_a, self.negate_b = (x == -1 for x in signs or (1, 1))
+        self.mn_b = trans[-1] if trans else 0
+        self.mn_a = trans[0] if count == 2 else 0
+
+    def gather(self, registers):
+        """One warp's 16 x n accumulators."""
+        if self.d == "f16":
+            x = np.stack(registers).view(np.float16).reshape(self.n // 8, 2, 8, 4, 2)
+            return x.transpose(1, 2, 0, 3, 4).reshape(16, self.n).astype(np.float32)
+        x = gather_d(registers, self.n)
+        return x.view(np.int32).astype(np.int64) if self.d == "s32" else x
+
+    def scatter(self, tile):
+        """16 x n sums -> registers."""
+        if self.d == "f16":
+            x = tile.astype(np.float16).reshape(2, 8, self.n // 8, 4, 2).transpose(2, 0, 1, 3, 4)
+            return np.ascontiguousarray(x).view(np.uint32).reshape(self.n // 4, LANES)
+        if self.d == "s32":
+            tile = tile.astype(np.int64)
+            tile = np.clip(tile, -(2**31), 2**31 - 1) if self.saturate else tile
+            return scatter_d(tile.astype(np.int32), self.n)
+        return scatter_d(tile, self.n)
+
+
 @instruction("wgmma.mma_async.sync.aligned", "*")
 def mma_async(b, ins):
-    """D (64 x N, float32) = A B + D * scale-d; A from shared memory or registers."""
-    p = ins.parts
-    shape = next(x for x in p if x.startswith("m64n"))
-    n, k = (int(x) for x in shape[4:].split("k"))
-    td, ta, tb = p[p.index(shape) + 1 : p.index(shape) + 4]
-    d, a, bd, scale_d, *imm = ins.operands
-    if td != "f32" or k * ELEM.get(ta, 0) != 32 or tb not in ELEM or "sp" in p:
-        raise b.unsupported(ins)
-    d = [x.index for x in b.vector(d)]
-    in_regs = len(b.vector(a)) == 4
-    ga = [b.get(x, "u4") for x in a.items] if in_regs else b.get(a, "u8")
-    gb, gs = b.get(bd, "u8"), b.get(scale_d, "?")
-    imm = [x.bits for x in imm]
-    neg_a, neg_b = imm[0] == -1, imm[1] == -1
-    trans = [*imm[2:], 0, 0]
-    mn_a, mn_b = (0, trans[0]) if in_regs else (trans[0], trans[1])
-    if len(d) != n // 2 or {imm[0], imm[1]} - {1, -1}:
-        raise b.unsupported(ins)
+    """D (64 x n) = A B + D * scale-d; A from shared memory or registers."""
+    form = Form(b, ins)
+    ga = [b.get(x, "u4") for x in form.a_operands] if form.in_registers else None
+    gd = None if form.in_registers else b.get(form.a_operands[0], "u8")
+    gb, gs = b.get(form.b_desc, "u8"), b.get(form.scale_d, "?")
+    n, k, size = form.n, form.k, ELEM[form.a]
 
     def run(M, w, frag, m):
         if not converged(w, frag):
             return BLOCK
         r, smem = w.r, w.cta.smem
         keep, b_desc = bool(gs(r)[0]), int(gb(r)[0])
-        a_desc = None if in_regs else int(ga(r)[0])
-        check_fence(M, w, d if keep else (), "accumulator")
-        units = [operand_offsets(b_desc, n, k, ELEM[tb], bool(mn_b), False)[1]]
-        if in_regs:
-            check_fence(M, w, [x.index for x in a.items], "A operand")
-            rows = gather_ab([g(r) for g in ga], ELEM[ta], 16)
+        a_desc = None if form.in_registers else int(gd(r)[0])
+        check_fence(M, w, form.d_registers if keep else (), "accumulator")
+        units = [operand_offsets(b_desc, n, k, size, bool(form.mn_b), False)[1]]
+        if form.in_registers:
+            check_fence(M, w, form.a_registers, "A operand")
+            rows = gather_ab([g(r) for g in ga], size, 16)
         else:
-            rows, own = quarter_offsets(a_desc, k, ELEM[ta], bool(mn_a), w.index % 4)
+            rows, own = quarter_offsets(a_desc, k, size, bool(form.mn_a), w.index % 4)
             units.append(own)
         for u in units:
             check_extent(smem, u, "wgmma")
             smem.check_async(w, u, "wgmma operand read", write=False)
         reads = [smem.begin("wgmma read", u, ins, w) for u in units]
         op = join(w, (ins.line, a_desc, b_desc, keep))
-        op.parts[w] = Part(w, d, rows, reads)
+        op.parts[w] = Part(w, ins, form, rows, reads)
         w.wgmma_open.append(op)
         w.release(op.clock)
         if len(op.parts) == 4:
@@ -173,18 +267,15 @@ def mma_async(b, ins):
     def fire(M, smem, op, b_desc, keep):
         parts = sorted(op.parts.values(), key=lambda p: p.warp.index)
         rows = np.concatenate([p.rows for p in parts])
-        av = to_float(rows if in_regs else smem.asynchronous[ELEM[ta]][rows], ta)
-        bv = M.cached_operand(
-            smem,
-            (b_desc, n, k, tb, mn_b, neg_b),
-            lambda: read_operand(smem, b_desc, n, k, tb, mn_b, neg_b, False),
-        )
-        out = (-av if neg_a else av) @ bv.T
+        av = to_float(rows if form.in_registers else smem.asynchronous[size][rows], form.a)
+        key = b_desc, n, k, form.b, form.mn_b, form.negate_b
+        bv = M.cached_operand(smem, key, lambda: read_operand(smem, *key, False))
+        out = (-av if form.negate_a else av) @ bv.T
         for i, p in enumerate(parts):
             w, tile = p.warp, out[16 * i : 16 * i + 16]
             if keep:
-                tile = tile + gather_d([w.r[x] for x in p.registers], n)
-            for x, v in zip(p.registers, scatter_d(tile, n), strict=True):
+                tile = tile + form.gather([w.r[x] for x in form.d_registers])
+            for x, v in zip(form.d_registers, form.scatter(tile), strict=True):
                 w.r[x] = w.produced[x] = v
             for access in p.reads:
                 smem.end_access(access)
