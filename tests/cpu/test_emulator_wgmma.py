@@ -168,15 +168,19 @@ def test_only_the_newest_groups_are_in_flight():
         result(body + "add.f32 %r20, %r20, %r30;" + WAIT, 8, memory)
 
 
+def form(types, accumulators, tail):
+    return f"{types} {names(20, accumulators)}, {A}, {B}, %p2, {tail};"
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        f"wgmma.mma_async.sync.aligned.m64n16k16.f16.bf16.bf16 {names(20, 4)}, {A}, {B}, %p2, 1, 1, 0, 0;",
-        f"wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {names(20, 8)}, {A}, {B}, %p2, 1, 1, 0, 1;",
-        f"wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {names(20, 8)}, {A}, {B}, %p2, 1, 1;",
-        f"wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {names(20, 4)}, {A}, {B}, %p2, 1, 1, 0, 0;",
+        form("m64n16k16.f16.bf16.bf16", 4, "1, 1, 0, 0"),
+        form("m64n16k32.f32.e4m3.e4m3", 8, "1, 1, 0, 1"),
+        form("m64n16k32.s32.s8.s8", 8, "1, 1"),
+        form("m64n16k16.f32.f16.f16", 4, "1, 1, 0, 0"),
     ],
-)  # fmt: skip
+)
 def test_forms_that_do_not_exist_are_refused(text):
     with pytest.raises(PtxError, match="line 12"):
-        run_ptx(text)
+        run_ptx("wgmma.mma_async.sync.aligned." + text)
