@@ -1,4 +1,4 @@
-"""tcgen05.mma, cp, shift and commit (PTX ISA 9.7.16.9-10).
+"""tcgen05.mma, cp and commit (PTX ISA 9.7.16.9-10).
 
 The operations of one thread run in order: 9.7.16.6.2 has the pairs that kernels use pipelined.
 """
@@ -7,6 +7,7 @@ import numpy as np
 
 from .builder import instruction, lanes_of
 from .memory import Fault
+from .operands import operand_offsets
 from .ordering import new_clock
 from .ptx import Mem, Vec
 from .tcgen05 import GROUPS, cta_group
@@ -105,6 +106,82 @@ def lane_masks(masks, r, lane):
     """disable-output-lane as bools, by (CTA, TMEM lane)."""
     words = np.array([int(g(r)[lane]) for g in masks], "<u4")
     return np.unpackbits(words.view(np.uint8), bitorder="little").reshape(-1, 128).astype(bool)
+
+
+# shape and multicast: rows, bytes of a row, the lane of each row by copy
+COPIES = {
+    ("128x256b",): (128, 32, [np.arange(128)]),
+    ("128x128b",): (128, 16, [np.arange(128)]),
+    ("4x256b",): (4, 32, [32 * np.arange(4)]),
+    ("64x128b", "warpx2::02_13"): (64, 16, [np.arange(64), 64 + np.arange(64)]),
+    ("64x128b", "warpx2::01_23"): (
+        64,
+        16,
+        [np.arange(64) + 32 * (np.arange(64) // 32) + 32 * i for i in (0, 1)],
+    ),
+    ("32x128b", "warpx4"): (32, 16, [32 * i + np.arange(32) for i in range(4)]),
+}
+
+
+class Copy:
+    """One tcgen05.cp that warp `w` issued for `ctas`; `run` does it later."""
+
+    def __init__(self, machine, w, ins, ctas, address, desc, form):
+        self.ctas, self.desc, self.form, self.reads = ctas, desc, form, []
+        self.lane, self.column = address >> 16 & 0x7F, address & 0xFFFF
+        rows, width, copies = form
+        if self.lane and rows != 4 or self.lane >= 32:
+            raise Fault(f"tcgen05.cp of {rows} rows to TMEM lane {self.lane}")
+        columns = slice(self.column, self.column + width // 4)
+        lanes = self.lane + np.concatenate(copies)
+        touched = range(8) if rows > 4 else np.unique(lanes // 16).tolist()
+        units = operand_offsets(desc, rows, width, 1, False, True)[1]
+        for c in ctas:
+            if c.tmem is None:
+                raise Fault(f"tcgen05.cp on cta{c.ctaid}, which has allocated no TMEM")
+            c.tmem.check_columns(self.column, width // 4)
+            for half in touched if c.tmem.check else ():
+                at = slice(half, half + 1), columns
+                c.tmem.after_writes(machine, w, *at, ins, engine=True)
+                c.tmem.after_reads(machine, w, *at, ins, engine=True)
+                c.tmem.stamp_write(*at, w.engine, w.commits + 1, ins.line)
+            c.smem.check_async(w, units, "tcgen05.cp read", write=False)
+            self.reads.append((c.smem, c.smem.begin("tcgen05.cp read", units, ins, w)))
+
+    def run(self):
+        rows, width, copies = self.form
+        index, _ = operand_offsets(self.desc, rows, width, 1, False, True)
+        columns = slice(self.column, self.column + width // 4)
+        for c, (smem, access) in zip(self.ctas, self.reads, strict=True):
+            data = np.ascontiguousarray(smem.asynchronous[1][index]).view(np.uint32)
+            for lanes in copies:
+                c.tmem.data[self.lane + lanes, columns] = data
+            smem.end_access(access)
+
+
+@instruction(
+    "tcgen05.cp",
+    "cta_group::1 cta_group::2 128x256b 128x128b 4x256b 64x128b 32x128b warpx2::02_13 "
+    "warpx2::01_23 warpx4",
+)
+def copy(b, ins):
+    """9.7.16.9.1: rows of shared memory, K-major, to lanes of tensor memory."""
+    g = cta_group(b, ins)
+    form = COPIES.get(tuple(p for p in ins.parts[2:] if not p.startswith("cta_group")))
+    if form is None:
+        raise b.unsupported(ins)
+    gd, gs = b.address(ins.operands[0], "u4"), b.get(ins.operands[1], "u8")
+
+    def run(M, w, frag, m):
+        for i in lanes_of(m):
+            engine_of(w)
+            ctas = pair_of(w, g, "tcgen05.cp")
+            op = Copy(M, w, ins, ctas, int(gd(w.r)[i]), int(gs(w.r)[i]), form)
+            w.mma_open.append(op)
+            M.later("mma", op.run, queue=(w, i), cause=(w, ins))
+            M.count("tcgen05.cp")
+
+    return run
 
 
 @instruction("tcgen05.commit", GROUPS + " mbarrier::arrive::one shared::cluster multicast::cluster")
