@@ -7,6 +7,7 @@ pytest.importorskip("cutlass")
 
 from tests.cpu.test_emulator import GatherProblem, compile_pair
 from tests.emulator import STREAM, Fault, Policy
+from tests.emulator.accumulator import Accumulator
 from tests.emulator.mutations import all_mutations, executed_lines
 
 SEEDS = (0, 3, 4)
@@ -58,3 +59,14 @@ def test_cluster():
     missed, tried = survivors(emulator, is_wrong)
     assert tried >= 15
     assert len(missed) <= 0.05 * tried, missed
+
+
+def test_accumulator():
+    kernel = Accumulator()
+
+    def is_wrong(policy):
+        return not kernel.run(policy) or kernel.machine.warnings
+
+    missed, tried = survivors(kernel, is_wrong)
+    assert tried >= 25
+    assert not missed

@@ -11,8 +11,10 @@ architectures that are not run. What is missed needs a sentence in `equivalents.
 import argparse
 import json
 import random
+import re
 import time
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,28 @@ def how_caught(report: str) -> str:
     return "illegal"
 
 
-def trial(subject: Subject, mutant: Mutation, max_steps: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Baseline:
+    """The unchanged kernel: PTX lines it executes, most steps of a run, warnings it gets anyway.
+
+    `warnings` are kinds of warnings. The places that one of a kind names vary with the schedule, so
+    that another place would be no evidence.
+    """
+
+    lines: set[int]
+    steps: int
+    warnings: set[str]
+
+
+def kind_of(warning: str) -> str:
+    """The words of a warning before the first place that it names."""
+    return re.split(r"PTX line|\[", warning, maxsplit=1)[0]
+
+
+def trial(subject: Subject, mutant: Mutation, unchanged: Baseline) -> dict[str, Any]:
     """Runs a mutant until it is caught: how, by which seed, what was said."""
     start = time.perf_counter()
+    max_steps = _STEPS_ALLOWED * unchanged.steps + 50_000
     result: dict[str, Any] = {"caught": "missed", "seeds": len(SEEDS), "report": ""}
     try:
         subject.emulator.load(mutant.text)
@@ -53,7 +74,7 @@ def trial(subject: Subject, mutant: Mutation, max_steps: int) -> dict[str, Any]:
         return result
     for tried, seed in enumerate(SEEDS, 1):
         try:
-            wrong = subject.run(seed, max_steps)
+            wrong, warnings = subject.run(seed, max_steps)
         except Fault as fault:
             text = str(fault)
             result |= {"caught": how_caught(text), "seeds": tried, "report": shortened(text)}
@@ -63,6 +84,10 @@ def trial(subject: Subject, mutant: Mutation, max_steps: int) -> dict[str, Any]:
             break
         if wrong:
             result |= {"caught": "values", "seeds": tried, "report": wrong}
+            break
+        new = sorted(w for w in warnings if kind_of(w) not in unchanged.warnings)
+        if new:
+            result |= {"caught": "warning", "seeds": tried, "report": new[0][:160]}
             break
     result["seconds"] = round(time.perf_counter() - start, 2)
     return result
@@ -84,20 +109,22 @@ def instruction_at(subject: Subject, mutant: Mutation) -> tuple[str, str]:
     return "", ""
 
 
-def baseline(subject: Subject) -> tuple[set[int], int]:
-    """(PTX lines that the unchanged kernel executes, most steps of a run).
+def baseline(subject: Subject) -> Baseline:
+    """Runs the unchanged kernel with every seed.
 
-    :raises RuntimeError: the unchanged kernel is reported or wrong.
+    :raises RuntimeError: it is wrong. :raises Fault: it is reported.
     """
     lines: set[int] = set()
+    warnings: set[str] = set()
     steps = 0
     for seed in SEEDS:
-        wrong = subject.run(seed, 10**9)
+        wrong, warned = subject.run(seed, 10**9)
         if wrong:
             raise RuntimeError(f"{subject.name}, unchanged, seed {seed}: {wrong}")
         lines |= executed_lines(subject.emulator)
+        warnings |= {kind_of(warning) for warning in warned}
         steps = max(steps, subject.emulator.machine.steps)
-    return lines, steps
+    return Baseline(lines, steps, warnings)
 
 
 def mutants_by_kind(subject: Subject, lines: set[int]) -> dict[str, list[Mutation]]:
@@ -146,13 +173,12 @@ def run_architecture(arch: str, per_kind: int, only: str) -> dict[str, Any]:
     made = [make() for make in subjects(arch)]
     made = [subject for subject in made if only in subject.name]
     known = explanations()
-    by_subject, steps = [], []
+    by_subject, unchanged = [], []
     for subject in made:
-        lines, most = baseline(subject)
-        by_subject.append(mutants_by_kind(subject, lines))
-        steps.append(most)
+        unchanged.append(baseline(subject))
+        by_subject.append(mutants_by_kind(subject, unchanged[-1].lines))
         count = sum(map(len, by_subject[-1].values()))
-        print(f"{arch} {subject.name}: {count} places to change, {most} steps", flush=True)
+        print(f"{arch} {subject.name}: {count} places, {unchanged[-1].steps} steps", flush=True)
     entries = []
     for i, chosen in enumerate(sample(by_subject, per_kind)):
         subject, original = made[i], made[i].emulator.ptx_text
@@ -161,7 +187,7 @@ def run_architecture(arch: str, per_kind: int, only: str) -> dict[str, Any]:
             ptx, source = instruction_at(subject, mutant)
             entry: dict[str, Any] = {"arch": arch, "kernel": subject.name, "kind": kind}
             entry |= {"detail": mutant.detail, "line": mutant.line, "ptx": ptx, "source": source}
-            entry |= trial(subject, mutant, _STEPS_ALLOWED * steps[i] + 50_000)
+            entry |= trial(subject, mutant, unchanged[i])
             if entry["caught"] == "missed":
                 entry["explanation"] = known.get(key_of(entry), "")
             entries.append(entry)

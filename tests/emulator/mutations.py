@@ -96,6 +96,8 @@ def removals(text):
     for name, pattern in REMOVED.items():
         for m in re.finditer(pattern, text):
             start = m.start()
+            if re.match(GAP + re.escape(m.group()), text[m.end() :]):
+                continue  # there are two of it in a row
             # a guarded instruction goes with its guard
             guard = re.search(r"@!?%?\w+\s+$", text[max(0, start - 40) : start])
             start -= len(guard.group()) if guard else 0
@@ -174,7 +176,7 @@ def copies(text):
         exchanged = f"{m.group(3)}, {m.group(2)}"
         yield mutation(text, m.start(2), m.end(3), exchanged, "coordinates exchanged")
     for m in re.finditer(r"mapa\.shared::cluster\.u32\s+%r\d+, %r\d+, (%?\w+);", text):
-        other = "0" if m.group(1).startswith("%") else "1"
+        other = "0" if m.group(1) == "1" else "1"
         yield mutation(text, m.start(1), m.end(1), other, "rank of a peer")
 
 

@@ -47,37 +47,47 @@ def machine_for(arrays, policy=None, **machine_options):
     return Machine(memory, policy or Policy(0), **machine_options)
 
 
-def run_ptx(
-    body,
+def snippet_text(body, arrays=0, target="sm_90a", params=0):
+    """PTX of a kernel with `body`: the text around it, parameters and registers of `run_ptx`."""
+    setup = ["mov.u32 %r0, %tid.x;"]
+    declared = [f".param .u64 a{i}" for i in range(arrays)]
+    declared += [f".param .align 64 .b8 m{i}[128]" for i in range(params)]
+    setup += [f"ld.param.u64 %d{i}, [a{i}];" for i in range(arrays)]
+    setup += [f"mov.b64 %d{arrays + i}, m{i};" for i in range(params)]
+    return HEADER.format(
+        target=target, params=", ".join(declared), setup="\n".join(setup), body=body
+    )
+
+
+def launch_ptx(
+    program,
     *arrays,
     grid=(1, 1, 1),
     block=(32, 1, 1),
     cluster=(1, 1, 1),
     smem=0,
-    target="sm_90a",
     policy=None,
     params=(),
     **machine_options,
 ):
+    """Runs the Program of a `snippet_text`; returns the Machine."""
+    memory = GlobalMemory()
+    for i, a in enumerate(arrays):
+        memory.add(a.ctypes.data, a.reshape(-1).view(np.uint8), f"array {i}")
+    machine = Machine(memory, policy or Policy(0), **machine_options)
+    raw = [np.uint64(a.ctypes.data).tobytes() for a in arrays] + [bytes(p) for p in params]
+    machine.launch(program, grid, block, cluster, smem, raw)
+    return machine
+
+
+def run_ptx(body, *arrays, target="sm_90a", params=(), **options):
     """Runs `body` in a kernel; returns the Machine.
 
     The address of numpy array i is in %d<i>; %r0 holds %tid.x. Registers: %p predicates, %h 16-bit,
     %r 32-bit, %d 64-bit. `dynamic` names the dynamic shared memory (`smem` bytes). `params`:
     128-byte parameters (tensor maps), whose generic addresses follow those of the arrays.
+    options: see `launch_ptx`.
     """
-    machine = machine_for(arrays, policy, **machine_options)
-    raw = [np.uint64(a.ctypes.data).tobytes() for a in arrays] + [bytes(p) for p in params]
-    program = program_of(body, len(arrays), len(params), target)
-    machine.launch(program, grid, block, cluster, smem, raw)
-    return machine
-
-
-def run_stream(launches, *arrays, policy=None, target="sm_90a", **machine_options):
-    """Runs several kernels on the same arrays; `launches`: (body, grid, block, programmatic)."""
-    machine = machine_for(arrays, policy, **machine_options)
-    raw = [np.uint64(a.ctypes.data).tobytes() for a in arrays]
-    for body, grid, block, programmatic in launches:
-        program = program_of(body, len(arrays), target=target)
-        machine.enqueue(program, (grid, 1, 1), (block, 1, 1), (1, 1, 1), 1024, raw, programmatic)
-    machine.synchronize()
-    return machine
+    text = snippet_text(body, len(arrays), target, len(params))
+    (kernel,) = ptx.parse(text).values()
+    return launch_ptx(Program(kernel), *arrays, params=params, **options)

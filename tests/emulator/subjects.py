@@ -2,7 +2,8 @@
 often and large enough that every ring of buffers wraps.
 
 sm_90a: the six grouped GEMMs of the layer, from `kernels_sm90`. sm_100a and sm_120a: GEMMs of
-quack-kernels, as in tests/calibration.
+quack-kernels, as in tests/calibration, and for sm_100a a kernel with the tensor-memory fences that
+those leave out.
 """
 
 import functools
@@ -24,6 +25,7 @@ from sonic.runtime.problem import (
 from tests.gemm_bounds import bands
 from tests.grouped_gemms import NORMAL, GroupedGemm, Sizes
 
+from .accumulator import Accumulator
 from .layer import emulated_layer, emulator_for
 from .policy import Policy
 from .run import Emulator
@@ -33,13 +35,16 @@ ARCHITECTURES = ("sm_90a", "sm_100a", "sm_120a")
 
 @dataclass(frozen=True)
 class Subject:
-    """A kernel. `run(seed, max_steps)` returns what is wrong with the result, or ""; Fault if the
-    emulator reports anything. It runs whatever PTX `emulator` was last loaded with."""
+    """A kernel. `run(seed, max_steps)` runs whatever PTX `emulator` was last loaded with.
+
+    It returns what is wrong with the result, or "", and the machine's warnings. Raises Fault if the
+    emulator reports anything.
+    """
 
     name: str
     arch: str
-    emulator: Emulator
-    run: Callable[[int, int], str]
+    emulator: Emulator | Accumulator
+    run: Callable[[int, int], tuple[str, set[str]]]
 
 
 def subjects(arch: str) -> list[Callable[[], Subject]]:
@@ -54,13 +59,28 @@ def subjects(arch: str) -> list[Callable[[], Subject]]:
             f"no compiled calibration kernels for {sorted(set(_CALIBRATION[arch]) - set(names))}: "
             "tests/calibration/README.md says how to make them"
         )
-    return [functools.partial(_calibration_subject, arch, name) for name in names]
+    made = [functools.partial(_calibration_subject, arch, name) for name in names]
+    return [_accumulator_subject, *made] if arch == "sm_100a" else made
 
 
-# One or two CTAs, ragged rows and depth, a gated epilogue; ping-pong and gathered rows.
+# One or two CTAs, ragged rows and depth, gathers, a gated epilogue, a loaded C, launch control.
 _CALIBRATION = {
-    "sm_100a": ("b-dense", "b-dense-2cta", "b-rows-2cta", "b-depth", "b-rows-swiglu"),
-    "sm_120a": ("g-dense-pingpong", "g-rows", "g-rows-gather", "g-rows-swiglu", "g-depth"),
+    "sm_100a": (
+        "b-dense-256x128-2x1",
+        "b-dense-c-2cta",
+        "b-rows-swiglu",
+        "b-rows-gather4-2cta",
+        "b-depth-2cta",
+        "b-dense-launch-control",
+    ),
+    "sm_120a": (
+        "g-dense-c-pingpong",
+        "g-rows-128x128",
+        "g-rows-gather-geglu",
+        "g-rows-swiglu",
+        "g-depth-128x128",
+        "g-dense-launch-control",
+    ),
 }
 
 
@@ -116,15 +136,13 @@ def _layer_subject(name: str, gemm: GroupedGemm, config: TileConfig) -> Subject:
     inputs: dict[str, Any] = gemm.inputs(0, NORMAL)
     expected = bands(gemm, inputs, NORMAL)
 
-    def run(seed: int, max_steps: int) -> str:
+    def run(seed: int, max_steps: int) -> tuple[str, set[str]]:
         options = {"seed": seed, "sms": config.cluster_size, "config": config}
         with emulated_layer(**options, max_steps=max_steps) as session, poisoned_empty():
             outputs = gemm.run(stages, inputs)
-        for output, tensor in outputs.items():
-            wrong = expected[output].outside(tensor)
-            if wrong:
-                return f"{wrong} of {tensor.numel()} elements of {output} are wrong"
-        return "; ".join(sorted(map(str, session.machines[-1].warnings)))
+        wrong = {name: expected[name].outside(tensor) for name, tensor in outputs.items()}
+        text = ", ".join(f"{n} elements of {name} are wrong" for name, n in wrong.items() if n)
+        return text, set(session.machines[-1].warnings)
 
     return Subject(name, "sm_90a", emulator_for(gemm.problem, config), run)
 
@@ -134,10 +152,20 @@ def _calibration_subject(arch: str, name: str) -> Subject:
 
     kernel = calibration_kernel(name)
 
-    def run(seed: int, max_steps: int) -> str:
+    def run(seed: int, max_steps: int) -> tuple[str, set[str]]:
         (error, share), machine = kernel.run(Policy(seed), max_steps=max_steps)
-        if not share <= 1:
-            return f"an error of {error:.3g} of the largest value, {share:.3g} times the bound"
-        return "; ".join(sorted(map(str, machine.warnings)))
+        right = share <= 1
+        text = f"an error of {error:.3g} of the largest value, {share:.3g} times the bound"
+        return "" if right else text, set(machine.warnings)
 
     return Subject(name, arch, kernel.emulator, run)
+
+
+def _accumulator_subject() -> Subject:
+    kernel = Accumulator()
+
+    def run(seed: int, max_steps: int) -> tuple[str, set[str]]:
+        right = kernel.run(Policy(seed), max_steps=max_steps)
+        return "" if right else "the products are wrong", set(kernel.machine.warnings)
+
+    return Subject("accumulator", "sm_100a", kernel, run)
