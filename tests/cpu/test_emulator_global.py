@@ -211,9 +211,9 @@ def test_non_coherent_loads_of_what_the_kernel_wrote():
 
 
 # ---- shared memory: atomics and strong accesses, parts of words ----
-def shared(body, seed, threads=64):
+def shared(body, seed):
     x = np.zeros(64, np.uint32)
-    run_ptx("mov.u32 %r9, dynamic;" + body, x, block=(threads, 1, 1), smem=1024, policy=Policy(seed))
+    run_ptx("mov.u32 %r9, dynamic;" + body, x, block=(64, 1, 1), smem=1024, policy=Policy(seed))
     return x
 
 

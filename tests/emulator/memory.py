@@ -248,10 +248,11 @@ class SharedMemory:
                 return Fault(f"race: {what} of {self.name}+{at:#x} while in flight: {a}")
         return Fault(f"race: {what} of {self.name}")
 
-    def check_generic(self, w, ins, off, nbytes, write, strength=WEAK, what=None):
+    def check_generic(self, w, ins, off, nbytes, write, strength=WEAK, what=None, enter=True):
         """A generic load or store of `nbytes` at each offset: reports races, leaves stamps.
 
-        strength: of the access, as in `races`; an atomic operation is a strong store.
+        strength: of the access, as in `races`; an atomic operation is a strong store. enter: leave
+        stamps.
         """
         if not self.check:
             return
@@ -275,7 +276,8 @@ class SharedMemory:
         found = h.conflict(w, at, write, strength)
         if found is not None:
             raise self.unordered(w, what, *found)
-        h.stamp(w, at, write, strength, ins.line)
+        if enter:
+            h.stamp(w, at, write, strength, ins.line)
 
     def unordered(self, w, what, kind, granule, warps):
         """The Fault for an access that nothing orders after an earlier one."""

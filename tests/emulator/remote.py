@@ -40,7 +40,7 @@ def remote(b, ins, op):
             if op is None or not reduced.issuperset(words.tolist()):
                 strength = CLUSTER if op else WEAK
                 where = np.array([off], np.uint32)
-                smem.check_generic(w, ins, where, nbytes, write=True, strength=strength, what=name)
+                smem.check_generic(w, ins, where, nbytes, True, strength, name, enter=op is None)
             if op:
                 reduced.update(words.tolist())
             access = smem.begin(name, words, ins, w)

@@ -58,10 +58,13 @@ int _cudaLaunchKernelEx(const config_t *cfg, void *kernel, void **args) {
 }
 
 // The documented checks of cuTensorMapEncodeTiled and the format that tensormap.py decodes.
-enum { TYPES = 13, INVALID_VALUE = 1 };
-static const uint8_t element_code[TYPES] = {0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 8, 7, 8};
-static const uint8_t element_bytes[TYPES] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
-static const uint32_t span_bytes[4] = {0, 32, 64, 128};
+// Types 13 to 15 are packed: 16 elements of 4 bits in 8 bytes, or of 4 or 6 bits in 16 bytes of shared memory.
+// Swizzles 4 to 6 are the 128-byte one with atoms of 32 bytes, of 32 bytes with halves of 8 flipped, of 64 bytes.
+enum { TYPES = 16, SWIZZLES = 7, PACKED4 = 13, PADDED4 = 14, PADDED6 = 15, INVALID_VALUE = 1 };
+static const uint8_t element_code[TYPES] = {0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 8, 7, 8, 11, 12, 13};
+static const uint8_t element_bits[TYPES] = {8, 16, 32, 32, 64, 64, 16, 32, 64, 16, 32, 32, 32, 4, 8, 8};  // in shared memory
+static const uint32_t span_bytes[SWIZZLES] = {0, 32, 64, 128, 128, 128, 128};
+static const uint8_t span_code[SWIZZLES] = {0, 1, 2, 3, 3, 3, 3}, atom_code[SWIZZLES] = {0, 0, 0, 0, 1, 2, 3};
 
 static int refuse(const char *why) {
   snprintf(g_error, sizeof g_error, "cuTensorMapEncodeTiled: %s", why);
@@ -75,15 +78,24 @@ int _cuTensorMapEncodeTiled(uint64_t *map, uint32_t dtype, uint32_t rank, void *
   if ((uintptr_t)map % 64) return refuse("the tensor map is not 64-byte aligned");
   if (dtype >= TYPES) return refuse("unknown data type");
   if (rank < 1 || rank > 5) return refuse("rank is not 1 to 5");
-  if (interleave > 2 || swizzle > 3 || promotion > 3 || oob_nan > 1) return refuse("an enumeration is out of range");
-  if (base % (interleave == 2 ? 32 : 16)) return refuse("the address is not 16-byte aligned");
+  if (interleave > 2 || swizzle >= SWIZZLES || promotion > 3 || oob_nan > 1)
+    return refuse("an enumeration is out of range");
+  int padded = dtype == PADDED4 || dtype == PADDED6;
+  uint32_t unit = interleave == 2 || padded ? 32 : 16;
+  if (base % unit) return refuse("the address is not aligned to 16 bytes, or 32 for padded types and interleaving");
   if (base >> 57) return refuse("the address has more than 57 bits");
-  uint32_t row = box[0] * element_bytes[dtype];
+  uint32_t row = box[0] * element_bits[dtype] / 8;
   if (!interleave && row % 16) return refuse("a box row is not a multiple of 16 bytes");
   if (!interleave && swizzle && row > span_bytes[swizzle]) return refuse("a box row is longer than the swizzle span");
+  if (oob_nan && (dtype < 6 || dtype >= PACKED4)) return refuse("NaN fill of a type that is not floating-point");
+  if (dtype >= PACKED4 && interleave) return refuse("interleaving of a packed type");
+  if (dtype == PACKED4 && dims[0] % 2) return refuse("dimension 0 of a packed type is odd");
+  if (padded && (dims[0] % 128 || box[0] != 128))
+    return refuse("dimension 0 of a padded type is no multiple of 128, or its box side is not 128");
+  if (padded && (swizzle == 1 || swizzle == 2 || swizzle == 5)) return refuse("a padded type with that swizzle");
   int tf32 = dtype == 11 || dtype == 12;
-  uint32_t flags = (rank - 1) << 4 | element_code[dtype] << 7 | interleave << 11 | swizzle << 13 | oob_nan << 15 |
-                   tf32 << 16 | promotion << 17;
+  uint32_t flags = (rank - 1) << 4 | element_code[dtype] << 7 | interleave << 11 | span_code[swizzle] << 13 |
+                   oob_nan << 15 | tf32 << 16 | promotion << 17 | atom_code[swizzle] << 19;
   uint32_t *w = (uint32_t *)q;
   q[0] = base;
   w[2] = flags;
@@ -96,7 +108,7 @@ int _cuTensorMapEncodeTiled(uint64_t *map, uint32_t dtype, uint32_t rank, void *
     ((uint8_t *)q)[55 + i] = (uint8_t)(box[i] - 1);
   }
   for (uint32_t i = 0; i + 1 < rank; i++) {
-    if (strides[i] % (interleave == 2 ? 32 : 16)) return refuse("a stride is not a multiple of 16 bytes");
+    if (strides[i] % unit) return refuse("a stride is not a multiple of 16 bytes, or 32 as the address");
     if (strides[i] >> 40) return refuse("a stride is 2**40 bytes or more");
     w[3 + i] = (uint32_t)(strides[i] >> 4);
     w[7] |= (uint32_t)(strides[i] >> 36 & 15) << (4 * i);
