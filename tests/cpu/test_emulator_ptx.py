@@ -367,6 +367,19 @@ def test_cp_async_zero_fills(size, level, completion, mode):
         )
 
 
+def test_a_late_copy_completes_while_another_cta_polls():
+    flag, data = np.zeros(1, np.uint32), words(4 * LANES)
+    body = """
+    mov.b32 %r2, dynamic; mov.u32 %r5, %ctaid.x; setp.eq.u32 %p1, %r5, 1; @%p1 bra POLL;
+    mad.lo.u32 %r3, %r0, 16, %r2; mad.wide.u32 %d8, %r0, 16, %d1;
+    cp.async.cg.shared.global [%r3], [%d8], 16; cp.async.wait_all;
+    st.release.gpu.global.u32 [%d0], 7; bra END;
+    POLL: ld.acquire.gpu.global.u32 %r1, [%d0];
+    setp.ne.u32 %p2, %r1, 7; @%p2 bra POLL; END:"""
+    run_ptx(body, flag, data, grid=(2, 1, 1), smem=600, policy=Policy(0, "lazy"))
+    assert flag[0] == 7
+
+
 def test_cp_async_without_a_wait_is_a_race():
     body = MBARRIER.format(count=1) + CP_ASYNC.format(size=16, level="cg", part=4)
     body += READ_BACK.format(size=16, at=64) + STORE

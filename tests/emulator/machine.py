@@ -16,6 +16,7 @@ from .values import LANES
 
 FULL, NONE = b"\1" * LANES, b"\0" * LANES
 STALL = 300_000  # scheduler steps without any progress that count as a livelock
+PATIENCE = 2_000  # those after which an asynchronous operation completes, however late it may be
 
 
 class Machine:
@@ -178,6 +179,8 @@ class Machine:
                 self.step(w, rng.choice((1, 2, 4, 8, 32)))
                 if w.ready:
                     ready.append(w)
+                if events and self.tick - self.progress > PATIENCE:
+                    self.fire()  # warps that poll memory may wait for what it brings about
                 if self.tick - self.progress > STALL:
                     raise Fault("no progress: livelock or a wait that is never satisfied")
                 if self.steps > self.max_steps:

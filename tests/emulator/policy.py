@@ -11,7 +11,7 @@ class Policy:
     """How long the operations of each engine take, in scheduler steps, and the order of warps.
 
     A mode is "eager" (complete at once), "random" (exponential delay with mean `mean`) or "lazy"
-    (only when no warp can run, oldest first within an engine). `mode` is one of these for all
+    (only when no warp gets on, oldest first within an engine). `mode` is one of these for all
     engines, "mixed" (each drawn from the seed), or a dict by engine. With `priority`, warps run by
     random priorities that change now and then: some starve for long, which reaches interleavings
     that a uniform choice hardly ever does. None draws it from the seed.
