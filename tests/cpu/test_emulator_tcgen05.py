@@ -301,7 +301,7 @@ tcgen05.ld.sync.aligned.32x32b.x16.b32 {{{registers}}}, [%r7];
 {wait}
 {use}
 {before}
-mbarrier.arrive.shared::cta.b64 _, [%r2+16];
+{arrive}
 {save}
 bra JOIN;
 ISSUER:
@@ -324,6 +324,7 @@ PIECES = {
     "wait": WAIT_LD,
     "commit": "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r2+8];",
     "use": "",
+    "arrive": "mbarrier.arrive.shared::cta.b64 _, [%r2+16];",
     "registers": names(20, 16),
     "save": save_words(20, 16, 0),
     "a": 2048 >> 4 | 64 << 32 | 1 << 46 | 2 << 61,
@@ -342,6 +343,18 @@ def handshake(seed=0, mode="mixed", **changes):
 def test_fenced_handshake_has_no_reports():
     for seed in range(4):
         assert not handshake(seed).warnings
+
+
+RELAXED = {"arrive": "mbarrier.arrive.relaxed.cluster.shared::cta.b64 _, [%r2+16];"}
+
+
+def test_a_relaxed_arrival_orders_with_the_fences():
+    """The canonical pattern of 9.7.16.6.4.4, and that pattern without one of its fences."""
+    for seed in range(4):
+        assert not handshake(seed, **RELAXED).warnings
+    for missing in ("before", "again"):
+        with pytest.raises(Fault, match=r"race: tcgen05\.mma of .* the read by .*tcgen05\.ld"):
+            handshake(0, **RELAXED, **{missing: ""})
 
 
 def test_a_later_wait_does_not_move_a_load_that_is_over():

@@ -157,6 +157,8 @@ def test(w, addr, phase, parity):
         w.why = (mb, phase)
         return False
     w.acquire(mb.seen)
+    if mb.tmem.ndim:
+        w.tmem_heard = np.maximum(w.tmem_clock, mb.tmem)
     w.clock[mb.id] = max(int(w.clock[mb.id]), mb.completed)
     if mb.visible:
         w.dirty |= {d for d in mb.visible if not d.flushed}

@@ -49,6 +49,8 @@ class Warp:
         self.engine, self.commits = None, 0  # its tcgen05 operations: their clock component, time
         self.mma_open = []  # those since the last commit
         self.tmem_clock = new_clock()  # its clock at the last tcgen05.fence::after_thread_sync
+        # what its tcgen05.fence::before_thread_sync published, what relaxed arrivals brought it
+        self.tmem_fenced, self.tmem_heard = None, None
         self.tmem_loads, self.tmem_stores = [], []  # tcgen05.ld and tcgen05.st not waited for
         self.tmem_unfenced = {}  # TMEM accesses since the last tcgen05.fence::before_thread_sync
         self.local = np.zeros((LANES, local_bytes), np.uint8) if local_bytes else None
@@ -77,6 +79,8 @@ class Warp:
         for known in self.fences.values():
             np.maximum(barrier.clock, known.clocks[self.cta.cluster.serial], out=barrier.clock)
             barrier.release(known.dirty)
+        if self.tmem_fenced is not None:
+            barrier.tmem = np.maximum(barrier.tmem, self.tmem_fenced)
 
 
 class Cta:

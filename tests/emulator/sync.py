@@ -27,6 +27,7 @@ class MBarrier:
         self.init_warp, self.init_time, self.published = warp, int(warp.clock[warp.id]), False
         self.id = cta.cluster.new_component()
         self.clock, self.seen = new_clock(), new_clock()  # released into it; by completed phases
+        self.tmem = np.int32(0)  # a clock for tcgen05 only: relaxed arrivals after its fence
         self.released, self.visible = (
             set(),
             set(),

@@ -150,6 +150,8 @@ def fence_before(b, ins):
         for fenced, at in w.tmem_unfenced.values():
             fenced[at] = w.clock[w.id]
         w.tmem_unfenced.clear()
+        w.tmem_fenced = w.clock.copy()
+        w.clock[w.id] += 1
 
     return run
 
@@ -158,6 +160,8 @@ def fence_before(b, ins):
 def fence_after(b, ins):
     def run(M, w, frag, m):
         np.maximum(w.tmem_clock, w.clock, out=w.tmem_clock)
+        if w.tmem_heard is not None:
+            np.maximum(w.tmem_clock, w.tmem_heard, out=w.tmem_clock)
 
     return run
 

@@ -25,6 +25,11 @@ def name_of(ins):
     return ".".join(ins.parts[:2])
 
 
+def known(w):
+    """What is ordered before a warp's tcgen05 operations; relaxed arrivals count after a fence."""
+    return w.clock if w.tmem_heard is None else np.maximum(w.clock, w.tmem_clock)
+
+
 class TensorMemory:
     """The data, the allocations (first column -> columns), and stamps by (half, column)."""
 
@@ -75,7 +80,7 @@ class TensorMemory:
         """An access by warp `w` (by its engine: `engine`) must come after earlier writes."""
         at = halves, columns
         writer, written = self.writer[at], self.written[at]
-        late = written > w.clock[writer]
+        late = written > known(w)[writer]
         if engine and w.engine is not None:
             late &= writer != w.engine
         if late.any():
@@ -86,7 +91,7 @@ class TensorMemory:
         """A write by warp `w` (by its engine: `engine`) must come after earlier reads."""
         at = halves, columns
         reader, read = self.reader[at], self.read[at]
-        late = read > w.clock[reader]
+        late = read > known(w)[reader]
         if engine and w.engine is not None:
             late &= reader != w.engine
         if late.any():
@@ -107,7 +112,7 @@ class TensorMemory:
             foreign &= who != w.engine
         if not foreign.any():
             return
-        for missing, clock in (("before", w.clock), ("after", w.tmem_clock)):
+        for missing, clock in (("before", known(w)), ("after", w.tmem_clock)):
             late = foreign & (fenced > clock[who])
             if late.any():
                 earlier = line_of(w, int(lines[late][0]))
