@@ -46,6 +46,7 @@ class Configuration:
         `problems.GATED`, or "d" + such a gated name, its derivative.
     alpha, beta, row, col: D = alpha A B^T + beta C + row + col; C is there if beta is not 0.
     add: D += instead of D =.
+    blocks: quack's name of a format with a scale factor for 32 values along k; dense, k % 128 == 0.
     split: CTAs that share the sum over k of a tile, in a fixed order.
     dynamic: tiles from a counter in memory (sm_90a) or by cluster launch control.
     clusters: persistent clusters launched, few so that each takes several tiles.
@@ -67,6 +68,7 @@ class Configuration:
     pingpong: bool = False
     persistent: bool = True
     dynamic: bool = False
+    blocks: str = ""
     gather: bool = False
     tma_gather: bool = False
     epilogue: str = "linear"
@@ -97,6 +99,9 @@ class Configuration:
 
 
 SPLIT = (130, 0, 77, 200)  # segments: two tiles, none, a part of one, two
+
+
+_BLOCKS = {"m": 200, "n": 136, "k": 384}
 
 
 def _family(prefix, arch, kind, problem, configurations):
@@ -133,7 +138,7 @@ def _hopper():
         "add": {"add": True, "out": "float32", "cluster": (2, 1)},
         "one-tile-each": {"persistent": False, "cluster": (2, 1)},
         "counter": {"dynamic": True, "cluster": (2, 1)},
-        "split-3": {"split": 3, "beta": 1.0, "m": 200},
+        "split-3": {"split": 3, "beta": 1.0, "m": 130, "n": 72},
         "gelu": {"epilogue": "gelu_tanh_approx", "beta": 1.0, "n": 272},
         "swiglu-pingpong": {"epilogue": "swiglu", "pingpong": True, "n": 272, "row": True},
         "dswiglu": {"epilogue": "dswiglu", "n": 144},
@@ -185,6 +190,14 @@ def _blackwell():
         "128x160": {"tile": (128, 160), "n": 480},
         "fp8": {"dtype": "float8_e4m3fn"},
         "fp8-2cta": {"dtype": "float8_e5m2", "tile": (256, 128), "cluster": (2, 1)},
+        "mxfp8": {**_BLOCKS, "dtype": "float8_e4m3fn", "blocks": "mxfp8_e4m3"},
+        "mxfp8-2cta": {
+            **_BLOCKS,
+            "dtype": "float8_e5m2",
+            "blocks": "mxfp8_e5m2",
+            "tile": (256, 128),
+            "cluster": (2, 1),
+        },
         "c": {"alpha": 0.75, "beta": -1.5, "majors": "kkm"},
         "c-2cta": {"beta": 1.0, "tile": (256, 128), "cluster": (2, 1)},
         "bias": {"row": True, "col": True, "batch": 2, "m": 200},
@@ -245,6 +258,13 @@ def _geforce():
         "pingpong-64x128": {"pingpong": True, "tile": (64, 128), "dtype": "float16"},
         "fp8": {"dtype": "float8_e4m3fn"},
         "fp8-pingpong": {"dtype": "float8_e5m2", "pingpong": True},
+        "mxfp8": {**_BLOCKS, "dtype": "float8_e4m3fn", "blocks": "mxfp8_e4m3"},
+        "mxfp8-pingpong": {
+            **_BLOCKS,
+            "dtype": "float8_e5m2",
+            "blocks": "mxfp8_e5m2",
+            "pingpong": True,
+        },
         "c": {"alpha": 0.75, "beta": -1.5, "majors": "kkm"},
         "c-pingpong": {"beta": 1.0, "pingpong": True},
         "bias": {"row": True, "col": True, "batch": 2, "m": 132},

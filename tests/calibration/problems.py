@@ -90,6 +90,9 @@ def make_tensors(c, seed=0):
         a_rows, a_depth = (source, depth) if c.kind == "varlen_m" else (rows, source)
     t["A"] = matrix(a_rows, a_depth, dtype, a_last, ab, generator=g)
     t["B"] = matrix(c.n, depth, dtype, b_last, bb, generator=g)
+    if c.blocks:
+        for name, count in (("A", c.m), ("B", c.n)):
+            t[f"scale_{name}"] = scale_factors(count, c.k, batch, g)
     wide = 2 if is_gated_derivative(c) else 1
     if c.beta or wide == 2:
         t["C"] = matrix(rows, wide * c.n, out, d_last, db, generator=g)
@@ -110,6 +113,24 @@ def make_tensors(c, seed=0):
     return t
 
 
+def scale_factors(rows, depth, batch, generator):
+    """Powers of two, one for 32 values along k.
+
+    (batch, row tiles of 128, k tiles of 128, 32, 4, 4): in a tile, row r and block b are at
+    [r % 32, r // 32, b].
+    """
+    shape = (batch, -(-rows // 128), depth // 128, 32, 4, 4)
+    bits = torch.randint(127 - 3, 127 + 4, shape, generator=generator, dtype=torch.uint8)
+    return bits.view(torch.float8_e8m0fnu)
+
+
+def scaled(values, factors):
+    """fp64 values times their scale factors."""
+    f = factors.double().permute(0, 1, 4, 3, 2, 5)  # batch, row tile, r // 32, r % 32, k tile, b
+    f = f.reshape(values.shape[0], -1, values.shape[2] // 32)[:, : values.shape[1]]
+    return values * f.repeat_interleave(32, dim=2)
+
+
 def split_buffers(c, batch):
     """What the splits of K share: a flag a tile, and their sums, a CTA's tile of them a flag."""
     tile = (c.tile[0] // 2 if c.two_cta else c.tile[0], c.tile[1])
@@ -128,6 +149,8 @@ def _segments(c):
 def _products(c, t, magnitude=False):
     """A @ B^T in fp64, of the absolute values if `magnitude`."""
     a, b = t["A"].double(), t["B"].double()
+    if c.blocks:
+        a, b = scaled(a, t["scale_A"]), scaled(b, t["scale_B"])
     if magnitude:
         a, b = a.abs(), b.abs()
     if c.kind == "dense":

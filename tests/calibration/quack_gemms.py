@@ -67,7 +67,9 @@ def call_quack(c, t):
         quack.gemm._split_k_buffers = lambda *args: (t["flags"], t["partials"])
         quack.gemm.gemm(
             t["A"], t["B"], t["D"], t.get("C"), alpha=c.alpha, beta=c.beta if c.beta else 1.0,
-            rowvec_bias=t.get("row"), colvec_bias=t.get("col"), add_to_output=c.add, **common,
+            rowvec_bias=t.get("row"), colvec_bias=t.get("col"), add_to_output=c.add,
+            SFA=t.get("scale_A"), SFB=t.get("scale_B"), bs_format_a=c.blocks or None,
+            bs_format_b=c.blocks or None, **common,
         )  # fmt: skip
         return
     from quack.epilogue.library import dgated_mod, linear_act_mod

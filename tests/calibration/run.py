@@ -41,14 +41,18 @@ def describe(c):
     schedule = ["ping-pong" if c.pingpong else "cooperative"] if c.arch != "sm_100a" else []
     schedule.append("persistent" if c.persistent else "a CTA a tile")
     if c.dynamic:
-        schedule.append("tiles from a counter")
-    operation = [c.epilogue, *(w for w in ("row", "col", "add", "gather") if getattr(c, w))]
+        schedule.append("tiles from a counter" if c.arch == "sm_90a" else "launch control")
+    if c.split > 1:
+        schedule.append(f"{c.split} splits of k")
+    operation = [c.epilogue, *(w for w in ("row", "col", "add") if getattr(c, w))]
+    if c.gather:
+        operation.append("gather by TMA" if c.tma_gather else "gather by cp.async")
     if (c.alpha, c.beta) != (1, 0):
         operation.append(f"{c.alpha:g} AB + {c.beta:g} C")
     return {
         "name": c.name, "arch": c.arch, "kernel": c.kind, "operation": ", ".join(operation),
         "problem": {name: value for name, value in sizes.items() if value},
-        "dtype": c.dtype, "out": c.out, "majors": c.majors, "tile": list(c.tile),
+        "dtype": c.blocks or c.dtype, "out": c.out, "majors": c.majors, "tile": list(c.tile),
         "cluster": list(c.cluster), "ctas_per_mma": 2 if c.two_cta else 1,
         "schedule": ", ".join(schedule),
     }  # fmt: skip
