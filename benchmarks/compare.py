@@ -65,6 +65,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     sizes.add_argument("--skew", choices=SKEWS, default="none", help="routing of those sizes")
     sizes.add_argument("--small", action="store_true", help="few tokens under a CUDA graph")
     sizes.add_argument("--host", action="store_true", help="host time of a call")
+    sizes.add_argument("--profile", action="store_true", help="with --host: where ours goes")
     parser.add_argument("--peers", type=_peers, default=list(CONTENDERS), metavar="NAME,...")
     parser.add_argument(
         "--tuning",
@@ -83,6 +84,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.plot_from and not arguments.plot:
         parser.error("--plot-from needs --plot FILE, the picture to write")
+    if arguments.profile and not arguments.host:
+        parser.error("--profile is of the calls that --host times; give both")
     return arguments
 
 
@@ -316,6 +319,8 @@ def compare_host(names: list[str], arguments: argparse.Namespace, result: Result
             rows.append([name, p, f"{microseconds:.0f}"])
     print(text_table(("contender", "call", "host us"), rows), flush=True)
     _write(result, arguments)
+    if arguments.profile:
+        small.print_profile(contenders[OURS].inference, arguments.device)
 
 
 def _write(result: Result, arguments: argparse.Namespace) -> None:

@@ -1,6 +1,8 @@
 """What is not the GPU's arithmetic: few tokens under a CUDA graph, and the host's time."""
 
 import copy
+import cProfile
+import pstats
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -134,6 +136,21 @@ def host_times(contenders: Mapping[str, Contender], device: torch.device) -> dic
             passes["forward + backward"] = _both(contender)
         found[name] = {p: host_microseconds(f, device) for p, f in passes.items()}
     return found
+
+
+def print_profile(function: Callable[[], object], device: torch.device) -> None:
+    """The Python functions in which 200 calls spend the most time of their own. The profiler slows
+    Python down, so shares count, not microseconds."""
+    function()
+    _synchronize(device)
+    profile = cProfile.Profile()
+    for _ in range(20):
+        profile.enable()
+        for _ in range(_HOST_CALLS):
+            function()
+        profile.disable()
+        _synchronize(device)
+    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
 
 
 def _both(contender: Contender) -> Callable[[], object]:

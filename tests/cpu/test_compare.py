@@ -158,6 +158,11 @@ def test_host_time_is_that_of_the_call() -> None:
     assert 900 < small.host_microseconds(lambda: time.sleep(0.001), CPU) < 5000
 
 
+def test_the_profile_names_functions(capsys) -> None:
+    small.print_profile(lambda: time.sleep(0), CPU)
+    assert "sleep" in capsys.readouterr().out
+
+
 def test_rotations_name_different_experts(layer: Layer) -> None:
     layers = small.rotations(layer)
     assert len({tuple(each.topk_ids.flatten().tolist()) for each in layers}) == small.ROUTINGS
@@ -195,6 +200,7 @@ def test_a_whole_run_writes_what_the_plot_reads(tmp_path: Path, monkeypatch, cap
         (["--peers", "megatron"], "no contender 'megatron'"),
         (["--thiek", "1,2"], "five positive integers"),
         (["--plot-from", "x.json"], "--plot-from needs --plot"),
+        (["--profile"], "--profile is of the calls that --host times"),
     ],
 )
 def test_options_that_cannot_work_are_refused(arguments, message, capsys) -> None:
