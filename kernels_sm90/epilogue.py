@@ -6,10 +6,13 @@ barrier, so the two never wait for each other. A loaded tile C shares its slot w
 warps read and then overwrite the same 8x8 matrices.
 """
 
+import itertools
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
+from kernels_sm90.accumulator import AccumulatorRegisters
 from kernels_sm90.tiles import WARPGROUP
 from sonic.device.blocks import BLOCK
 from sonic.device.ptx import (
@@ -27,6 +30,7 @@ from sonic.device.tensormap import ragged_coordinates, weight_coordinates
 
 _FIRST_NAMED_BARRIER = 1
 _ROWS_PER_MMA = 64  # rows of one wgmma; 16 per warp, 8 per half
+_UNITS_PER_PIECE = 2  # the least that fills stmatrix.x4 of every tensor
 
 
 class EpilogueMixin:
@@ -69,6 +73,15 @@ class EpilogueMixin:
                         self._load_c(c_map, context, smem, group, chunk + i, i)
 
     @cute.jit
+    def start_c(self, c_map, context, valid, smem, warp: Int32, group: Int32):
+        """First C loads of an overlapped epilogue; :meth:`_refill_c` keeps the ring filled."""
+        if cutlass.const_expr(self.epilogue.c_blocks > 0):
+            if warp % 4 == 0 and valid:
+                if elect_one_lane():
+                    for i in cutlass.range_constexpr(self.smem.epilogue_stages - 1):
+                        self._load_c(c_map, context, smem, group, Int32(i), i)
+
+    @cute.jit
     def _load_c(self, c_map, context, smem, group: Int32, chunk: Int32, index: cutlass.Constexpr):
         full = self._c_barrier(smem, group, chunk)
         cute.arch.mbarrier_arrive_and_expect_tx(full, self.smem.d_bytes)
@@ -88,110 +101,187 @@ class EpilogueMixin:
 
     @cute.jit
     def store_tile(
-        self, accumulator, c_map, d_map, aux_map, bias, score, row_sum, context, bias_strides, smem,
+        self, accumulator, maps, vectors, context, bias_strides, smem,
         warp: Int32, group: Int32, chunk: Int32,
     ) -> Int32:  # fmt: skip
         """Runs the epilogue over the tile; returns the number of chunks stored so far."""
-        epilogue, stages = self.epilogue, self.smem.epilogue_stages
-        cursor, row, col, sizes = context
-        lane = cute.arch.lane_idx()
-        row_in_group = (warp % 4) * 16 + lane // 4
-        scores = self._row_scores(score, context, group, row_in_group)
-        sums = [[Float32(0.0), Float32(0.0)] for _ in range(self.rows_per_group // _ROWS_PER_MMA)]
-        chunks = self._chunks()
-        for i in cutlass.range_constexpr(chunks):
-            now = chunk + i
-            d_slot, aux_slot = self._slot(smem, group, now)
-            if warp % 4 == 0:
-                if elect_one_lane():
-                    cute.arch.cp_async_bulk_wait_group(self._stores_in_flight(), read=True)
-            # Orders that store's reads of the slot before this chunk's writes.
-            self._sync_group(group)
-            if cutlass.const_expr(epilogue.c_blocks > 0):
-                full = self._c_barrier(smem, group, now)
-                cute.arch.mbarrier_wait(full, (now // stages) & 1)
-            for m in cutlass.range_constexpr(self.rows_per_group // _ROWS_PER_MMA):
-                self._store_fragments(
-                    accumulator, m, i, d_slot, aux_slot, bias, context, bias_strides, scores, sums,
-                    warp, lane,
-                )  # fmt: skip
+        source = AccumulatorRegisters(accumulator)
+        rows = self.make_row_state()
+        self.begin_rows(vectors, rows, context, warp, group)
+        for piece in cutlass.range_constexpr(self.pieces(source)):
+            self.store_piece(
+                source, piece, maps, vectors, rows, context, None, bias_strides, smem, warp, group,
+                chunk,
+            )  # fmt: skip
+        self.store_row_sums(vectors, rows, context, warp, group)
+        return chunk + self._chunks()
+
+    def _pieces_per_chunk(self, source):
+        return 1 if source.is_output else self.epilogue.units_per_chunk // _UNITS_PER_PIECE
+
+    def pieces(self, source):
+        """Number of pieces of a tile, each of them short beside a main-loop step."""
+        return self._chunks() * self._pieces_per_chunk(source)
+
+    @cute.jit
+    def store_piece(
+        self, source, piece: cutlass.Constexpr, maps, vectors, rows, context, following,
+        bias_strides, smem, warp: Int32, group: Int32, chunk: Int32,
+    ):  # fmt: skip
+        """Epilogue of the tile's part number ``piece``.
+
+        :param following: ``(context, whether it is a tile)`` of the tile whose C is loaded when
+        this one's is through, or ``None`` if that tile loads its own.
+        :param chunk: chunks that this warpgroup stored before the tile.
+        """
+        c_map, d_map, aux_map = maps
+        per_chunk = self._pieces_per_chunk(source)
+        index, part = piece // per_chunk, piece % per_chunk
+        now = chunk + index
+        d_slot, aux_slot = self._slot(smem, group, now)
+        if cutlass.const_expr(part == 0):
+            self._begin_chunk(smem, warp, group, now)
+        units = self.epilogue.units_per_chunk // per_chunk
+        for m in cutlass.range_constexpr(self.rows_per_group // _ROWS_PER_MMA):
+            self._store_fragments(
+                source, m, index, range(part * units, (part + 1) * units), d_slot, aux_slot,
+                vectors[0], context, bias_strides, rows, warp,
+            )  # fmt: skip
+        if cutlass.const_expr(part == per_chunk - 1):
             # Makes this thread's shared-memory writes visible to the TMA store.
             cute.arch.fence_view_async_shared()
             self._sync_group(group)
             if warp % 4 == 0:
                 if elect_one_lane():
-                    self._store_chunk(d_map, aux_map, context, group, i, d_slot, aux_slot)
+                    self._store_chunk(d_map, aux_map, context, group, index, d_slot, aux_slot)
                     cute.arch.cp_async_bulk_commit_group()
-                    if cutlass.const_expr(
-                        epilogue.c_blocks > 0 and i >= 1 and i - 1 + stages < chunks
-                    ):
-                        # The store before this one has read its slot: refill it.
-                        cute.arch.cp_async_bulk_wait_group(1, read=True)
-                        self._load_c(c_map, context, smem, group, now - 1 + stages, i - 1 + stages)
-        self._store_row_sums(row_sum, sums, context, group, row_in_group, lane)
-        return chunk + chunks
+                    self._refill_c(c_map, context, following, smem, group, index, now)
+
+    @cute.jit
+    def _begin_chunk(self, smem, warp: Int32, group: Int32, now: Int32):
+        """Waits until the slots of chunk number ``now`` may be written, and for its C."""
+        if warp % 4 == 0:
+            if elect_one_lane():
+                cute.arch.cp_async_bulk_wait_group(self._stores_in_flight(), read=True)
+        # Orders that store's reads of the slot before this chunk's writes.
+        self._sync_group(group)
+        if cutlass.const_expr(self.epilogue.c_blocks > 0):
+            full = self._c_barrier(smem, group, now)
+            cute.arch.mbarrier_wait(full, (now // self.smem.epilogue_stages) & 1)
+
+    @cute.jit
+    def _refill_c(self, c_map, context, following, smem, group: Int32, index, now: Int32):
+        """Loads C into the slot before this chunk's, once the store there has read it."""
+        stages, chunks = self.smem.epilogue_stages, self._chunks()
+        load = index - 1 + stages
+        if cutlass.const_expr(self.epilogue.c_blocks > 0):
+            if cutlass.const_expr(load < chunks and (index >= 1 or following is not None)):
+                cute.arch.cp_async_bulk_wait_group(1, read=True)
+                self._load_c(c_map, context, smem, group, now - 1 + stages, load)
+            elif cutlass.const_expr(load >= chunks and following is not None):
+                next_context, valid = following
+                if valid:
+                    cute.arch.cp_async_bulk_wait_group(1, read=True)
+                    self._load_c(c_map, next_context, smem, group, now - 1 + stages, load - chunks)
 
     def _sync_group(self, group):
         cute.arch.barrier(barrier_id=_FIRST_NAMED_BARRIER + group, number_of_threads=WARPGROUP)
 
+    def save_accumulator(self, saved, accumulator, bias, context, bias_strides):
+        """Copies the accumulator, and before that adds the bias to it.
+
+        Added to a rounded copy, a bias that nearly cancels it could change the sum's sign, and with
+        it a ReLU's gradient.
+        """
+        lane = cute.arch.lane_idx()
+        width = self.epilogue.acc_blocks
+        for first in range(0, self.config.tile_n // BLOCK if self.problem.has_bias else 0, width):
+            pairs = self._bias_pairs(bias, context, bias_strides, first, lane)
+            for m in range(self.rows_per_group // _ROWS_PER_MMA):
+                for block, j, half in itertools.product(range(width), range(2), range(2)):
+                    index = ((j, half, first + block), m, 0)
+                    accumulator[index] = accumulator[index] + pairs[block][j]
+        saved.save(accumulator)
+
+    def make_row_state(self):
+        """Registers ``(scores, sums)`` of this thread's rows, two per 64 rows; or ``None``."""
+        if not self.epilogue.has_row_sum:
+            return None
+        rows = 2 * self.rows_per_group // _ROWS_PER_MMA
+        return cute.make_rmem_tensor(rows, Float32), cute.make_rmem_tensor(rows, Float32)
+
     @cute.jit
-    def _row_scores(self, score, context, group: Int32, row_in_group: Int32):
-        """Scores of this thread's rows: two per 64 rows; 0 past the segment's end."""
-        scores = []
-        if cutlass.const_expr(self.epilogue.has_row_sum):
-            cursor, row, _, _ = context
-            for m in cutlass.range_constexpr(self.rows_per_group // _ROWS_PER_MMA):
-                pair = []
-                for half in cutlass.range_constexpr(2):
-                    r = cursor[3] + self._first_row(row, group) + row_in_group
-                    r = r + m * _ROWS_PER_MMA + half * 8
-                    value = Float32(0.0)
-                    if r < cursor[4]:
-                        value = score[r]
-                    pair.append(value)
-                scores.append(pair)
-        return scores
+    def begin_rows(self, vectors, rows, context, warp: Int32, group: Int32):
+        """Reads the scores of this thread's rows, 0 past the segment's end; clears their sums."""
+        if cutlass.const_expr(rows is not None):
+            score = vectors[1]
+            scores, sums = rows
+            sums.fill(0.0)
+            cursor = context[0]
+            for i in cutlass.range_constexpr(cute.size(scores)):
+                r = self._score_row(context, warp, group, i)
+                value = Float32(0.0)
+                if r < cursor[4]:
+                    value = score[r]
+                scores[i] = value
+
+    def _score_row(self, context, warp, group, index):
+        """Global row of this thread's row ``index``: two per 64 rows."""
+        cursor, row, _, _ = context
+        row_in_group = (warp % 4) * 16 + cute.arch.lane_idx() // 4
+        offset = index // 2 * _ROWS_PER_MMA + index % 2 * 8
+        return cursor[3] + self._first_row(row, group) + row_in_group + offset
 
     def _store_fragments(
-        self, accumulator, m, chunk, d_slot, aux_slot, bias, context, bias_strides, scores, sums,
-        warp, lane,
-    ):  # fmt: skip
-        """One chunk of 64 rows: epilogue on registers, then shared memory; unrolled."""
+        self, source, m, chunk, units, d_slot, aux_slot, bias, context, bias_strides, rows, warp
+    ):
+        """Some units of a chunk of 64 rows: epilogue on registers, then shared memory; unrolled."""
         epilogue = self.epilogue
+        lane = cute.arch.lane_idx()
         row_base = m * _ROWS_PER_MMA + (warp % 4) * 16
         c_words, d_words, aux_words = [], [], []
-        for unit in range(epilogue.units_per_chunk):
-            if epilogue.c_blocks and unit * epilogue.c_blocks % 2 == 0:
+        for unit in units:
+            first = (chunk * epilogue.units_per_chunk + unit) * epilogue.acc_blocks
+            if source.is_output:
+                d_words += [source.word(m, half, first) for half in range(2)]
+                continue
+            if epilogue.c_blocks and len(c_words) < (unit - units[0] + 1) * epilogue.c_blocks * 2:
                 c_words += load_matrix_x4(
                     self._matrix_pointer(
                         d_slot, row_base, unit * epilogue.c_blocks, epilogue.d_chunk, lane
                     )
                 )
-            first = (chunk * epilogue.units_per_chunk + unit) * epilogue.acc_blocks
-            bias_pairs = self._bias_pairs(bias, context, bias_strides, first, lane)
+            bias_pairs = None
+            if not source.has_bias:
+                bias_pairs = self._bias_pairs(bias, context, bias_strides, first, lane)
             d_rows, aux_rows = [], []
             for half in range(2):
-                acc = [
-                    tuple(accumulator[(j, half, first + block), m, 0] for j in range(2))
-                    for block in range(epilogue.acc_blocks)
-                ]
+                acc = [source.pair(m, half, first + i) for i in range(epilogue.acc_blocks)]
                 c = [
-                    unpack_pair(c_words[2 * (unit * epilogue.c_blocks + block) + half], self.dtype)
+                    unpack_pair(
+                        c_words[2 * ((unit - units[0]) * epilogue.c_blocks + block) + half],
+                        self.dtype,
+                    )
                     for block in range(epilogue.c_blocks)
                 ]
-                row_score = scores[m][half] if scores else None
+                row_score = rows[0][2 * m + half] if rows else None
                 d_pairs, aux_pairs, increment = epilogue.unit(acc, c, bias_pairs, row_score)
                 d_rows.append(d_pairs)
                 aux_rows.append(aux_pairs)
                 if increment is not None:
-                    sums[m][half] = sums[m][half] + increment
+                    rows[1][2 * m + half] = rows[1][2 * m + half] + increment
             if epilogue.accumulates:
                 self._store_float_pairs(d_slot, d_rows, row_base, unit, lane)
                 continue
             d_words += self._pack(d_rows, epilogue.d_blocks)
             aux_words += self._pack(aux_rows, epilogue.aux_blocks)
-        self._store_matrices(d_slot, d_words, row_base, epilogue.d_chunk, lane)
-        self._store_matrices(aux_slot, aux_words, row_base, epilogue.aux_chunk, lane)
+        first = units[0]
+        self._store_matrices(
+            d_slot, d_words, row_base, first * epilogue.d_blocks, epilogue.d_chunk, lane
+        )
+        self._store_matrices(
+            aux_slot, aux_words, row_base, first * epilogue.aux_blocks, epilogue.aux_chunk, lane
+        )
 
     def _pack(self, rows, blocks):
         """16-bit words of one unit in stmatrix order: by block, upper then lower eight rows."""
@@ -201,11 +291,10 @@ class EpilogueMixin:
             for half in range(2)
         ]
 
-    def _store_matrices(self, slot, words, row_base, columns, lane):
+    def _store_matrices(self, slot, words, row_base, first_block, columns, lane):
         for i in range(0, len(words), 4):
-            store_matrix_x4(
-                self._matrix_pointer(slot, row_base, i // 2, columns, lane), words[i : i + 4]
-            )
+            pointer = self._matrix_pointer(slot, row_base, first_block + i // 2, columns, lane)
+            store_matrix_x4(pointer, words[i : i + 4])
 
     def _matrix_pointer(self, slot, row_base, block, columns, lane):
         """This lane's row address in the 16x16 elements at ``(row_base, 8 * block)``, even block.
@@ -233,7 +322,9 @@ class EpilogueMixin:
         if not self.problem.has_bias:
             return None
         cursor, _, col, sizes = context
-        base = cutlass.Int64(cursor[0]) * bias.stride[0]
+        # A copy is saved after the last tile too.
+        expert = cutlass.min(cursor[0], bias.shape[0] - 1)
+        base = cutlass.Int64(expert) * bias.stride[0]
         pairs = []
         for block in range(self.epilogue.acc_blocks):
             column = col + first * BLOCK + block * BLOCK + lane % 4 * 2
@@ -278,21 +369,18 @@ class EpilogueMixin:
             tma_store(aux_map, aux_slot, ragged_coordinates(column, first_row, begin, end))
 
     @cute.jit
-    def _store_row_sums(
-        self, row_sum, sums, context, group: Int32, row_in_group: Int32, lane: Int32
-    ):
+    def store_row_sums(self, vectors, rows, context, warp: Int32, group: Int32):
         """Adds the four lanes that share a row and writes the tile's partial sums."""
-        if cutlass.const_expr(self.epilogue.has_row_sum):
-            cursor, row, col, sizes = context
-            for m in cutlass.range_constexpr(self.rows_per_group // _ROWS_PER_MMA):
-                for half in cutlass.range_constexpr(2):
-                    total = sums[m][half]
-                    total = total + cute.arch.shuffle_sync_bfly(total, 1)
-                    total = total + cute.arch.shuffle_sync_bfly(total, 2)
-                    r = cursor[3] + self._first_row(row, group) + row_in_group
-                    r = r + m * _ROWS_PER_MMA + half * 8
-                    if lane % 4 == 0 and r < cursor[4] and col < sizes[1]:
-                        row_sum[col // self.config.tile_n, r] = total
+        if cutlass.const_expr(rows is not None):
+            row_sum, sums = vectors[2], rows[1]
+            cursor, _, col, sizes = context
+            for i in cutlass.range_constexpr(cute.size(sums)):
+                total = sums[i]
+                total = total + cute.arch.shuffle_sync_bfly(total, 1)
+                total = total + cute.arch.shuffle_sync_bfly(total, 2)
+                r = self._score_row(context, warp, group, i)
+                if cute.arch.lane_idx() % 4 == 0 and r < cursor[4] and col < sizes[1]:
+                    row_sum[col // self.config.tile_n, r] = total
 
     @cute.jit
     def drain_stores(self, warp: Int32):

@@ -23,7 +23,8 @@ from cutlass.experimental.cuda import TensorMap
 
 from kernels_sm90.epilogue import EpilogueMixin
 from kernels_sm90.mainloop import MainloopMixin
-from kernels_sm90.tiles import BLOCK_K, WARPGROUP, SharedMemoryPlan
+from kernels_sm90.tile_queue import TileQueueMixin
+from kernels_sm90.tiles import BLOCK_K, TILE_SLOTS, WARPGROUP, SharedMemoryPlan
 from sonic.device import tensormap
 from sonic.device.epilogue import make_epilogue
 from sonic.device.scheduler import (
@@ -31,12 +32,12 @@ from sonic.device.scheduler import (
     seek_ragged_reduction,
     seek_ragged_rows,
 )
-from sonic.runtime.problem import Operand, Problem, Ragged, Schedule, TileConfig
+from sonic.runtime.problem import EpilogueKind, Operand, Problem, Ragged, Schedule, TileConfig
 
 _DTYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 
 
-class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
+class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
     """One grouped GEMM, specialised by ``Problem`` and ``TileConfig``; sizes are run-time values.
 
     Roles: warpgroup 0 loads (warp 0 issues TMA; if it gathers, all four warps issue cp.async);
@@ -69,8 +70,10 @@ class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
         self.b_is_k_major = self.ragged_rows and not problem.transposed_weight
         self.pingpong = config.schedule is Schedule.PINGPONG
         self.math_groups = 2
+        self.overlapped = config.schedule is Schedule.OVERLAPPED
         self.rows_per_group = config.tile_m if self.pingpong else config.tile_m // self.math_groups
         self.cluster_size = config.cluster_size
+        self.dynamic = config.dynamic
         self.smem = SharedMemoryPlan(problem, config, self.epilogue)
         self.stages = self.smem.stages
         self.threads = (1 + self.math_groups) * WARPGROUP
@@ -97,6 +100,7 @@ class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
         row_sum: cute.Tensor,
         gather: cute.Tensor,
         offset_by_expert: cute.Tensor,
+        tile_counter: cute.Tensor,
         pair_stride: Int64,
         unit_stride: Int64,
         num_ctas: Int32,
@@ -151,7 +155,7 @@ class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
             bias_pair = Int32(pair_stride // b.stride[1])
         self.kernel(
             a_map, b_map, c_map, d_map, aux_map, gathered, gather, bias, score, row_sum,
-            offset_by_expert, m, n, k, bias_unit, bias_pair,
+            offset_by_expert, tile_counter, m, n, k, bias_unit, bias_pair,
         ).launch(
             grid=[num_ctas, 1, 1],
             block=[self.threads, 1, 1],
@@ -175,6 +179,7 @@ class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
         score: cute.Tensor,
         row_sum: cute.Tensor,
         offset_by_expert: cute.Tensor,
+        tile_counter: cute.Tensor,
         m: Int32,
         n: Int32,
         k: Int32,
@@ -188,11 +193,13 @@ class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
         sizes = (m, n, k)
         if group == 0:
             cute.arch.setmaxregister_decrease(self.producer_registers)
-            self.produce(a_map, b_map, gathered, gather, offset_by_expert, sizes, smem, warp)
+            self.produce(
+                a_map, b_map, gathered, gather, offset_by_expert, tile_counter, sizes, smem, warp
+            )
         else:
             cute.arch.setmaxregister_increase(self.math_registers)
             self.consume(
-                c_map, d_map, aux_map, bias, score, row_sum, offset_by_expert, sizes,
+                (c_map, d_map, aux_map), (bias, score, row_sum), offset_by_expert, sizes,
                 (bias_unit, bias_pair), smem, warp, group - 1,
             )  # fmt: skip
         if cutlass.const_expr(self.cluster_size > 1):
@@ -200,6 +207,10 @@ class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
             # too.
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
+
+    def stored_unchanged(self):
+        """The output's type if the epilogue stores accumulator plus bias, else ``None``."""
+        return self.dtype if self.problem.epilogue is EpilogueKind.LINEAR else None
 
     def _allocate(self):
         """Base of the shared memory; :class:`SharedMemoryPlan` has the offsets."""
@@ -224,6 +235,11 @@ class GroupedGemmSm90(MainloopMixin, EpilogueMixin):
                     )
                 for slot in cutlass.range_constexpr(plan.c_slots):
                     cute.arch.mbarrier_init(self.barrier(smem, plan.c_full, slot), 1)
+                if cutlass.const_expr(self.dynamic):
+                    warps = 4 * self.math_groups + (4 if self.problem.gather is not None else 1)
+                    for slot in cutlass.range_constexpr(TILE_SLOTS):
+                        cute.arch.mbarrier_init(self.barrier(smem, plan.tile_full, slot), 1)
+                        cute.arch.mbarrier_init(self.barrier(smem, plan.tile_empty, slot), warps)
         cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(self.cluster_size > 1):
             cute.arch.cluster_arrive_relaxed()

@@ -6,6 +6,7 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
+from kernels_sm90.accumulator import saved_accumulator
 from kernels_sm90.tiles import BLOCK_K, WARPGROUP
 from sonic.device.gather import GatherMajorColumns, GatherMajorRows
 from sonic.device.ptx import elect_one_lane, tma_load
@@ -27,41 +28,43 @@ class MainloopMixin:
         gathered,
         gather,
         offset_by_expert: cute.Tensor,
+        tile_counter: cute.Tensor,
         sizes,
         smem,
         warp: Int32,
     ):
         """Producer warpgroup: fills A/B stages tile after tile."""
+        operands = (a_map, b_map, gathered, gather)
         if cutlass.const_expr(self.problem.gather is not None):
-            self._produce_tiles(a_map, b_map, gathered, gather, offset_by_expert, sizes, smem, warp)
+            self._produce_tiles(operands, offset_by_expert, tile_counter, sizes, smem, warp)
         elif warp == 0:
-            self._produce_tiles(a_map, b_map, gathered, gather, offset_by_expert, sizes, smem, warp)
+            self._produce_tiles(operands, offset_by_expert, tile_counter, sizes, smem, warp)
 
     @cute.jit
     def _produce_tiles(
-        self,
-        a_map,
-        b_map,
-        gathered,
-        gather,
-        offset_by_expert: cute.Tensor,
-        sizes,
-        smem,
+        self, operands, offset_by_expert: cute.Tensor, tile_counter: cute.Tensor, sizes, smem,
         warp: Int32,
-    ):
+    ):  # fmt: skip
+        a_map, b_map, gathered, gather = operands
         plan = self.smem
         num_experts = Int32(offset_by_expert.shape[0] - 1)
-        tile, tile_step = self.cluster_position()
+        tile, _ = self.cluster_position()
         loader = self._make_loader(gathered, gather, sizes)
         stage, phase = Int32(0), Int32(1)
-        ahead = self._look_ahead(tile, start_cursor(), offset_by_expert, sizes, loader)
+        turn, taken = Int32(0), Int32(0)
+        if cutlass.const_expr(self.dynamic):
+            if warp == 0:
+                taken = self.take_tile(tile_counter)
+        ahead = self._decode(tile, start_cursor(), offset_by_expert, sizes, loader)
         while ahead[0][0] < num_experts:
             cursor, row, col, state = ahead
             expert, _, _, begin, end = cursor
-            tile = tile + tile_step
             k_tiles = self.k_tiles(cursor, sizes)
             if k_tiles == 0:
-                ahead = self._look_ahead(tile, cursor, offset_by_expert, sizes, loader)
+                tile, turn, taken, ahead = self._look_ahead(
+                    (tile, turn, taken), tile_counter, cursor, offset_by_expert, sizes, loader,
+                    smem, warp,
+                )  # fmt: skip
             if cutlass.const_expr(loader is not None):
                 state = loader.begin_tile(state)
             for k_tile in cutlass.range(k_tiles, unroll=1):
@@ -85,10 +88,30 @@ class MainloopMixin:
                     phase = phase ^ 1
                 if k_tile == 0:
                     # Decoding the next tile reads memory: here it hides behind a full ring.
-                    ahead = self._look_ahead(tile, cursor, offset_by_expert, sizes, loader)
+                    tile, turn, taken, ahead = self._look_ahead(
+                        (tile, turn, taken), tile_counter, cursor, offset_by_expert, sizes, loader,
+                        smem, warp,
+                    )  # fmt: skip
+        if cutlass.const_expr(self.dynamic):
+            if warp == 0:
+                self.finish_queue(tile_counter, taken)
 
     @cute.jit
-    def _look_ahead(self, tile: Int32, cursor, offset_by_expert: cute.Tensor, sizes, loader):
+    def _look_ahead(
+        self, queue, tile_counter, cursor, offset_by_expert: cute.Tensor, sizes, loader, smem,
+        warp: Int32,
+    ):  # fmt: skip
+        """The next tile of this CTA: ``(tile, turn, tile taken after it, its decoding)``."""
+        tile, turn, taken = queue
+        if cutlass.const_expr(self.dynamic):
+            if warp == 0:
+                taken = self.publish_tile(tile_counter, taken, turn, smem)
+        _, tile_step = self.cluster_position()
+        tile, turn = self.next_tile(tile, tile_step, turn, smem)
+        return tile, turn, taken, self._decode(tile, cursor, offset_by_expert, sizes, loader)
+
+    @cute.jit
+    def _decode(self, tile: Int32, cursor, offset_by_expert: cute.Tensor, sizes, loader):
         """``(cursor, first row, first column, loader state)`` of a tile that is not started yet."""
         counts = self.tile_counts(sizes)
         cursor = self.seek(tile, cursor, offset_by_expert, counts)
@@ -187,52 +210,139 @@ class MainloopMixin:
 
     @cute.jit
     def consume(
-        self, c_map, d_map, aux_map, bias, score, row_sum, offset_by_expert: cute.Tensor, sizes,
-        bias_strides, smem, warp: Int32, group: Int32,
+        self, maps, vectors, offset_by_expert: cute.Tensor, sizes, bias_strides, smem, warp: Int32,
+        group: Int32,
     ):  # fmt: skip
-        """Math warpgroup: multiplies its tiles and stores them."""
+        """Math warpgroup: multiplies its tiles and stores them.
+
+        :param maps: descriptors ``(C, D, Aux)``. :param vectors: ``(bias, score, row_sum)``.
+        """
+        if cutlass.const_expr(self.overlapped):
+            self._consume_overlapped(
+                maps, vectors, offset_by_expert, sizes, bias_strides, smem, warp, group
+            )
+        else:
+            self._consume_in_order(
+                maps, vectors, offset_by_expert, sizes, bias_strides, smem, warp, group
+            )
+        self.drain_stores(warp)
+
+    @cute.jit
+    def _consume_in_order(
+        self, maps, vectors, offset_by_expert: cute.Tensor, sizes, bias_strides, smem, warp: Int32,
+        group: Int32,
+    ):  # fmt: skip
+        """Stores each tile before the next one is multiplied."""
         counts = self.tile_counts(sizes)
         num_experts = Int32(offset_by_expert.shape[0] - 1)
         tile, tile_step = self.cluster_position()
-        mma, a_fragments, b_fragments, accumulator = self._make_mma(smem, group)
+        operands, accumulator = self._make_mma(smem, group)
         position = Int32(0)  # stages that earlier tiles consumed, the other warpgroup's too
-        chunk = Int32(0)
+        chunk, turn = Int32(0), Int32(0)
         cursor = self.seek(tile, start_cursor(), offset_by_expert, counts)
         if cutlass.const_expr(self.pingpong):
             if group == 1:
                 self._pass_turn(group)
                 position = self.k_tiles(cursor, sizes)
-                tile = tile + tile_step
-                cursor = self.seek(tile, cursor, offset_by_expert, counts)
-        step = tile_step * 2 if cutlass.const_expr(self.pingpong) else tile_step
+                if cursor[0] < num_experts:
+                    tile, turn = self.next_tile(tile, tile_step, turn, smem)
+                    cursor = self.seek(tile, cursor, offset_by_expert, counts)
         while cursor[0] < num_experts:
             row, col = self.locate(tile, cursor, counts)
             context = (cursor, row, col, sizes)
-            self.prefetch_c(c_map, context, smem, warp, group, chunk)
+            self.prefetch_c(maps[0], context, smem, warp, group, chunk)
             k_tiles = self.k_tiles(cursor, sizes)
             if cutlass.const_expr(self.pingpong):
                 # A stage's barrier tells even from odd fills only, so a warpgroup may wait on one
                 # no earlier than the other has seen all fills before its own.
                 self._take_turn(group)
-            self._multiply(mma, a_fragments, b_fragments, accumulator, k_tiles, position, smem)
+            accumulator.fill(0.0)
+            self._multiply(operands, accumulator, k_tiles, self._start_ring(position), smem)
             if cutlass.const_expr(self.pingpong):
                 self._pass_turn(group)
             # Decoding the next tile reads memory: here it hides behind the last wgmma group.
-            tile = tile + step
+            tile, turn = self.next_tile(tile, tile_step, turn, smem)
             following = self.seek(tile, cursor, offset_by_expert, counts)
+            consumed = k_tiles
+            if cutlass.const_expr(self.pingpong):
+                # That one belongs to the other warpgroup.
+                consumed = k_tiles + self.k_tiles(following, sizes)
+                if following[0] < num_experts:
+                    tile, turn = self.next_tile(tile, tile_step, turn, smem)
+                    following = self.seek(tile, following, offset_by_expert, counts)
             self._finish_multiply(k_tiles, position, smem)
-            turns = 2 if cutlass.const_expr(self.pingpong) else 1
-            position = position + k_tiles * turns
+            position = position + consumed
             chunk = self.store_tile(
-                accumulator, c_map, d_map, aux_map, bias, score, row_sum, context, bias_strides,
-                smem, warp, group, chunk,
-            )  # fmt: skip
+                accumulator, maps, vectors, context, bias_strides, smem, warp, group, chunk
+            )
             cursor = following
-        self.drain_stores(warp)
+
+    @cute.jit
+    def _consume_overlapped(
+        self, maps, vectors, offset_by_expert: cute.Tensor, sizes, bias_strides, smem, warp: Int32,
+        group: Int32,
+    ):  # fmt: skip
+        """Stores a copy of each tile chunk by chunk while the next one is multiplied."""
+        counts = self.tile_counts(sizes)
+        num_experts = Int32(offset_by_expert.shape[0] - 1)
+        tile, tile_step = self.cluster_position()
+        operands, accumulator = self._make_mma(smem, group)
+        saved = saved_accumulator(self.rows_per_group, self.config.tile_n, self.stored_unchanged())
+        rows = self.make_row_state()
+        chunk, turn = Int32(0), Int32(0)
+        cursor = self.seek(tile, start_cursor(), offset_by_expert, counts)
+        row, col = self.locate(tile, cursor, counts)
+        valid = cursor[0] < num_experts
+        k_tiles = self.k_tiles(cursor, sizes) if valid else Int32(0)
+        self.start_c(maps[0], (cursor, row, col, sizes), valid, smem, warp, group)
+        accumulator.fill(0.0)
+        self._multiply(operands, accumulator, k_tiles, self._start_ring(Int32(0)), smem)
+        following = cursor
+        if valid:
+            tile, turn = self.next_tile(tile, tile_step, turn, smem)
+            following = self.seek(tile, cursor, offset_by_expert, counts)
+        self._finish_multiply(k_tiles, Int32(0), smem)
+        position = k_tiles
+        self.save_accumulator(
+            saved, accumulator, vectors[0], (cursor, row, col, sizes), bias_strides
+        )
+        while valid:
+            done = (cursor, row, col, sizes)
+            self.begin_rows(vectors, rows, done, warp, group)
+            next_row, next_col = self.locate(tile, following, counts)
+            valid = following[0] < num_experts
+            k_tiles = self.k_tiles(following, sizes) if valid else Int32(0)
+            coming = ((following, next_row, next_col, sizes), valid)
+            accumulator.fill(0.0)
+            ring = self._start_ring(position)
+            # The last piece comes before the last main-loop steps, so that those hide it too.
+            hiding = cutlass.max(k_tiles - 2, 0)
+            pieces = self.pieces(saved)
+            done_steps = Int32(0)
+            for piece in cutlass.range_constexpr(pieces):
+                steps = hiding * (piece + 1) // pieces - done_steps
+                ring = self._multiply(operands, accumulator, steps, ring, smem)
+                done_steps = done_steps + steps
+                self.store_piece(
+                    saved, piece, maps, vectors, rows, done, coming, bias_strides, smem, warp,
+                    group, chunk,
+                )  # fmt: skip
+            self._multiply(operands, accumulator, k_tiles - done_steps, ring, smem)
+            self.store_row_sums(vectors, rows, done, warp, group)
+            chunk = chunk + self._chunks()
+            cursor, row, col = following, next_row, next_col
+            if valid:
+                tile, turn = self.next_tile(tile, tile_step, turn, smem)
+                following = self.seek(tile, cursor, offset_by_expert, counts)
+            self._finish_multiply(k_tiles, position, smem)
+            position = position + k_tiles
+            self.save_accumulator(
+                saved, accumulator, vectors[0], (cursor, row, col, sizes), bias_strides
+            )
 
     @cute.jit
     def _make_mma(self, smem, group: Int32):
-        """Tiled MMA of one warpgroup, operand descriptors of all stages, accumulator."""
+        """``((tiled MMA, A and B descriptors of all stages), accumulator)`` of one warpgroup."""
         config, plan = self.config, self.smem
         mma = sm90.make_trivial_tiled_mma(
             self.dtype, self.dtype, self.major(self.a_is_k_major), self.major(self.b_is_k_major),
@@ -251,23 +361,24 @@ class MainloopMixin:
         a_fragments = mma.make_fragment_A(thread_mma.partition_A(a_tile))
         b_fragments = mma.make_fragment_B(thread_mma.partition_B(b_tile))
         shape = thread_mma.partition_shape_C((rows, config.tile_n))
-        return mma, a_fragments, b_fragments, cute.make_rmem_tensor(shape, Float32)
+        mma.set(warpgroup.Field.ACCUMULATE, True)
+        return (mma, a_fragments, b_fragments), cute.make_rmem_tensor(shape, Float32)
+
+    def _start_ring(self, position):
+        """Consumer state at the start of a tile: stage, phase, stage before it, steps so far."""
+        stage = position % self.stages
+        return stage, (position // self.stages) & 1, stage, Int32(0)
 
     @cute.jit
-    def _multiply(
-        self, mma, a_fragments, b_fragments, accumulator, k_tiles: Int32, position: Int32, smem
-    ):
-        """Issues accumulator = A @ B over ``k_tiles`` stages, zero if there are none.
+    def _multiply(self, operands, accumulator, steps: Int32, ring, smem):
+        """Issues accumulator += A @ B for ``steps`` stages; returns the new ``ring``.
 
-        One wgmma group stays in flight; :meth:`_finish_multiply` awaits the last.
+        One wgmma group stays in flight; :meth:`_finish_multiply` awaits the tile's last.
         """
         plan = self.smem
-        accumulator.fill(0.0)
-        mma.set(warpgroup.Field.ACCUMULATE, True)
-        stage = position % self.stages
-        phase = (position // self.stages) & 1
-        previous = stage
-        for k_tile in cutlass.range(k_tiles, unroll=1):
+        mma, a_fragments, b_fragments = operands
+        stage, phase, previous, step = ring
+        for _ in cutlass.range(steps, unroll=1):
             cute.arch.mbarrier_wait(self.barrier(smem, plan.full, stage), phase)
             if cutlass.const_expr(self.problem.gather is not None):
                 # cp.async wrote through the generic proxy; wgmma reads through the async proxy.
@@ -283,13 +394,15 @@ class MainloopMixin:
                 )
             warpgroup.commit_group()
             warpgroup.wait_group(1)
-            if k_tile > 0:
+            if step > 0:
                 self._release(smem, previous)
             previous = stage
+            step = step + 1
             stage = stage + 1
             if stage == self.stages:
                 stage = Int32(0)
                 phase = phase ^ 1
+        return stage, phase, previous, step
 
     @cute.jit
     def _finish_multiply(self, k_tiles: Int32, position: Int32, smem):

@@ -20,6 +20,7 @@ SHARED_MEMORY_BYTES = 232_448  # 227 KB per CTA on sm_90
 _ELEMENT_BYTES = 2
 _BARRIER_BYTES = 1024
 _MAX_STAGES = 8
+TILE_SLOTS = 8  # tiles taken ahead of the slowest warp, with a dynamic tile order
 
 
 class SharedMemoryPlan:
@@ -45,6 +46,9 @@ class SharedMemoryPlan:
         self.full = 0
         self.empty = self.full + 8 * _MAX_STAGES
         self.c_full = self.empty + 8 * _MAX_STAGES
+        self.tile_full = _BARRIER_BYTES // 2
+        self.tile_empty = self.tile_full + 8 * TILE_SLOTS
+        self.tile_ring = self.tile_empty + 8 * TILE_SLOTS
         self.a = _BARRIER_BYTES
         self.b = self.a + self.stages * self.a_bytes
         self.epilogue = self.b + self.stages * self.b_bytes
@@ -92,10 +96,13 @@ def supports_config(problem: Problem, config: TileConfig) -> Unsupported | None:
         return Unsupported(
             f"tile_n={config.tile_n}: a multiple of {columns_unit} up to 256 here", remedy
         )
-    if pingpong and problem.ragged is Ragged.REDUCTION:
-        return Unsupported(
-            "ping-pong over a ragged reduction: use the cooperative schedule", remedy
-        )
+    if config.dynamic and config.cluster_size > 1:
+        return Unsupported("a dynamic tile order of clusters: only single CTAs take tiles", remedy)
+    if config.schedule is Schedule.OVERLAPPED:
+        if problem.ragged is Ragged.REDUCTION:
+            return Unsupported("an overlapped epilogue of a ragged reduction", remedy)
+        if config.tile_m != 128:
+            return Unsupported(f"tile_m={config.tile_m} with an overlapped epilogue: 128", remedy)
     if (config.cluster_m, config.cluster_n) not in ((1, 1), (2, 1), (1, 2)):
         return Unsupported(
             f"cluster {config.cluster_m}x{config.cluster_n}: 1x1, 2x1 and 1x2 are built", remedy
@@ -129,24 +136,17 @@ def _coverage(extent: int, tile: int) -> float:
 def candidates(problem: Problem, rows_per_expert: int, k: int) -> list[tuple[TileConfig, float]]:
     """Tiles worth trying, each with its rate on a matrix that it covers without waste.
 
-    Rates are relative within a problem: medians over the shapes A, B, C, E and F of the benchmark
-    on an H200 on 2026-11-20, divided by the coverage. ``kernels_sm90/README.md`` has the ladder.
+    Rates are relative within a problem: read off sweeps over the shapes A to F of the benchmark on
+    an H200 on 2026-11-20, divided by the coverage. ``kernels_sm90/README.md`` has the ladder.
     """
-    cooperative, pingpong = Schedule.COOPERATIVE, Schedule.PINGPONG
-    gated = problem.activation is not None and problem.activation.is_gated
     if problem.ragged is Ragged.REDUCTION:
-        if problem.gather is Operand.B:
-            return [
-                (TileConfig(256, 128, 1, 2, cooperative, 1), 1.0),
-                (TileConfig(256, 128, 1, 1, cooperative, 1), 0.99),
-                (TileConfig(256, 192, 1, 1, cooperative, 1), 0.98),
-            ]
-        return [
-            (TileConfig(128, 256, 2, 1, cooperative, 2), 1.0),
-            (TileConfig(256, 192, 1, 1, cooperative, 1), 0.99),
-            (TileConfig(128, 192, 1, 1, cooperative, 2), 0.95),
-            (TileConfig(256, 128, 1, 1, cooperative, 2), 0.93),
-        ]
+        return _weight_gradient_candidates(problem, rows_per_expert)
+    cooperative, pingpong, overlapped = (
+        Schedule.COOPERATIVE,
+        Schedule.PINGPONG,
+        Schedule.OVERLAPPED,
+    )
+    gated = problem.activation is not None and problem.activation.is_gated
     if problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
         narrow = TileConfig(128, 128, 1, 1, pingpong, 2)
         if not gated:
@@ -154,28 +154,43 @@ def candidates(problem: Problem, rows_per_expert: int, k: int) -> list[tuple[Til
             # spills registers where a warpgroup holds a whole tile.
             narrow = TileConfig(128, 128, 1, 1, cooperative, 4)
         return [
-            (TileConfig(128, 256, 1, 1, cooperative, 4), 1.0),
-            (TileConfig(128, 192, 1, 1, cooperative, 4), 0.87),
-            (narrow, 0.85),
+            (TileConfig(128, 256, 1, 1, overlapped, 4, dynamic=True), 1.0),
+            (TileConfig(128, 192, 1, 1, overlapped, 4, dynamic=True), 0.87),
+            (narrow, 0.8),
         ]
     if problem.epilogue is EpilogueKind.ACTIVATION:
         return [
-            (TileConfig(128, 256, 1, 1, cooperative, 2), 1.0),
-            (TileConfig(128, 192, 1, 1, cooperative, 2), 0.9),
+            (TileConfig(128, 256, 1, 1, overlapped, 1, dynamic=True), 1.0),
+            (TileConfig(128, 192, 1, 1, overlapped, 1, dynamic=True), 0.87),
             (TileConfig(128, 128, 1, 1, cooperative, 2), 0.75),
         ]
-    if problem.transposed_weight and rows_per_expert >= 1024 and k > 1024:
-        return [
-            (TileConfig(128, 256, 1, 1, cooperative, 2, raster_along_m=False), 1.0),
-            (TileConfig(128, 192, 2, 1, pingpong, 2, raster_along_m=False), 0.99),
-        ]
-    # Neighbouring tiles share the weight, except where a short reduction makes the rows dearer.
-    along_m = not problem.transposed_weight or k > 1024
-    stages = 2 if problem.transposed_weight else 1
+    # A short reduction hides little of an epilogue: there a second tile in flight hides more.
+    wide, narrow_rate = (0.93, 1.0) if k <= 512 else (1.0, 0.95)
     return [
-        (TileConfig(128, 192, 1, 1, pingpong, stages, raster_along_m=along_m), 1.0),
-        (TileConfig(128, 256, 1, 1, cooperative, 2, raster_along_m=False), 0.9),
-        (TileConfig(128, 128, 1, 1, pingpong, 2, raster_along_m=along_m), 0.9),
+        (TileConfig(128, 256, 1, 1, overlapped, 1, raster_along_m=False, dynamic=True), wide),
+        (TileConfig(128, 192, 1, 1, pingpong, 2, dynamic=True), narrow_rate),
+        (TileConfig(128, 128, 1, 1, pingpong, 2, dynamic=True), 0.85),
+    ]
+
+
+def _weight_gradient_candidates(
+    problem: Problem, rows_per_expert: int
+) -> list[tuple[TileConfig, float]]:
+    cooperative, pingpong = Schedule.COOPERATIVE, Schedule.PINGPONG
+    stages = 1 if problem.epilogue is EpilogueKind.ACCUMULATE else 2
+    turns = TileConfig(128, 192, 1, 1, pingpong, stages)
+    if problem.gather is Operand.B:
+        return [
+            (turns, 1.0),
+            (TileConfig(256, 128, 1, 2, cooperative, 1), 0.96),
+            (TileConfig(256, 128, 1, 1, cooperative, 1), 0.95),
+        ]
+    # The longer the reduction, the less there is to hide.
+    rate = 0.97 if rows_per_expert >= 1024 else 1.15
+    return [
+        (turns, rate),
+        (TileConfig(128, 256, 2, 1, cooperative, 2), 1.0),
+        (TileConfig(256, 128, 1, 1, cooperative, stages), 0.93),
     ]
 
 

@@ -28,8 +28,7 @@ def _swizzled(row, piece):
 class GatherMajorColumns:
     """Tile ``(rows, 64 columns)`` of gathered rows, reduction along the columns (ragged rows).
 
-    Rows past the segment's end repeat its last row (the store drops them); columns past ``columns``
-    are zero.
+    Rows past the segment's end and columns past ``columns`` are zero and cost no traffic.
     """
 
     source: cute.Tensor  # (tokens, columns)
@@ -46,21 +45,23 @@ class GatherMajorColumns:
         tokens = []
         for i in cutlass.range_constexpr(self.rows // step):
             row = begin + first + self.thread // _PIECES_PER_ROW + i * step
-            tokens.append(self.index[cutlass.max(cutlass.min(row, end - 1), 0)])
+            token = Int32(-1)
+            if row < end:
+                token = self.index[row]
+            tokens.append(token)
         return tuple(tokens)
 
     @cute.jit
     def begin_tile(self, tokens):
-        """Element offsets of this thread's source rows."""
+        """Element offsets of this thread's source rows, negative where there is none."""
         piece = self.thread % _PIECES_PER_ROW
         return tuple(Int64(token) * self.columns + piece * _PIECE for token in tokens)
 
-    @cute.jit
-    def prepare(self, state, k: Int32):
-        return state
+    def prepare(self, offsets, k: Int32):
+        return offsets
 
     @cute.jit
-    def load(self, state, destination, k: Int32):
+    def load(self, offsets, destination, k: Int32):
         """Issues the copies of columns ``[k, k + 64)``."""
         step = self.threads // _PIECES_PER_ROW
         piece = self.thread % _PIECES_PER_ROW
@@ -70,8 +71,8 @@ class GatherMajorColumns:
         for i in cutlass.range_constexpr(self.rows // step):
             copy_16_bytes_or_zero(
                 destination + (_swizzled(row, piece) + i * step * _ROW_BYTES),
-                base + (state[i] + k),
-                inside,
+                base + (offsets[i] + k),
+                inside & (offsets[i] >= 0),
             )
 
 

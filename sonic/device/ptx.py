@@ -62,6 +62,32 @@ def minimum(x: Float32, y: Float32) -> Float32:
 
 
 @cute.jit
+def maximum_magnitude(x: Float32, y: Float32) -> Float32:
+    """max(x, |y|); the other one if one is NaN."""
+    return cute.arch.inline_ptx(
+        "{ .reg .f32 t; abs.f32 t, {$r1}; max.f32 {$w0}, {$r0}, t; }",
+        write_only_types=[Float32],
+        read_only_args=[x, y],
+    )
+
+
+@cute.jit
+def bits_of_float(x: Float32) -> Int32:
+    """The bit pattern of a float."""
+    return cute.arch.inline_ptx(
+        "mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x]
+    )
+
+
+@cute.jit
+def float_of_bits(bits: Int32) -> Float32:
+    """Inverse of :func:`bits_of_float`."""
+    return cute.arch.inline_ptx(
+        "mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[bits]
+    )
+
+
+@cute.jit
 def tanh_approx(x: Float32) -> Float32:
     """tanh(x), relative error up to 2**-11."""
     return cute.arch.inline_ptx(

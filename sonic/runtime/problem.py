@@ -81,6 +81,7 @@ class Schedule(str, Enum):
 
     COOPERATIVE = "cooperative"  # both take half the rows of one tile
     PINGPONG = "pingpong"  # each takes a whole tile, in turns
+    OVERLAPPED = "overlapped"  # cooperative, and a tile is stored during the next one's main loop
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class TileConfig:
     schedule: Schedule = Schedule.COOPERATIVE
     epilogue_stages: int = 2
     raster_along_m: bool = True
+    dynamic: bool = False  # CTAs take tiles from a counter instead of with a fixed stride
 
     @property
     def cluster_size(self) -> int:
@@ -103,7 +105,7 @@ class TileConfig:
     def name(self) -> str:
         return (
             f"{self.tile_m}x{self.tile_n}_{self.cluster_m}x{self.cluster_n}_{self.schedule.value}"
-            f"_e{self.epilogue_stages}"
+            f"_e{self.epilogue_stages}{'_dynamic' if self.dynamic else ''}"
         )
 
 

@@ -68,8 +68,14 @@ CONFIGS = {
     "columns of a transposed weight": (DX, COOPERATIVE, {"tile_n": 96}, "a multiple of 64 up to"),
     "no columns": (DOWN, COOPERATIVE, {"tile_n": 0}, "tile_n=0"),
     "too many columns": (DOWN, COOPERATIVE, {"tile_n": 512}, "up to 256"),
-    "ping-pong weight gradient": (
-        DW, COOPERATIVE, {"schedule": Schedule.PINGPONG}, "ping-pong over a ragged reduction",
+    "overlapped weight gradient": (
+        DW, COOPERATIVE, {"schedule": Schedule.OVERLAPPED}, "overlapped epilogue of a ragged",
+    ),
+    "rows of an overlapped tile": (
+        DOWN, COOPERATIVE, {"schedule": Schedule.OVERLAPPED, "tile_m": 256}, "tile_m=256",
+    ),
+    "a dynamic order of clusters": (
+        DOWN, COOPERATIVE, {"dynamic": True, "cluster_m": 2}, "a dynamic tile order of clusters",
     ),
     "cluster": (DOWN, COOPERATIVE, {"cluster_m": 2, "cluster_n": 2}, "cluster 2x2"),
     "shared gathered rows": (GATHERED, COOPERATIVE, {"cluster_n": 2}, "multicast of the gathered"),
