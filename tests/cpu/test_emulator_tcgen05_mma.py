@@ -287,6 +287,106 @@ def test_scale_factors_must_be_in_all_four_partitions():
         run(issue, image(a=abits, b=bbits), before)
 
 
+PAIR = """
+mov.u32 %r90, %cluster_ctarank;
+mov.b32 %r2, dynamic;
+setp.eq.u32 %p1, %r0, 0;
+setp.lt.u32 %p4, %r0, 32;
+setp.eq.u32 %p7, %r90, 0;
+mad.wide.u32 %d1, %r90, 32768, %d1;
+mad.wide.u32 %d0, %r90, {stride}, %d0;
+mov.b32 %r3, %r0;
+FILL: mad.wide.u32 %d8, %r3, 4, %d1;
+ld.global.u32 %r4, [%d8];
+mad.lo.u32 %r5, %r3, 4, %r2;
+setp.gt.u32 %p5, %r3, 255;
+@%p5 st.shared.u32 [%r5], %r4;
+add.u32 %r3, %r3, 128;
+setp.lt.u32 %p6, %r3, 8192;
+@%p6 bra FILL;
+@%p1 mbarrier.init.shared::cta.b64 [%r2], 1;
+@%p1 fence.mbarrier_init.release.cluster;
+@!%p4 bra FILLED;
+tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%r2+16], 32;
+FILLED:
+fence.proxy.async.shared::cta;
+{meet}
+ld.shared.u32 %r6, [%r2+16];
+setp.ne.u32 %p3, 0, 0;
+mov.b16 %h1, {mask};
+@!%p7 bra ISSUED;
+@!%p1 bra ISSUED;
+tcgen05.mma.cta_group::2.kind::f16 [%r6], {a}, {b}, {shape}, %p3;
+tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64 [%r2], %h1;
+ISSUED:
+{wait}
+tcgen05.fence::after_thread_sync;
+and.b32 %r7, %r0, 96;
+shl.b32 %r7, %r7, 16;
+add.u32 %r7, %r7, %r6;
+tcgen05.ld.sync.aligned.32x32b.x{columns}.b32 {{{registers}}}, [%r7];
+tcgen05.wait::ld.sync.aligned;
+mad.wide.u32 %d9, %r0, {width}, %d0;
+{save}
+barrier.cluster.arrive.release.aligned;
+barrier.cluster.wait.acquire.aligned;
+@!%p4 bra END;
+tcgen05.dealloc.cta_group::2.sync.aligned.b32 %r6, 32;
+END:
+"""
+MEET = "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n"
+WAIT = "WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;\n@!%p2 bra WAIT;\n"
+
+
+def run_pair(m, seed=0, meet=MEET, mask=3, wait=WAIT):
+    """One MMA of two CTAs, 32 columns: (result by CTA, lane and column; A; B)."""
+    (abits, a), (bbits, b) = operand("bf16", m), operand("bf16", 32)
+    columns = 32 if m == 256 else 16
+    out = np.zeros((2, 128, columns), np.uint32)
+    memory = np.stack(
+        [image(a=abits[m // 2 * i :][: m // 2], b=bbits[16 * i :][:16]) for i in range(2)]
+    )
+    save = "".join(f"st.global.u32 [%d9+{4 * i}], %r{20 + i};\n" for i in range(columns))
+    body = PAIR.format(
+        stride=512 * columns, meet=meet, mask=mask, a=A, b=B, shape=idesc(1, 1, m=m, n=32),
+        wait=wait, columns=columns, registers=names(20, columns), width=4 * columns, save=save,
+    )  # fmt: skip
+    options = {"block": (128, 1, 1), "grid": (2, 1, 1), "cluster": (2, 1, 1), "smem": SIZE}
+    run_ptx(body, out, memory, target="sm_100a", policy=Policy(seed), **options)
+    return out.view(np.float32), a, b
+
+
+@pytest.mark.parametrize("m", [128, 256])
+def test_two_ctas(m):
+    """M=256: lane = row of the CTA's half. M=128: lanes 64.. hold the second half of N."""
+    for seed in range(3):
+        out, a, b = run_pair(m, seed)
+        want = (a @ b.T).reshape(2, m // 2, 32)
+        if m == 128:
+            out = np.concatenate([out[:, :64], out[:, 64:]], axis=2)
+        np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "missing, message",
+    [
+        ({"mask": 1}, "deadlock"),
+        (
+            {"wait": ""},
+            r"race: tcgen05\.(ld of .*whose commit's mbarrier|mma of .* the read by)",
+        ),
+        (
+            {"meet": "bar.sync 0;"},
+            "never fenced|nothing orders after|has allocated no TMEM|no init",
+        ),
+    ],
+)
+def test_mistakes_of_two_ctas(missing, message):
+    for seed in range(3):
+        with pytest.raises(Fault, match=message):
+            run_pair(256, seed, **missing)
+
+
 ALL = np.arange(128)
 COPIES = {
     "128x256b": (128, 32, [(ALL, ALL)]),

@@ -38,6 +38,7 @@ class TensorMemory:
         self.data = np.full((128, COLUMNS), POISON32, np.uint32)
         self.taken, self.last, self.relinquished = {}, COLUMNS, False
         self.calls, self.waiters, self.done = 0, [], {}  # of tcgen05.alloc
+        self.warned = set()
         self.version, self.checked = 0, None  # of the stamps, but an engine's own; see `mma_order`
         shape = (HALVES, COLUMNS)
         self.writer = np.zeros(shape, np.int16)
@@ -98,11 +99,9 @@ class TensorMemory:
             raise self.unordered(w, at, late, ins, self.read_line, "read by")
         soft = self.by_registers[at]
         if soft.any():
-            where = line_of(w, int(self.read_line[at][soft][0]))
-            machine.warnings.add(
-                f"{name_of(ins)} overwrites what a tcgen05.ld read that no tcgen05.wait::ld "
-                f"follows, only uses of its registers: {where}; {ins.where()}"
-            )
+            line = int(self.read_line[at][soft][0])
+            what = f"{name_of(ins)} overwrites what a tcgen05.ld read that no tcgen05.wait::ld "
+            self.warn(machine, w, what + "follows, only uses of its registers: {}; {}", line, ins)
         self.after_fence(machine, w, reader, self.read_fence[at], self.read_line[at], ins, engine)
 
     def after_fence(self, machine, w, who, fenced, lines, ins, engine):
@@ -115,11 +114,16 @@ class TensorMemory:
         for missing, clock in (("before", known(w)), ("after", w.tmem_clock)):
             late = foreign & (fenced > clock[who])
             if late.any():
-                earlier = line_of(w, int(lines[late][0]))
-                machine.warnings.add(
-                    f"no tcgen05.fence::{missing}_thread_sync between {earlier} and {ins.where()}"
-                )
+                what = f"no tcgen05.fence::{missing}_thread_sync between {{}} and {{}}"
+                self.warn(machine, w, what, int(lines[late][0]), ins)
                 return
+
+    def warn(self, machine, w, what, line, ins):
+        """Adds a warning that names an earlier PTX line and an instruction, once."""
+        key = what, line, ins.line
+        if key not in self.warned:
+            self.warned.add(key)
+            machine.warnings.add(what.format(line_of(w, line), ins.where()))
 
     def unordered(self, w, at, late, ins, lines, who):
         """The Fault for an access that nothing orders after an earlier one."""
