@@ -1,7 +1,7 @@
 """The configurations: what is compiled, and the problem each is run on."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 OBJECT_NAME = "calibration"  # of the function in every object file
 ARCHITECTURES = ("sm_90a", "sm_100a", "sm_120a")
@@ -94,8 +94,10 @@ class Configuration:
 
     @property
     def key(self):
-        """Names the compiled kernel on disk."""
-        return f"{self.name}-{hashlib.sha256(repr(self).encode()).hexdigest()[:12]}"
+        """Names the compiled kernel on disk; fields that have their default are left out of it."""
+        mine = {f.name: getattr(self, f.name) for f in fields(self)}
+        said = {f.name: mine[f.name] for f in fields(self) if mine[f.name] != f.default}
+        return f"{self.name}-{hashlib.sha256(repr(said).encode()).hexdigest()[:12]}"
 
 
 SPLIT = (130, 0, 77, 200)  # segments: two tiles, none, a part of one, two
