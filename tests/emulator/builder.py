@@ -7,6 +7,7 @@ try_wait).
 
 import numpy as np
 
+from .gpus import check_instruction
 from .memory import SMEM_RESERVED, Fault
 from .ptx import PtxError, Sink, Vec
 from .values import KIND, LANE_IDS, LANES, NP, STORE
@@ -90,6 +91,7 @@ class Builder:
 
     def build(self, ins):
         """The function that executes an instruction."""
+        check_instruction(ins, self.program.kernel.target)
         p = ins.parts
         for n in range(min(len(p), 6), 0, -1):
             entry = TABLE.get(p[:n])

@@ -5,6 +5,7 @@ PTX ISA 2.2 "Thread hierarchy", 9.7.13.14 (griddepcontrol), 10 (special register
 
 import numpy as np
 
+from .gpus import check_launch, check_residency
 from .memory import SMEM_RESERVED, Fault
 from .races import Knowledge
 from .state import Cluster, Cta, Warp
@@ -19,7 +20,9 @@ class Grid:
     griddepcontrol.launch_dependents or has exited. `params`: bytes of each parameter.
     """
 
-    def __init__(self, machine, serial, program, dims, block, cluster, smem, params):
+    def __init__(
+        self, machine, serial, program, dims, block, cluster, smem, params, non_portable=True
+    ):
         self.machine, self.serial, self.program = machine, serial, program
         self.kernel, self.dims, self.block, self.cluster_dim = (
             program.kernel,
@@ -44,6 +47,7 @@ class Grid:
         self.threads = self.block[0] * self.block[1] * self.block[2]
         self.ctas_per_cluster = cluster[0] * cluster[1] * cluster[2]
         self.lay_out_shared(smem)
+        check_launch(machine.gpu_for(self.kernel.target), self, smem, non_portable)
         self.load_params(params)
         self.load_globals()
         x, y, z = self.counts
@@ -147,6 +151,9 @@ class Grid:
         stream = self.machine.stream
         self.behind = frozenset(g.serial for g in stream[: stream.index(self)])
         self.started = True
+        gpu = self.machine.gpu_for(self.kernel.target)
+        if warning := check_residency(gpu, self):
+            self.machine.warnings.add(warning)
         if not self.behind:
             self.machine.memory.order.reset()
 
@@ -209,6 +216,7 @@ class Grid:
             return np.full(LANES, v, np.uint32)
 
         b, c, g = self.block, self.cluster_dim, self.dims
+        gpu = self.machine.gpu_for(self.kernel.target)
         lane = np.arange(LANES, dtype=np.uint32)
         below = (np.uint32(1) << lane) - np.uint32(1)
         special = {
@@ -218,8 +226,8 @@ class Grid:
             "%cluster_ctarank": u4(cta.rank),
             "%cluster_nctarank": u4(c[0] * c[1] * c[2]),
             "%is_explicit_cluster": np.full(LANES, True),
-            "%smid": u4(self.machine.rng.randrange(132)),
-            "%nsmid": u4(132),
+            "%smid": u4(self.machine.rng.randrange(gpu.sms)),
+            "%nsmid": u4(gpu.sms),
             "%clock": u4(0),
             "%clock64": np.zeros(LANES, np.uint64),
             "%globaltimer": np.zeros(LANES, np.uint64),

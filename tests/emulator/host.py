@@ -22,6 +22,7 @@ LAUNCH = C.CFUNCTYPE(
     C.POINTER(C.c_uint32),
     C.c_uint64,
     C.c_int,
+    C.c_int,
     C.POINTER(C.c_void_p),
 )
 DL_CUDA = 2
@@ -126,7 +127,8 @@ class Buffer:
 class Launch:
     """A captured launch; `args` are pointers to the kernel's parameters.
 
-    programmatic: it has the attribute programmatic stream serialization.
+    programmatic: it has the attribute programmatic stream serialization. non_portable: the kernel
+    has the attribute that allows clusters of more than eight CTAs.
     """
 
     name: str
@@ -135,6 +137,7 @@ class Launch:
     cluster: tuple
     smem: int
     programmatic: bool
+    non_portable: bool
     args: object
 
 
@@ -214,7 +217,7 @@ class HostFunction:
         """Calls the function; `on_launch(Launch)` runs at once for every kernel it launches."""
         failure = []
 
-        def callback(name, grid, block, cluster, smem, programmatic, kernel_args):
+        def callback(name, grid, block, cluster, smem, programmatic, wide, kernel_args):
             try:
                 on_launch(
                     Launch(
@@ -224,6 +227,7 @@ class HostFunction:
                         tuple(cluster[:3]),
                         smem,
                         bool(programmatic),
+                        bool(wide),
                         kernel_args,
                     )
                 )

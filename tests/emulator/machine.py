@@ -5,6 +5,7 @@ import heapq
 import numpy as np
 
 from .builder import SOFT
+from .gpus import gpu_for
 from .grid import Grid
 from .inflight import touch
 from .memory import Fault
@@ -25,6 +26,7 @@ class Machine:
     resident: clusters of a launch that run at a time. race_check: report unordered accesses.
     exit_check: report CTAs that exit while a bulk store still reads their shared memory.
     copy_fence: wgmma, tcgen05.mma and TMA see what cp.async wrote only after a fence.proxy.async.
+    gpu: a name in `gpus.GPUS`, whose limits hold; by default the usual one for the code's target.
     any_cancel: cluster launch control hands out clusters in any order, as the ISA allows, not in
         that of the launch, on which known kernels rely.
     """
@@ -39,11 +41,12 @@ class Machine:
         copy_fence=True,
         any_cancel=False,
         max_steps=50_000_000,
+        gpu=None,
     ):
         self.memory, self.policy, self.resident = memory, policy or Policy(), resident
         self.race_check, self.exit_check, self.max_steps = race_check, exit_check, max_steps
         self.copy_fence, self.any_cancel = copy_fence, any_cancel
-        self.rng = self.policy.rng
+        self.rng, self.gpu = self.policy.rng, gpu
         memory.order.check = race_check
         self.stats, self.warnings, self.output = {}, set(), []
         self.coverage = {}  # by kernel, the first instructions of the nodes that ran
@@ -110,12 +113,24 @@ class Machine:
         self.enqueue(program, grid, block, cluster, smem, params)
         self.synchronize()
 
-    def enqueue(self, program, grid, block, cluster, smem, params, programmatic=False):
-        """Appends a launch to the stream; `programmatic`: with the attribute of that name
-        (programmatic stream serialization), which lets it overlap with the launch before it.
+    def enqueue(
+        self,
+        program,
+        grid,
+        block,
+        cluster,
+        smem,
+        params,
+        programmatic=False,
+        non_portable=True,
+    ):
+        """Appends a launch to the stream.
+
+        programmatic: with the attribute programmatic stream serialization, which lets it overlap
+        with the launch before it. non_portable: with that for clusters of more than eight CTAs.
         """
         self.launches += 1
-        g = Grid(self, self.launches, program, grid, block, cluster, smem, params)
+        g = Grid(self, self.launches, program, grid, block, cluster, smem, params, non_portable)
         g.previous = self.stream[-1] if self.stream else None
         g.programmatic = programmatic
         self.stream.append(g)
@@ -156,6 +171,10 @@ class Machine:
                     break
             while g.todo and g.active < self.resident:
                 g.start_cluster()
+
+    def gpu_for(self, target):
+        """The Gpu that runs code for a target."""
+        return gpu_for(target, self.gpu)
 
     def new_cluster_serial(self):
         self.clusters += 1

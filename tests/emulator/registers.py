@@ -6,12 +6,12 @@ from .builder import BLOCK, converged, instruction
 class RegisterPool:
     """Registers of a CTA by warp; an increase waits until enough were given back.
 
-    The kernel starts with the most registers a thread that the launch allows: 64K by the number of
-        threads, in steps of 8.
+    The kernel starts with its `.maxnreg`, or the most registers a thread that the launch allows:
+    64K by the number of threads, in steps of 8.
     """
 
-    def __init__(self, warps):
-        each = min(65536 // (32 * warps) // 8 * 8, 256)
+    def __init__(self, warps, most):
+        each = most or min(65536 // (32 * warps) // 8 * 8, 256)
         self.free, self.held, self.waiters = 0, dict.fromkeys(range(warps), each), []
 
 
@@ -26,7 +26,8 @@ def setmaxnreg(increase):
                 return BLOCK
             pool = w.cta.registers
             if pool is None:
-                pool = w.cta.registers = RegisterPool(len(w.cta.warps))
+                most = w.cta.program.kernel.directives.get("maxnreg", (0,))[0]
+                pool = w.cta.registers = RegisterPool(len(w.cta.warps), most)
             held = pool.held[w.index]
             if (n <= held) if increase else (n >= held):
                 return None

@@ -12,9 +12,6 @@ from .memory import GlobalMemory
 from .policy import Policy
 from .program import Program
 
-# (shared memory a CTA may opt in to, SMs) of H200, B200, RTX 5090
-DEVICES = {"sm_90": (232448, 132), "sm_10": (232448, 148), "sm_12": (101376, 170)}
-
 
 class Emulator:
     """A compiled CuTeDSL host function with its kernels, ready to run on the CPU.
@@ -53,15 +50,10 @@ class Emulator:
             memory.add(base, data, label)
         machine = self.machine = Machine(memory, policy or Policy(), **machine_options)
         target = next(iter(self.programs.values())).kernel.target
-        smem_optin, sms = DEVICES.get(target[:5], DEVICES["sm_90"])
+        gpu = machine.gpu_for(target)
 
         def on_launch(launch):
             program = self.programs[launch.name]
-            if launch.smem > smem_optin:
-                raise RuntimeError(
-                    f"{launch.name} asks for {launch.smem} bytes of shared memory; "
-                    f"{target} has {smem_optin}"
-                )
             params = [
                 ctypes.string_at(launch.args[i], p[1]) for i, p in enumerate(program.kernel.params)
             ]
@@ -73,9 +65,10 @@ class Emulator:
                 launch.smem,
                 params,
                 launch.programmatic,
+                launch.non_portable,
             )
 
-        self.host(packed, on_launch, smem_optin, sm_count or sms)
+        self.host(packed, on_launch, gpu.smem_block, sm_count or gpu.sms)
         machine.synchronize()
         return machine
 

@@ -9,11 +9,12 @@
 typedef struct { uint32_t x, y, z; } dim3_t;
 typedef struct { int32_t id; int32_t pad; union { uint32_t u32[16]; int32_t i32[16]; char raw[64]; } val; } attr_t;
 typedef struct { dim3_t grid, block; size_t smem; void *stream; attr_t *attrs; uint32_t num_attrs; } config_t;
-typedef struct { char name[2048]; } kernel_t;
+typedef struct { char name[2048]; int dynamic_smem, non_portable; } kernel_t;
 typedef int (*launch_cb_t)(const char *name, const uint32_t *grid, const uint32_t *block, const uint32_t *cluster,
-                           uint64_t smem, int programmatic, void **args);
+                           uint64_t smem, int programmatic, int non_portable, void **args);
 
-enum { ATTR_SM_COUNT = 16, ATTR_SMEM_OPTIN = 97, LAUNCH_CLUSTER = 4, LAUNCH_PROGRAMMATIC = 6 };
+enum { ATTR_SM_COUNT = 16, ATTR_SMEM_OPTIN = 97, LAUNCH_CLUSTER = 4, LAUNCH_PROGRAMMATIC = 6,
+       MAX_DYNAMIC_SMEM = 8, NON_PORTABLE_CLUSTER = 14, SMEM_WITHOUT_OPTIN = 48 << 10 };
 
 static launch_cb_t g_launch;
 static char g_error[4096];
@@ -36,8 +37,14 @@ int _cudaLibraryGetKernel(void **kernel, void *lib, const char *name) {
   *kernel = k;
   return 0;
 }
-int _cudaKernelSetAttributeForDevice(void *k, int attr, int value, int dev) { return 0; }
-int _cudaFuncSetAttribute(void *k, int attr, int value) { return 0; }
+int _cudaFuncSetAttribute(void *k, int attr, int value) {
+  if (attr == MAX_DYNAMIC_SMEM) ((kernel_t *)k)->dynamic_smem = value;
+  if (attr == NON_PORTABLE_CLUSTER) ((kernel_t *)k)->non_portable = value;
+  return 0;
+}
+int _cudaKernelSetAttributeForDevice(void *k, int attr, int value, int dev) {
+  return _cudaFuncSetAttribute(k, attr, value);
+}
 int _cuKernelGetAttribute(int *out, int attr, void *k, int dev) { *out = 0; return 0; }
 int _cudaGetDevice(int *dev) { *dev = 0; return 0; }
 int _cudaSetDevice(int dev) { return 0; }
@@ -52,9 +59,13 @@ int _cudaLaunchKernelEx(const config_t *cfg, void *kernel, void **args) {
     if (cfg->attrs[i].id == LAUNCH_CLUSTER) memcpy(cluster, cfg->attrs[i].val.u32, sizeof cluster);
     if (cfg->attrs[i].id == LAUNCH_PROGRAMMATIC) programmatic = cfg->attrs[i].val.i32[0];
   }
+  kernel_t *k = kernel;
+  if (cfg->smem > SMEM_WITHOUT_OPTIN && cfg->smem > (uint64_t)k->dynamic_smem && !g_error[0])
+    snprintf(g_error, sizeof g_error, "launch with %zu bytes of dynamic shared memory: the attribute allows %d",
+             cfg->smem, k->dynamic_smem > SMEM_WITHOUT_OPTIN ? k->dynamic_smem : SMEM_WITHOUT_OPTIN);
   if (!g_launch || g_error[0]) return 1;  // an earlier call failed where the caller does not look at its result
-  return g_launch(((kernel_t *)kernel)->name, &cfg->grid.x, &cfg->block.x, cluster, cfg->smem, programmatic,
-                  args);
+  return g_launch(k->name, &cfg->grid.x, &cfg->block.x, cluster, cfg->smem, programmatic,
+                  k->non_portable, args);
 }
 
 // The documented checks of cuTensorMapEncodeTiled and the format that tensormap.py decodes.
@@ -82,7 +93,7 @@ int _cuTensorMapEncodeTiled(uint64_t *map, uint32_t dtype, uint32_t rank, void *
     return refuse("an enumeration is out of range");
   int padded = dtype == PADDED4 || dtype == PADDED6;
   uint32_t unit = interleave == 2 || padded ? 32 : 16;
-  if (base % unit) return refuse("the address is not aligned to 16 bytes, or 32 for padded types and interleaving");
+  if (base % unit) return refuse(unit == 32 ? "the address is not 32-byte aligned" : "the address is not 16-byte aligned");
   if (base >> 57) return refuse("the address has more than 57 bits");
   uint32_t row = box[0] * element_bits[dtype] / 8;
   if (!interleave && row % 16) return refuse("a box row is not a multiple of 16 bytes");
@@ -108,7 +119,7 @@ int _cuTensorMapEncodeTiled(uint64_t *map, uint32_t dtype, uint32_t rank, void *
     ((uint8_t *)q)[55 + i] = (uint8_t)(box[i] - 1);
   }
   for (uint32_t i = 0; i + 1 < rank; i++) {
-    if (strides[i] % unit) return refuse("a stride is not a multiple of 16 bytes, or 32 as the address");
+    if (strides[i] % unit) return refuse(unit == 32 ? "a stride is not a multiple of 32 bytes" : "a stride is not a multiple of 16 bytes");
     if (strides[i] >> 40) return refuse("a stride is 2**40 bytes or more");
     w[3 + i] = (uint32_t)(strides[i] >> 4);
     w[7] |= (uint32_t)(strides[i] >> 36 & 15) << (4 * i);
