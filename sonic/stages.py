@@ -57,7 +57,7 @@ def _row_strides(layout: GateUpLayout, gated: bool, weight: torch.Tensor) -> tup
     if not gated:
         return 0, 0
     row = weight.stride(1)
-    if GateUpLayout(layout) is GateUpLayout.INTERLEAVED:
+    if layout == GateUpLayout.INTERLEAVED:
         return row, 2 * row
     return weight.shape[1] // 2 * row, row
 
