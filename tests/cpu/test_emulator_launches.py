@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.emulator import Fault, Policy, PtxError
+from tests.emulator import STREAM, Fault, Policy, PtxError, run_kernel
 from tests.emulator.snippet import run_ptx, run_stream
 
 SEEDS = range(8)
@@ -204,3 +204,46 @@ def test_other_words_are_no_answer():
         run_ptx(body, target="sm_100a")
     with pytest.raises(PtxError):
         run_ptx(body.replace("mov.b128", "add.b128"), target="sm_100a")
+
+
+# ---- as CuTeDSL launches them ----
+def two_kernels(wait):
+    """A jitted host function that launches two kernels with `use_pdl=True`: z = 64 x reversed."""
+    cutlass = pytest.importorskip("cutlass")
+    import cutlass.cute as cute
+
+    @cute.kernel
+    def first(x: cute.Tensor, y: cute.Tensor):
+        cute.arch.griddepcontrol_launch_dependents()
+        i = cute.arch.block_idx()[0] * 64 + cute.arch.thread_idx()[0]
+        total = cutlass.Float32(0.0)
+        for _ in cutlass.range(64, unroll=1):
+            total += x[i]
+        y[i] = total
+
+    @cute.kernel
+    def second(y: cute.Tensor, z: cute.Tensor):
+        i = cute.arch.block_idx()[0] * 64 + cute.arch.thread_idx()[0]
+        if cutlass.const_expr(wait):
+            cute.arch.griddepcontrol_wait()
+        z[i] = y[255 - i]
+
+    @cute.jit
+    def both(x: cute.Tensor, y: cute.Tensor, z: cute.Tensor, stream):
+        first(x, y).launch(grid=[4, 1, 1], block=[64, 1, 1], stream=stream, use_pdl=True)
+        second(y, z).launch(grid=[4, 1, 1], block=[64, 1, 1], stream=stream, use_pdl=True)
+
+    return both
+
+
+def test_programmatic_launches_of_cutedsl():
+    torch = pytest.importorskip("torch")
+
+    def run(function, seed):
+        x, y, z = (torch.randn(256) for _ in range(3))
+        run_kernel(function, [x, y, z, STREAM], "sm_100a", policy=Policy(seed, {"launch": "eager"}))
+        torch.testing.assert_close(z, 64 * x.flip(0))
+
+    run(two_kernels(True), 0)
+    with pytest.raises(Fault, match=r"race: load of argument 1 .* store by .* \(launch 1\), cta"):
+        run(two_kernels(False), 0)

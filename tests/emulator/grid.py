@@ -8,6 +8,7 @@ import numpy as np
 from .gpus import check_launch, check_residency
 from .memory import SMEM_RESERVED, Fault
 from .races import Knowledge
+from .report import short
 from .state import Cluster, Cta, Warp
 from .values import LANES, POISON32
 
@@ -56,7 +57,7 @@ class Grid:
         self.silent = len(self.todo) * self.ctas_per_cluster
 
     def __str__(self):
-        return f"{self.name} (launch {self.serial})"
+        return f"{short(self.name)} (launch {self.serial})"
 
     # ---- the stream ----
     def before(self):

@@ -11,7 +11,7 @@ from .inflight import touch
 from .memory import Fault
 from .policy import Policy
 from .ptx import Not
-from .report import report
+from .report import report, short
 from .state import Fragment
 from .values import LANES
 
@@ -56,6 +56,7 @@ class Machine:
         self.events, self.queue_due, self.ready, self.active = [], {}, [], []
         self.stream, self.launches, self.clusters = [], 0, 0
         self.attention = False  # a cluster or a launch may be able to start
+        self.failed = None  # the cluster of the warp whose instruction was a Fault
 
     def count(self, name):
         self.stats[name] = self.stats.get(name, 0) + 1
@@ -147,8 +148,8 @@ class Machine:
                     self.start_some()
                     self.run_some()
         except Fault as e:
-            names = dict.fromkeys(g.name for g in self.stream if g.active)
-            raise Fault(f"{' and '.join(names)}: {e}\n{report(self)}") from None
+            names = dict.fromkeys(short(g.name) for g in self.stream if g.active)
+            raise Fault(f"{' and '.join(names)}: {e}\n{report(self, self.failed)}") from None
         finally:
             for g in self.stream:
                 g.finish()
@@ -299,7 +300,7 @@ class Machine:
         try:
             out = op(self, w, frag, m)
         except Fault as e:
-            where = w.cta.program.kernel.instrs[frag.pc].where()
+            where, self.failed = w.cta.program.kernel.instrs[frag.pc].where(), w.cta.cluster
             raise Fault(f"{e}\n  at {w}, {where}") from None
         if out is None:
             frag.pc += 1

@@ -41,7 +41,7 @@ class Event:
 
     def __str__(self):
         grid, ctaid, rank, index = self.warp
-        return f"{self.what} by {grid} cta{ctaid} rank {rank} warp {index}, {self.ins.where()}"
+        return f"{self.what} by {grid}, cta{ctaid} rank {rank} warp {index}, {self.ins.where()}"
 
 
 @dataclass(slots=True)
@@ -202,7 +202,7 @@ class GlobalOrder:
         cluster = cta.cluster
         self.events.append(
             Event(
-                what, ins, (cluster.grid.name, cta.ctaid, cta.rank, w.index), cluster.grid.serial,
+                what, ins, (str(cluster.grid), cta.ctaid, cta.rank, w.index), cluster.grid.serial,
                 cluster.serial, cta.rank, component, time, strength, proxy,
             )
         )  # fmt: skip

@@ -1,6 +1,13 @@
 """What everything was doing when a launch failed."""
 
 
+def short(name):
+    """A kernel's name without what the compiler adds to the function's."""
+    name = name.removeprefix("kernel_cutlass_").partition("_object_at_")[0]
+    name = name.partition("_tensorptr")[0].strip("_")
+    return name if len(name) <= 60 else name[:57] + "..."
+
+
 def waits_for(w):
     """What a sleeping warp waits for."""
     why = w.why
@@ -39,13 +46,19 @@ def cta_report(cta, code):
     return out
 
 
-def report(machine):
-    """Every warp of the first clusters, what it waits for, and the state of the barriers."""
+def report(machine, failed=None):
+    """Every warp of two clusters, what it waits for, and the state of the barriers.
+
+    failed: the cluster whose warp failed, if one did; it comes first.
+    """
     out = [
         f"[{machine.policy}; step {machine.steps}, "
         f"{len(machine.events)} asynchronous operations pending]"
     ]
-    for cluster in machine.active[:2]:
+    several = len({cluster.grid for cluster in machine.active}) > 1
+    for cluster in sorted(machine.active, key=lambda c: c is not failed)[:2]:
+        if several:
+            out.append(f"  of launch {cluster.grid.serial}, {short(cluster.grid.name)}:")
         for cta in cluster.ctas:
             out += cta_report(cta, cta.program.kernel.instrs)
         if cluster.barrier.arrived:
