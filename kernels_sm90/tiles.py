@@ -141,6 +141,8 @@ def candidates(problem: Problem, rows_per_expert: int, k: int) -> list[tuple[Til
     """
     if problem.ragged is Ragged.REDUCTION:
         return _weight_gradient_candidates(problem, rows_per_expert)
+    # With one tile of rows per expert, weights are read once in whatever order.
+    dynamic = rows_per_expert > WARPGROUP
     cooperative, pingpong, overlapped = (
         Schedule.COOPERATIVE,
         Schedule.PINGPONG,
@@ -154,22 +156,22 @@ def candidates(problem: Problem, rows_per_expert: int, k: int) -> list[tuple[Til
             # spills registers where a warpgroup holds a whole tile.
             narrow = TileConfig(128, 128, 1, 1, cooperative, 4)
         return [
-            (TileConfig(128, 256, 1, 1, overlapped, 4, dynamic=True), 1.0),
-            (TileConfig(128, 192, 1, 1, overlapped, 4, dynamic=True), 0.87),
+            (TileConfig(128, 256, 1, 1, overlapped, 4, dynamic=dynamic), 1.0),
+            (TileConfig(128, 192, 1, 1, overlapped, 4, dynamic=dynamic), 0.87),
             (narrow, 0.8),
         ]
     if problem.epilogue is EpilogueKind.ACTIVATION:
         return [
-            (TileConfig(128, 256, 1, 1, overlapped, 1, dynamic=True), 1.0),
-            (TileConfig(128, 192, 1, 1, overlapped, 1, dynamic=True), 0.87),
+            (TileConfig(128, 256, 1, 1, overlapped, 1, dynamic=dynamic), 1.0),
+            (TileConfig(128, 192, 1, 1, overlapped, 1, dynamic=dynamic), 0.87),
             (TileConfig(128, 128, 1, 1, cooperative, 2), 0.75),
         ]
     # A short reduction hides little of an epilogue: there a second tile in flight hides more.
     wide, narrow_rate = (0.93, 1.0) if k <= 512 else (1.0, 0.95)
     return [
-        (TileConfig(128, 256, 1, 1, overlapped, 1, raster_along_m=False, dynamic=True), wide),
-        (TileConfig(128, 192, 1, 1, pingpong, 2, dynamic=True), narrow_rate),
-        (TileConfig(128, 128, 1, 1, pingpong, 2, dynamic=True), 0.85),
+        (TileConfig(128, 256, 1, 1, overlapped, 1, raster_along_m=False, dynamic=dynamic), wide),
+        (TileConfig(128, 192, 1, 1, pingpong, 2, dynamic=dynamic), narrow_rate),
+        (TileConfig(128, 128, 1, 1, pingpong, 2, dynamic=dynamic), 0.85),
     ]
 
 

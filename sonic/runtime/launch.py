@@ -87,24 +87,6 @@ def _grid(
     return max(min(tiles, sms // config.cluster_size), 1) * config.cluster_size
 
 
-_tile_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def _tile_counter(device: torch.device) -> torch.Tensor:
-    """Two int32 zeros for a kernel that takes its tiles from a counter, which leaves zeros behind.
-
-    Launches of one stream run in order and share theirs. A graph may be replayed beside anything,
-    so a captured launch has its own, cleared by the graph.
-    """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    counter = _tile_counters.get(key)
-    if counter is None:
-        counter = _tile_counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
-    return counter
-
-
 def config_for(
     problem: Problem, device: torch.device, rows: int, experts: int, n: int, k: int
 ) -> TileConfig:
@@ -150,6 +132,7 @@ def grouped_gemm(
     else:
         experts, m, n = offset_by_expert.shape[0] - 1, a.shape[1], b.shape[1]
     grid = _grid(problem, config, rows, experts, m, n, _multiprocessors(device))
-    counter = _tile_counter(device) if config.dynamic else None
+    # A kept counter would outlive the memory pool of a captured graph, or be shared by its replays.
+    counter = torch.zeros(2, dtype=torch.int32, device=device) if config.dynamic else None
     vectors = (bias, score, row_sum, gather, offset_by_expert, counter)
     kernel(a, b, d, aux, c, *vectors, *strides, grid)

@@ -14,6 +14,7 @@ from sonic.runtime.problem import (
 )
 
 _USUAL = (2048, 1024, 1024)  # rows per expert, n, k
+_FEW_ROWS = (64, 1024, 1024)
 # Extents that 128, 192 and 256 cover best, on either side of every threshold of the choice.
 _SIZES = [
     (rows, n, k)
@@ -35,6 +36,8 @@ def kernels(arch: Arch) -> list[tuple[Problem, TileConfig]]:
             for has_bias in (False, True):
                 for problem in layer_problems(activation, dtype, has_bias):
                     pairs[problem, backend.default_config(problem, *_USUAL)] = None
+                    if activation is ActivationType.SWIGLU:
+                        pairs[problem, backend.default_config(problem, *_FEW_ROWS)] = None
         for gated in (False, True):
             for accumulate in (False, True):
                 for gather in (None, Operand.A, Operand.B):
