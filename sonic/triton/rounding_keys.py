@@ -30,8 +30,8 @@ LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
 
 MAX_BLOCK_E = 4096  # experts of a token in one block
-_ELEMENTS = 8192  # of a block
-_ELEMENTS_PER_WARP = 1024
+_ELEMENTS = 4096  # of a block
+_ELEMENTS_PER_WARP = 256
 
 
 @triton.jit

@@ -22,6 +22,7 @@ GROUP = tl.constexpr(32)  # tokens whose verdicts share a word
 
 _MAX_HELD = 32768  # keys of a column in registers
 _MAX_CHUNK_T = 16384
+_KEYS_PER_WARP = 512
 _BALANCE_BLOCK = 1024  # experts whose running error is found at once
 
 
@@ -126,6 +127,55 @@ def _reachable(frequency, num_tokens, tile):
     return lower, upper
 
 
+@triton.jit
+def _tie_limit(column, held, threshold, ties, length, BLOCK: tl.constexpr, HELD: tl.constexpr):
+    """The token below which ``ties`` keys equal the threshold; bisected, like the threshold."""
+    low = 0
+    high = tl.where(ties > 0, length, 0)
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if HELD:
+            token = tl.arange(0, BLOCK)
+            count = tl.sum(((held == threshold) & (token < middle)).to(tl.int32), axis=0)
+        else:
+            count = 0
+            for start in range(0, length, BLOCK):
+                key = _load_keys(column, start, length, BLOCK)
+                token = start + tl.arange(0, BLOCK)
+                count += tl.sum(((key == threshold) & (token < middle)).to(tl.int32), axis=0)
+        low = tl.where(count >= ties, low, middle)
+        high = tl.where(count >= ties, middle, high)
+    return high
+
+
+@triton.jit
+def _store_verdicts(
+    words,
+    counts_before,
+    key,
+    first,
+    threshold,
+    tie_limit,
+    kept_before,
+    expert,
+    num_experts,
+    num_groups,
+    CHUNK: tl.constexpr,
+):
+    """Words and counts of the chunk of the column from token ``first`` on; how many it keeps."""
+    tied = (key == threshold) & (first + tl.arange(0, CHUNK) < tie_limit)
+    keep = (key > threshold) | tied
+    bits = tl.reshape(keep.to(tl.int32), [CHUNK // GROUP, GROUP])
+    size = tl.sum(bits, axis=1)
+    word = tl.sum(bits << tl.arange(0, GROUP)[None, :], axis=1)
+    group = first // GROUP + tl.arange(0, CHUNK // GROUP)
+    offset = group.to(tl.int64) * num_experts + expert
+    inside = group < num_groups
+    tl.store(words + offset, word, mask=inside)
+    tl.store(counts_before + offset, kept_before + tl.cumsum(size, axis=0) - size, mask=inside)
+    return tl.sum(size, axis=0)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_groups", "tile"])
 def _select_kernel(
     keys,
@@ -188,25 +238,38 @@ def _select_kernel(
     if RULE != "given":
         tl.store(count_by_expert + expert, count)
 
-    lane = tl.arange(0, GROUP)
-    ties_before = 0
-    kept_before = 0
-    for start in range(0, key_stride, CHUNK):
-        key = _load_keys(column, start, key_stride, CHUNK)
-        keep = key > threshold
-        if ties > 0:
-            tied = (key == threshold).to(tl.int32)
-            rank = ties_before + tl.cumsum(tied, axis=0)
-            keep = keep | ((tied > 0) & (rank <= ties))
-            ties_before += tl.sum(tied, axis=0)
-        bits = tl.reshape(keep.to(tl.int32), [CHUNK // GROUP, GROUP])
-        size = tl.sum(bits, axis=1)
-        group = start // GROUP + tl.arange(0, CHUNK // GROUP)
-        offset = group.to(tl.int64) * num_experts + expert
-        inside = group < num_groups
-        tl.store(words + offset, tl.sum(bits << lane[None, :], axis=1), mask=inside)
-        tl.store(counts_before + offset, kept_before + tl.cumsum(size, axis=0) - size, mask=inside)
-        kept_before += tl.sum(size, axis=0)
+    tie_limit = _tie_limit(column, held, threshold, ties, key_stride, BLOCK, HELD)
+    # A longer column is read again, in pieces: its keys and their verdicts need too many registers.
+    if HELD and CHUNK == BLOCK:
+        _store_verdicts(
+            words,
+            counts_before,
+            held,
+            0,
+            threshold,
+            tie_limit,
+            0,
+            expert,
+            num_experts,
+            num_groups,
+            BLOCK,
+        )
+    else:
+        kept_before = 0
+        for start in range(0, key_stride, CHUNK):
+            kept_before += _store_verdicts(
+                words,
+                counts_before,
+                _load_keys(column, start, key_stride, CHUNK),
+                start,
+                threshold,
+                tie_limit,
+                kept_before,
+                expert,
+                num_experts,
+                num_groups,
+                CHUNK,
+            )
 
 
 # --- counts that depend on one another ------------------------------------------------------------
@@ -319,5 +382,5 @@ def decide(
         BLOCK=block,
         CHUNK=min(block, _MAX_CHUNK_T),
         HELD=num_tokens <= block,
-        num_warps=max(4, block // 1024),
+        num_warps=max(4, min(32, block // _KEYS_PER_WARP)),
     )

@@ -35,7 +35,7 @@ EXPERT_BITS = tl.constexpr(16)
 EXPERT_MASK = tl.constexpr(2**16 - 1)
 TAIL_BLOCKS = tl.constexpr(4)  # that a program clears
 
-_MAX_BLOCK_E = 256
+_MAX_BLOCK_E = 128
 
 
 class Rounded(NamedTuple):
@@ -97,7 +97,7 @@ def _write_first_rows(
         offset = first_row + tl.cumsum(count, axis=0) - count
         tl.store(first_rows + line + expert, offset + earlier, mask=inside)
         tl.store(offset_by_expert + expert, offset, mask=expert < offset_limit)
-        size += tl.sum((word[None, :] >> lane[:, None]) & 1, axis=1)
+        size += tl.sum((word[:, None] >> lane[None, :]) & 1, axis=0)
         before += tl.sum(earlier, axis=0)
         first_row += tl.sum(count, axis=0)
     one = tl.arange(0, 1)
@@ -112,10 +112,11 @@ def _write_codes(codes, words, line, slot, num_experts, BLOCK_E: tl.constexpr):
     for start in range(0, num_experts, BLOCK_E):
         expert = start + tl.arange(0, BLOCK_E)
         word = tl.load(words + line + expert, mask=expert < num_experts, other=0)
-        bit = (word[None, :] >> lane[:, None]) & 1
-        position = slot[:, None] + tl.cumsum(bit, axis=1) - bit
-        tl.store(codes + position, (lane[:, None] << EXPERT_BITS) | expert[None, :], mask=bit > 0)
-        slot += tl.sum(bit, axis=1)
+        # Lanes along the tokens: sums and prefixes over experts then stay inside a thread.
+        bit = (word[:, None] >> lane[None, :]) & 1
+        position = slot[None, :] + tl.cumsum(bit, axis=0) - bit
+        tl.store(codes + position, (lane[None, :] << EXPERT_BITS) | expert[:, None], mask=bit > 0)
+        slot += tl.sum(bit, axis=0)
 
 
 @triton.jit
@@ -391,7 +392,7 @@ def _emit(
         slot_by_position=torch.empty(num_slots, **options),
     )
     block_e = min(_MAX_BLOCK_E, max(16, power_of_2(num_experts)))
-    num_warps = 4 if block_e < _MAX_BLOCK_E else 8
+    num_warps = 4
     pairs = 32 * num_warps
     _emit_pairs(
         num_groups + cdiv(num_slots, TAIL_BLOCKS.value * pairs),

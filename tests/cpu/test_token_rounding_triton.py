@@ -108,4 +108,4 @@ def test_a_column_moves_in_16_byte_pieces(compiled):  # noqa: F811
     """Keys are read as many times as there are passes; element by element that would show."""
     _round(16384, 128, 8, "nr")
     (text,) = _texts(compiled, "_select_kernel")
-    assert len(re.findall(r"ld\.global[\w.:]*\.v4", text)) >= 8
+    assert len(re.findall(r"ld\.global[\w.:]*\.v4", text)) >= 4  # 16 keys a thread

@@ -46,10 +46,11 @@ def test_several_groups_and_blocks_of_experts(rule, guarded):
     check(Case(150, 70, 4, 8, rule), guarded)
 
 
+@pytest.mark.parametrize("held", [0, 32768], ids=["streamed", "held"])
 @every_rule
-def test_columns_that_no_block_holds(rule, guarded, monkeypatch):
+def test_columns_in_chunks(rule, held, guarded, monkeypatch):
     """Four passes over every column, and ties that one chunk starts and another ends."""
-    monkeypatch.setattr(select, "_MAX_HELD", 0)
+    monkeypatch.setattr(select, "_MAX_HELD", held)
     monkeypatch.setattr(select, "_MAX_CHUNK_T", 64)
     for kind in ("softmax", "ties"):
         check(Case(200, 3, 1, 32, rule, kind), guarded)
