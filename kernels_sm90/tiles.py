@@ -20,6 +20,7 @@ SHARED_MEMORY_BYTES = 232_448  # 227 KB per CTA on sm_90
 _ELEMENT_BYTES = 2
 _BARRIER_BYTES = 1024
 _MAX_STAGES = 8
+_MANY_ROWS = 1024  # per expert; see candidates
 TILE_SLOTS = 8  # tiles taken ahead of the slowest warp, with a dynamic tile order
 
 
@@ -141,8 +142,9 @@ def candidates(problem: Problem, rows_per_expert: int, k: int) -> list[tuple[Til
     """
     if problem.ragged is Ragged.REDUCTION:
         return _weight_gradient_candidates(problem, rows_per_expert)
-    # With one tile of rows per expert, weights are read once in whatever order.
-    dynamic = rows_per_expert > WARPGROUP
+    # With one tile of rows per expert, weights are read once in whatever order; with many, the
+    # tiles that share weights are many too, and SMs that get ahead do not lose them.
+    dynamic = WARPGROUP < rows_per_expert < _MANY_ROWS
     cooperative, pingpong, overlapped = (
         Schedule.COOPERATIVE,
         Schedule.PINGPONG,
@@ -188,7 +190,7 @@ def _weight_gradient_candidates(
             (TileConfig(256, 128, 1, 1, cooperative, 1), 0.95),
         ]
     # The longer the reduction, the less there is to hide.
-    rate = 0.97 if rows_per_expert >= 1024 else 1.15
+    rate = 0.99 if rows_per_expert >= _MANY_ROWS else 1.15
     return [
         (turns, rate),
         (TileConfig(128, 256, 2, 1, cooperative, 2), 1.0),
