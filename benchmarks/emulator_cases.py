@@ -19,6 +19,7 @@ from tests.grouped_gemms import GroupedGemm, Sizes
 
 _BF16, _FP16 = "bfloat16", "float16"
 _COOPERATIVE, _PINGPONG = Schedule.COOPERATIVE, Schedule.PINGPONG
+_OVERLAPPED = Schedule.OVERLAPPED
 _INTERLEAVED, _CONCATENATED = GateUpLayout.INTERLEAVED, GateUpLayout.CONCATENATED
 # Several column tiles of every width, more stages than a ring has, experts of whole row tiles.
 _LARGER = Sizes(150, 264, 200, (64, 0, 257, 128, 1))
@@ -42,7 +43,6 @@ class Case:
         return " ".join([*parts, f"T{sizes.tokens} H{sizes.hidden} I{sizes.width} R{sizes.live}"])
 
 
-# Tiles of ``kernels_sm90.tiles.candidates`` first, then others that it can run.
 _UP_TILES = (
     TileConfig(128, 256, 1, 1, _COOPERATIVE, 2),
     TileConfig(128, 192, 1, 1, _COOPERATIVE, 2),
@@ -133,7 +133,36 @@ def _weight_cases() -> Iterator[tuple[GroupedGemm, TileConfig]]:
     yield GroupedGemm(problem(_FP16, None, True, True)), TileConfig(256, 128, 1, 1)
 
 
+def _scheduled_cases() -> Iterator[tuple[GroupedGemm, TileConfig]]:
+    """Stores during the next main loop, tiles from a counter, weight gradients by turns."""
+    swiglu, relu = ActivationType.SWIGLU, ActivationType.RELU
+    forward = TileConfig(128, 256, 1, 1, _OVERLAPPED, 1, dynamic=True)
+    narrow = TileConfig(128, 192, 1, 1, _OVERLAPPED, 1, dynamic=True)
+    for layout in (_INTERLEAVED, _CONCATENATED):
+        up = up_problem(swiglu, _BF16, has_bias=True, store_preact=True)
+        yield GroupedGemm(up, layout=layout), forward
+    yield GroupedGemm(up_problem(swiglu, _BF16, True, True), _LARGER), forward
+    yield GroupedGemm(up_problem(ActivationType.GEGLU, _FP16, False, False)), narrow
+    yield GroupedGemm(up_problem(relu, _BF16, False, True)), narrow
+    backward = TileConfig(128, 256, 1, 1, _OVERLAPPED, 4, dynamic=True)
+    yield GroupedGemm(down_backward_act_problem(swiglu, _BF16)), backward
+    yield GroupedGemm(down_backward_act_problem(swiglu, _BF16), _LARGER), backward
+    yield GroupedGemm(down_backward_act_problem(relu, _FP16)), backward
+    wide = TileConfig(128, 256, 1, 1, _OVERLAPPED, 1, raster_along_m=False, dynamic=True)
+    turns = TileConfig(128, 192, 1, 1, _PINGPONG, 2, dynamic=True)
+    for config in (wide, turns):
+        yield GroupedGemm(down_problem(_BF16, True)), config
+        yield GroupedGemm(down_problem(_BF16, True), _LARGER), config
+        yield GroupedGemm(up_backward_act_problem(_BF16, True), layout=_CONCATENATED), config
+    still = TileConfig(128, 192, 1, 1, _PINGPONG, 2)
+    yield GroupedGemm(weight_grad_problem(_BF16, Operand.A, False, False)), still
+    yield GroupedGemm(weight_grad_problem(_BF16, Operand.B, True, False), _LARGER), still
+    adding = TileConfig(128, 192, 1, 1, _PINGPONG, 1)
+    yield GroupedGemm(weight_grad_problem(_FP16, Operand.B, True, True)), adding
+
+
 def all_cases() -> list[Case]:
     """Every case, always in the same order; the seed is the position."""
     made = [*_activation_cases(), *_down_cases(), *_up_backward_cases(), *_weight_cases()]
+    made += _scheduled_cases()
     return [Case(gemm, config, seed) for seed, (gemm, config) in enumerate(made)]

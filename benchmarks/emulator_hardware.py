@@ -33,6 +33,7 @@ from torch import Tensor
 
 import sonic
 from benchmarks.emulator_cases import Case, all_cases
+from benchmarks.report import EMULATOR, Row
 from sonic.testing import poisoned_empty
 from tests.gemm_bounds import Band, bands
 from tests.grouped_gemms import EXACT, NORMAL, cast, digest, tiles
@@ -165,6 +166,9 @@ class Recording:
             for name, tensor in like.items()
         }
 
+    def has(self, case: Case) -> bool:
+        return f"{case.name}/{EXACT}" in self.head["digests"]
+
     def check_inputs(self, case: Case, kind: str, inputs: dict[str, Any]) -> None:
         here, there = digest(inputs), self.head["digests"].get(f"{case.name}/{kind}")
         if here != there:
@@ -190,7 +194,7 @@ def compare_case(recording: Recording, case: Case) -> dict[str, Any]:
     for kind in KINDS:
         inputs = case.gemm.inputs(case.seed, kind)
         recording.check_inputs(case, kind, inputs)
-        band = bands(case.gemm, inputs, kind)
+        band = bands(case.gemm, inputs, kind, case.config)
         runs = [run_in_emulator(case, inputs, seed) for seed in range(_SEEDS)]
         first = runs[0]
         entry[f"{kind}_seeds_agree"] = all(
@@ -235,16 +239,39 @@ def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of `totals` that tables are made of, as rows of a result file."""
+    exact, normal = summary[EXACT], summary[NORMAL]
+    figures = [
+        ("cases", summary["cases"], "tried"),
+        ("agree", summary["cases_that_agree"], "cases"),
+        ("kernels", summary["kernels"], "kernels"),
+        ("exact/defined", exact["outputs_that_must_be_bitwise_equal"], "tried"),
+        ("exact/bitwise equal", exact["of_these_bitwise_equal"], "outputs"),
+        ("normal/bitwise equal", 100 * normal["share_bitwise_equal"], "%"),
+        ("normal/largest difference", normal["largest_difference_ulps"], "ulps"),
+    ]
+    return [
+        asdict(Row(EMULATOR, [], f"hardware/{metric}", value, unit))
+        for metric, value, unit in figures
+    ]
+
+
 def compare(folder: Path) -> dict[str, Any]:
     """The content of the result file."""
     recording = Recording(folder)
     entries = []
-    for case in all_cases():
+    cases = all_cases()
+    known = [case for case in cases if recording.has(case)]
+    if len(known) < len(cases):
+        print(f"{len(cases) - len(known)} cases are not in the recording, which is older")
+    for case in known:
         entry = compare_case(recording, case)
         entries.append(entry)
         print(f"{'ok ' if agrees(entry) else 'BAD'} {entry['seconds']:6.1f} s  {case.name}")
     recorded = {k: v for k, v in recording.head.items() if k != "digests"}
-    return {"recorded": recorded, "totals": totals(entries), "cases": entries}
+    summary = totals(entries)
+    return {"rows": rows(summary), "totals": summary, "recorded": recorded, "cases": entries}
 
 
 def main() -> int:
@@ -269,7 +296,7 @@ def main() -> int:
         head = {**environment(torch.device("cuda")), "compile_seconds": seconds}
         record(arguments.record, run_on_gpu, head)
         return 0
-    result = {**environment(torch.device("cpu")), "rows": [], **compare(arguments.compare)}
+    result = {**environment(torch.device("cpu")), **compare(arguments.compare)}
     print(json.dumps(result["totals"], indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -23,6 +23,7 @@ OURS = "sonic"
 REFERENCE = "sonic_reference"  # the package's torch implementation: never shown as ours
 CUBLAS = "cublas_bmm"
 NARROW = "torch_rounded"  # torch with the same rounding points
+EMULATOR = "emulator"  # of PTX, tests/emulator
 CEILING_UNIT = "% of cuBLAS"
 ERROR_UNIT = "relative L2"
 _BEGIN, _END = "<!-- generated: {} -->", "<!-- end of generated part -->"
@@ -137,8 +138,9 @@ class Figures:
         for path in sorted(self.used):
             head = self.heads[path]
             commit = str(head["commit"])[:12]
+            driver = f", driver {head['driver']}" if head["driver"] else ""
             lines.append(
-                f"{head['device']}, driver {head['driver']}, commit `{commit}`, {head['date']}: "
+                f"{head['device']}{driver}, commit `{commit}`, {head['date']}: "
                 f"[{path.name}](benchmarks/results/{path.name})"
             )
         self.used.clear()
@@ -243,12 +245,53 @@ def support_table(figures: Figures) -> str:
     return markdown_table(header, rows)
 
 
+def emulator_table(figures: Figures) -> str:
+    """What speaks for the emulator that CPU tests run kernels in, by architecture."""
+    architectures = ("sm_90a", "sm_100a", "sm_120a")
+
+    def of(part: str, unit: str, tried: str) -> str:
+        found = figures.get(part, unit, provider=EMULATOR)
+        whole = figures.get(tried, "tried", provider=EMULATOR)
+        return "–" if found is None or whole is None else f"{found:.0f} of {whole:.0f}"
+
+    def figure(metric: str, unit: str, form: str) -> str:
+        return _cell(figures.get(metric, unit, provider=EMULATOR), form)
+
+    calibrated, found = [], []
+    for arch in architectures:
+        prefix = f"calibration/{arch}"
+        calibrated.append(of(f"{prefix}/right", "configurations", f"{prefix}/configurations"))
+        prefix = f"mutations/{arch}"
+        cell = of(f"{prefix}/caught", "mutants", f"{prefix}/mutants")
+        explained = figure(f"{prefix}/without effect", "mutants", ".0f")
+        found.append(cell if explained in ("–", "0") else f"{cell}; {explained} without effect")
+    rows = [
+        ["GEMMs of quack-kernels: results right, nothing reported", *calibrated],
+        ["single mistakes planted in right kernels: found", *found],
+    ]
+    unlike = ["–", "–"]
+    hardware = "hardware/{}".format
+    same = of(hardware("exact/bitwise equal"), "outputs", hardware("exact/defined"))
+    agree = of(hardware("agree"), "cases", hardware("cases"))
+    share = figure(hardware("normal/bitwise equal"), "%", ".2f")
+    rows += [
+        ["our GEMMs, same inputs on an H200: agree", agree, *unlike],
+        ["of these, outputs with defined bits: bitwise equal", same, *unlike],
+        ["of these, elements on random inputs: bitwise equal", f"{share} %", *unlike],
+    ]
+    known = [row for row in rows if any(cell.strip(" %") != "–" for cell in row[1:])]
+    if not known:
+        return "No runs of the emulator have been committed yet."
+    return f"{markdown_table(['', *architectures], known)}\n\n{figures.sources()}"
+
+
 TABLES: dict[str, Callable[[Figures], str]] = {
     "support": support_table,
     "performance": performance_table,
     "accuracy": accuracy_table,
     "memory": memory_table,
     "robustness": robustness_table,
+    "emulator": emulator_table,
 }
 
 

@@ -22,10 +22,12 @@ from torch import Tensor
 from sonic.enums import ActivationType
 from sonic.reference import stages as reference
 from sonic.reference.layout import pack_gate_up, split_gate_up
+from sonic.runtime.problem import Schedule, TileConfig
 from tests.grouped_gemms import DOWN_ACT, EXACT, UP, UP_INFERENCE, GroupedGemm, cast
 
 _ULP32 = 2.0**-23
 _INTEGERS = 2.0**24  # below it float32 holds every integer
+_HALF_BITS = 2.0**11  # half precision holds every integer up to it
 _TANH_ERROR = 2.0**-11  # of tanh.approx.f32, relative
 # Of 1 / (1 + ex2(c x)): rounding of the argument aside, ex2 2 ulp, sum half, reciprocal 1.
 _SIGMOID_ERROR = 4 * _ULP32
@@ -40,12 +42,22 @@ _GELUS = (ActivationType.GELU, ActivationType.GEGLU)
 _TANH_GELUS = (ActivationType.GELU_TANH, ActivationType.GEGLU_TANH)
 
 
+def rounded_to_half(x: Tensor) -> Tensor:
+    """To eleven bits, ties to even: ``x`` in half precision with a scale of its own."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp(torch.round(mantissa * _HALF_BITS), exponent) / _HALF_BITS
+
+
 @dataclass(frozen=True)
 class Band:
-    """A float64 value and the largest distance of the float32 value before the last rounding."""
+    """A float64 value and the largest distance of the float32 value before the last rounding.
+
+    ``halved``: the float32 value goes through half precision first.
+    """
 
     value: Tensor
     delta: Tensor
+    halved: bool = False
 
     def ends(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The least and the largest number of ``dtype`` that may be stored.
@@ -54,6 +66,8 @@ class Band:
         float32 value, and both roundings are monotonic.
         """
         low, high = self.value - self.delta, self.value + self.delta
+        if self.halved:
+            low, high = rounded_to_half(low), rounded_to_half(high)
         return low.float().to(dtype), high.float().to(dtype)
 
     def outside(self, stored: Tensor) -> int:
@@ -67,17 +81,31 @@ class Band:
         return int((~((low <= value) & (value <= high))).sum())
 
 
-def bands(gemm: GroupedGemm, inputs: dict[str, Any], kind: str) -> dict[str, Band]:
-    """The band of each output of ``gemm``, by name."""
+def bands(
+    gemm: GroupedGemm, inputs: dict[str, Any], kind: str, config: TileConfig
+) -> dict[str, Band]:
+    """The band of each output of ``gemm``, by name, run with the tiles ``config``."""
     wide = cast(inputs, dtype=torch.float64)
     exact = kind == EXACT
+    # Such a schedule copies accumulators, in half precision unless they are what is stored.
+    halved = config.schedule is Schedule.OVERLAPPED
     if gemm.stage in (UP, UP_INFERENCE):
-        result = _up(gemm, wide, exact)
+        result = _up(gemm, wide, exact, halved)
     elif gemm.stage is DOWN_ACT:
-        result = _down_act(gemm, wide, exact)
+        result = _down_act(gemm, wide, exact, halved)
     else:
         result = _linear(gemm, wide, exact)
     return {name: result[name] for name in gemm.stage.outputs}
+
+
+def _copied(band: Band, exact: bool) -> Band:
+    """An accumulator that was copied in half precision, as the epilogue gets it."""
+    if exact:
+        return Band(rounded_to_half(band.value), band.delta)
+    size = band.value.abs() + band.delta
+    # The second term: of values far below the largest of their row, which share its scale.
+    step = size / _HALF_BITS / 2 + 2.0**-38 * size.amax(1, keepdim=True)
+    return Band(band.value, band.delta + step)
 
 
 def _order(size: Tensor, terms: int, exact: bool) -> Tensor:
@@ -114,21 +142,24 @@ def _linear(gemm: GroupedGemm, inputs: dict[str, Any], exact: bool) -> dict[str,
     return {name: Band(value, _order(size, _terms(gemm, inputs), exact))}
 
 
-def _up(gemm: GroupedGemm, inputs: dict[str, Any], exact: bool) -> dict[str, Band]:
+def _up(gemm: GroupedGemm, inputs: dict[str, Any], exact: bool, halved: bool) -> dict[str, Band]:
     """``h`` is a sum; ``a`` is the activation of the sum before it is rounded."""
     stored = {**inputs, "store_preact": True}
     live = gemm.sizes.live
     h = reference.up_forward(**stored)[0][:live]
     absolute = {**_absolute(stored), "activation": gemm.problem.activation}
     size = reference.up_forward(**absolute)[0][:live]
-    delta = _order(size, inputs["x"].shape[1] + 1, exact)
-    pairs = [split_gate_up(t) if gemm.gated else (t, None) for t in (h, delta)]
-    (gate, up), (gate_delta, up_delta) = pairs
+    sums = Band(h, _order(size, inputs["x"].shape[1] + 1, exact), halved)
+    preact = _copied(sums, exact) if halved else sums
+    halves = [split_gate_up(t) if gemm.gated else (t, None) for t in (preact.value, preact.delta)]
+    (gate, up), (gate_delta, up_delta) = halves
     formula = _Formula(gemm.problem.activation, gemm.problem.dtype != "bfloat16", exact)
-    return {"h": Band(h, delta), "a": formula.forward(gate, up, gate_delta, up_delta)}
+    return {"h": sums, "a": formula.forward(gate, up, gate_delta, up_delta)}
 
 
-def _down_act(gemm: GroupedGemm, inputs: dict[str, Any], exact: bool) -> dict[str, Band]:
+def _down_act(
+    gemm: GroupedGemm, inputs: dict[str, Any], exact: bool, halved: bool
+) -> dict[str, Band]:
     """``P = dout w2``, then the formula of the backward epilogue."""
     live = gemm.sizes.live
     token = inputs["token_by_row"].clamp(min=0)
@@ -137,14 +168,16 @@ def _down_act(gemm: GroupedGemm, inputs: dict[str, Any], exact: bool) -> dict[st
         args = dout[token], weight, inputs["offset_by_expert"]
         return reference.up_backward_act(*args, layout=gemm.layout, gated=False)[:live]
 
-    p = product(inputs["dout"], inputs["w2"])
     size = product(inputs["dout"].abs(), inputs["w2"].abs())
-    p_delta = _order(size, inputs["dout"].shape[1], exact)
+    delta = _order(size, inputs["dout"].shape[1], exact)
+    grad = Band(product(inputs["dout"], inputs["w2"]), delta)
+    grad = _copied(grad, exact) if halved else grad
+    p, p_delta = grad.value, grad.delta
     h = inputs["h"][:live]
     gate, up = split_gate_up(h) if gemm.gated else (h, None)
     formula = _Formula(gemm.problem.activation, gemm.problem.dtype != "bfloat16", exact)
     score = inputs["score_by_row"][:live, None]
-    value, dgate, dup = formula.backward(Band(p, p_delta), score, gate, up)
+    value, dgate, dup = formula.backward(grad, score, gate, up)
     dh = dgate
     if dup is not None:
         pack = [pack_gate_up(getattr(dgate, n), getattr(dup, n)) for n in ("value", "delta")]

@@ -28,10 +28,11 @@ from tests.grouped_gemms import EXACT, GroupedGemm, Sizes, cast
 
 READY = [arch for arch in Arch if has_kernels(arch)]
 COOPERATIVE, PINGPONG = Schedule.COOPERATIVE, Schedule.PINGPONG
+OVERLAPPED = Schedule.OVERLAPPED
 DOWN = down_problem("bfloat16", False)
 DOWN_WEIGHT = weight_grad_problem("bfloat16", Operand.A, False, False)
 # A tile and a bit in every direction, and few of them: most of the time goes into tiles.
-SIZES = Sizes(40, 72, 72, (130, 0, 7))
+SIZES = Sizes(40, 136, 72, (130, 0, 7))
 
 
 def problems():
@@ -67,6 +68,7 @@ TILES = [
         up_backward_act_problem("bfloat16", True),
         TileConfig(128, 128, 2, 1, PINGPONG, 2, raster_along_m=False),
     ),
+    (up_backward_act_problem("bfloat16", True), TileConfig(128, 64, 1, 1, OVERLAPPED, 2)),
     (DOWN_WEIGHT, TileConfig(128, 128, 2, 1, COOPERATIVE, 4)),
     (
         weight_grad_problem("bfloat16", Operand.B, True, True),
@@ -100,9 +102,9 @@ def test_a_wrong_result_is_refused():
     gemm = GroupedGemm(DOWN, SIZES)
     inputs = gemm.inputs(0, EXACT)
     right = gemm.run(reference, cast(inputs))
-    check_exact(gemm, inputs, right)
+    check_exact(gemm, inputs, right, TileConfig(128, 128))
     for row, column, change in ((0, 0, 1 / 128), (136, 71, float("nan"))):
         wrong = {"y": right["y"].clone()}
         wrong["y"][row, column] += max(abs(wrong["y"][row, column]), 1) * change
         with pytest.raises(AssertionError, match="y: 1 elements"):
-            check_exact(gemm, inputs, wrong)
+            check_exact(gemm, inputs, wrong, TileConfig(128, 128))

@@ -5,7 +5,7 @@
 For each kernel of `subjects.py` and each kind of change of `mutations.py` a few places that the
 kernel executes are drawn, the same ones in every run; each changed kernel runs with one seed after
 another until something is reported or the result is wrong. A result file keeps the entries of the
-architectures that are not run. What is missed needs a sentence in `equivalents.json`.
+architectures that are not run. What is missed needs a sentence in `missed.json`.
 """
 
 import argparse
@@ -14,9 +14,14 @@ import random
 import re
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from benchmarks.measure import environment
+from benchmarks.report import EMULATOR, Row
 
 from .memory import Fault
 from .mutations import Mutation, all_mutations, executed_lines
@@ -26,7 +31,9 @@ from .subjects import ARCHITECTURES, Subject, subjects
 SEEDS = tuple(range(6))
 PER_KIND = 4  # of one architecture, over all its kernels
 _STEPS_ALLOWED = 8  # times those of the unchanged kernel
-_EXPLANATIONS = Path(__file__).with_name("equivalents.json")
+_EXPLANATIONS = Path(__file__).with_name("missed.json")
+# How an explanation of a missed mutant begins.
+WITHOUT_EFFECT, GAP = "No effect:", "Gap:"
 # How a change shows, by what the report says; the first that fits.
 _REPORTS = (
     ("deadlock", ("deadlock", "livelock", "step limit")),
@@ -204,16 +211,22 @@ def run_architecture(arch: str, per_kind: int, only: str) -> dict[str, Any]:
 
 
 def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts of an architecture. Equivalent: missed, and explained why nothing could be found."""
+    """Counts of an architecture.
+
+    A missed mutant is without effect if its explanation says so, and else a gap of the emulator.
+    """
     missed = [entry for entry in entries if entry["caught"] == "missed"]
-    explained = sum(bool(entry["explanation"]) for entry in missed)
+    without = sum(entry["explanation"].startswith(WITHOUT_EFFECT) for entry in missed)
+    gaps = sum(entry["explanation"].startswith(GAP) for entry in missed)
     caught = len(entries) - len(missed)
     return {
         "mutants": len(entries),
         "caught": caught,
         "share_caught": round(caught / max(len(entries), 1), 4),
-        "missed_and_explained": explained,
-        "missed_without_explanation": len(missed) - explained,
+        "share_caught_of_those_with_effect": round(caught / max(len(entries) - without, 1), 4),
+        "without_effect": without,
+        "gaps": gaps,
+        "unexplained": len(missed) - without - gaps,
         "kinds": len({entry["kind"] for entry in entries}),
         "kernels": len({entry["kernel"] for entry in entries}),
         "how": dict(Counter(entry["caught"] for entry in entries).most_common()),
@@ -221,12 +234,22 @@ def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def head() -> dict[str, Any]:
-    import torch
-
-    from benchmarks.measure import environment
-
-    return {**environment(torch.device("cpu")), "rows": []}
+def rows(architectures: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures that tables are made of, as rows of a result file."""
+    figures = []
+    for arch, entry in architectures.items():
+        summary = entry["summary"]
+        figures += [
+            (arch, "mutants", summary["mutants"], "tried"),
+            (arch, "caught", summary["caught"], "mutants"),
+            (arch, "without effect", summary["without_effect"], "mutants"),
+            (arch, "kinds", summary["kinds"], "count"),
+            (arch, "seconds", summary["seconds"], "s"),
+        ]
+    return [
+        asdict(Row(EMULATOR, [], f"mutations/{arch}/{metric}", value, unit))
+        for arch, metric, value, unit in figures
+    ]
 
 
 def main() -> int:
@@ -239,13 +262,15 @@ def main() -> int:
     path = arguments.json
     result: dict[str, Any] = {"architectures": {}}
     if path and path.exists():
-        result = json.loads(path.read_text())
+        result["architectures"] = json.loads(path.read_text())["architectures"]
     for arch in arguments.arch or ARCHITECTURES:
         entry = run_architecture(arch, arguments.per_kind, arguments.only)
         print(json.dumps(entry["summary"], indent=1))
         result["architectures"][arch] = entry
         if path:
-            path.write_text(json.dumps({**result, **head()}, indent=1) + "\n")
+            content = environment(torch.device("cpu"))
+            content |= {"rows": rows(result["architectures"]), **result}
+            path.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
 

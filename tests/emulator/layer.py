@@ -19,7 +19,7 @@ def has_kernels(arch):
 
 
 @functools.cache
-def emulator_for(problem, config, arch=Arch.SM90):
+def emulator_for(problem, config, arch):
     """The emulator of one kernel of a kernel package, compiled once a process."""
     module = importlib.import_module(f"kernels_{arch.value}.compile")
     with needed_options() as options:
@@ -27,7 +27,8 @@ def emulator_for(problem, config, arch=Arch.SM90):
 
 
 class Session:
-    """What the launches of an `emulated_layer` block share; `machines`, oldest first, they left.
+    """What the launches of an `emulated_layer` block share, and leave: `machines` and the tiles
+    `configs` of each, oldest first.
 
     `config` replaces the tile choice, if it is not None.
     """
@@ -35,7 +36,7 @@ class Session:
     def __init__(self, seed, mode, sms, config, arch, options):
         self.seed, self.mode, self.sms, self.config = seed, mode, sms, config
         self.arch, self.options = arch, options
-        self.machines = []
+        self.machines, self.configs = [], []
 
     def kernel_for(self, backend, problem, config):
         def call(*args):
@@ -43,6 +44,7 @@ class Session:
             emulator = emulator_for(problem, config, self.arch)
             machine = emulator(args, policy, self.sms, **self.options)
             self.machines.append(machine)
+            self.configs.append(config)
 
         return call
 

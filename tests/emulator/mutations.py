@@ -31,6 +31,8 @@ REMOVED = {
     "tensor store": r"cp\.(?:reduce\.)?async\.bulk\.tensor\.\dd\.global[^;]*;",
     "gathered copy": r"cp\.async\.c[ag]\.[^;]*;",
     "remote store": r"st\.async[^;]*;",
+    "shared store": r"st\.shared[^;]*;",
+    "atomic": NOT_IN_NAME + r"atom\.[^;]*;",
     "register increase": r"setmaxnreg\.dec[^;]*;",
     "tensor memory load wait": r"tcgen05\.wait::ld[^;]*;",
     "tensor memory store wait": r"tcgen05\.wait::st[^;]*;",
@@ -89,6 +91,13 @@ def definition(text, register, before):
     return found[-1] if found else None
 
 
+def is_doubled(text, m):
+    """Whether a matched instruction stands twice in a row, so that one of them may go."""
+    same = re.escape(m.group())
+    before, after = text[max(0, m.start() - 300) : m.start()], text[m.end() : m.end() + 300]
+    return bool(re.match(GAP + same, after) or re.search(same + GAP + r"\Z", before))
+
+
 def removals(text):
     """Every synchronisation, copy and MMA, one at a time, removed."""
     for m in WAIT.finditer(text):
@@ -96,8 +105,8 @@ def removals(text):
     for name, pattern in REMOVED.items():
         for m in re.finditer(pattern, text):
             start = m.start()
-            if re.match(GAP + re.escape(m.group()), text[m.end() :]):
-                continue  # there are two of it in a row
+            if is_doubled(text, m):
+                continue
             # a guarded instruction goes with its guard
             guard = re.search(r"@!?%?\w+\s+$", text[max(0, start - 40) : start])
             start -= len(guard.group()) if guard else 0

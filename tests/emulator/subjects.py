@@ -13,6 +13,7 @@ from typing import Any
 
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.runtime.problem import (
+    Arch,
     Operand,
     Schedule,
     TileConfig,
@@ -79,47 +80,45 @@ _CALIBRATION = {
         "g-rows-gather-geglu",
         "g-rows-swiglu",
         "g-depth-128x128",
-        "g-dense-launch-control",
+        "g-rows-pingpong",
     ),
 }
 
 
 def _hopper() -> list[tuple[str, GroupedGemm, TileConfig]]:
-    """Every stage, both schedules, multicast of either operand, both gathers, every epilogue.
+    """Every stage; every schedule, multicast of either operand, both gathers, tiles from a counter.
 
-    The longer reductions make one tile use the ring of stages more than once.
+    Few tokens, so that every gathered copy meets the last one, behind which there is nothing. The
+    long reductions make one tile use the ring of stages more than once.
     """
     cooperative, pingpong = Schedule.COOPERATIVE, Schedule.PINGPONG
-    swiglu, bf16 = ActivationType.SWIGLU, "bfloat16"
-    # Few tokens, so that every gathered copy meets the last one, behind which there is nothing.
+    overlapped = Schedule.OVERLAPPED
+    swiglu, reglu, bf16 = ActivationType.SWIGLU, ActivationType.REGLU, "bfloat16"
     deep = Sizes(6, 328, 136, (130, 0, 7))
     wide = Sizes(6, 200, 456, (130, 0, 7))
     long = Sizes(6, 264, 136, (200, 0, 137))
+    down_act = down_backward_act_problem(reglu, bf16)
     return [
         (
             "up",
             GroupedGemm(up_problem(swiglu, bf16, True, True), deep),
-            TileConfig(128, 128, 2, 1, cooperative, 2),
+            TileConfig(128, 128, 1, 1, overlapped, 1, dynamic=True),
         ),
         ("down", GroupedGemm(down_problem(bf16, True), wide), TileConfig(128, 64, 2, 1, pingpong)),
         (
             "down_backward_act",
-            GroupedGemm(down_backward_act_problem(ActivationType.REGLU, bf16), deep),
-            TileConfig(128, 128, 1, 1, cooperative, 2),
+            GroupedGemm(down_act, deep),
+            TileConfig(128, 128, 1, 1, overlapped, 4, dynamic=True),
         ),
         (
             "down_backward_weight",
             GroupedGemm(weight_grad_problem(bf16, Operand.A, False, False), long),
-            TileConfig(128, 128, 2, 1, cooperative, 2),
+            TileConfig(128, 128, 1, 1, pingpong, 2),
         ),
         (
             "up_backward_act",
-            GroupedGemm(
-                up_backward_act_problem(bf16, True),
-                Sizes(6, 200, 264, (130, 0, 7)),
-                GateUpLayout.CONCATENATED,
-            ),
-            TileConfig(128, 192, 1, 1, pingpong, 1),
+            GroupedGemm(up_backward_act_problem(bf16, True), wide, GateUpLayout.CONCATENATED),
+            TileConfig(128, 128, 1, 1, pingpong, 2, dynamic=True),
         ),
         (
             "up_backward_weight",
@@ -134,17 +133,18 @@ def _layer_subject(name: str, gemm: GroupedGemm, config: TileConfig) -> Subject:
     from sonic.testing import poisoned_empty
 
     inputs: dict[str, Any] = gemm.inputs(0, NORMAL)
-    expected = bands(gemm, inputs, NORMAL)
+    expected = bands(gemm, inputs, NORMAL, config)
 
     def run(seed: int, max_steps: int) -> tuple[str, set[str]]:
-        options = {"seed": seed, "sms": config.cluster_size, "config": config}
+        options = {"seed": seed, "sms": 2 if config.dynamic else config.cluster_size}
+        options |= {"config": config}
         with emulated_layer(**options, max_steps=max_steps) as session, poisoned_empty():
             outputs = gemm.run(stages, inputs)
         wrong = {name: expected[name].outside(tensor) for name, tensor in outputs.items()}
         text = ", ".join(f"{n} elements of {name} are wrong" for name, n in wrong.items() if n)
         return text, set(session.machines[-1].warnings)
 
-    return Subject(name, "sm_90a", emulator_for(gemm.problem, config), run)
+    return Subject(name, "sm_90a", emulator_for(gemm.problem, config, Arch.SM90), run)
 
 
 def _calibration_subject(arch: str, name: str) -> Subject:
