@@ -143,11 +143,16 @@ def summary(rows):
     return out
 
 
-def write(path, rows, versions):
+def start():
+    """The head of the result file, taken before that file changes the tree."""
+    command = shlex.join(["python", "-m", "tests.calibration.run", *sys.argv[1:]])
+    return environment(torch.device("cpu")) | {"command": command}
+
+
+def write(path, head, rows, versions):
     """The head that benchmark results have, their figures, and a row a configuration."""
-    head = environment(torch.device("cpu"))
-    head["command"] = shlex.join(["python", "-m", "tests.calibration.run", *sys.argv[1:]])
-    head["versions"] |= {**versions, **{k: v for k, v in head["versions"].items() if v}}
+    known = {name: version for name, version in head["versions"].items() if version}
+    head = head | {"versions": {**head["versions"], **versions, **known}}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     for name, values in (("rows", summary(rows)), ("configurations", rows)):
         body = ",\n".join(f"    {json.dumps(v, allow_nan=False)}" for v in values)
@@ -165,6 +170,7 @@ def main():
     chosen = [
         c for c in CONFIGURATIONS.values() if args.only in c.name and args.arch in (None, c.arch)
     ]
+    head = start()
     compile_missing(chosen)
     rows, versions = [], {}
     for c in chosen:
@@ -177,7 +183,7 @@ def main():
             flush=True,
         )
         if args.json:
-            write(args.json, rows, versions)
+            write(args.json, head, rows, versions)
     bad = [r["name"] for r in rows if r["verdict"] != "right"]
     print(f"{len(rows) - len(bad)} of {len(rows)} right" + (f"; not: {bad}" if bad else ""))
     return 1 if bad else 0
