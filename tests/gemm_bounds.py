@@ -104,7 +104,7 @@ def _copied(band: Band, exact: bool) -> Band:
         return Band(rounded_to_half(band.value), band.delta)
     size = band.value.abs() + band.delta
     # The second term: of values far below the largest of their row, which share its scale.
-    step = size / _HALF_BITS / 2 + 2.0**-38 * size.amax(1, keepdim=True)
+    step = size / _HALF_BITS + 2.0**-38 * size.amax(1, keepdim=True)
     return Band(band.value, band.delta + step)
 
 
