@@ -244,6 +244,25 @@ def test_strong_accesses_of_shared_memory_order_as_they_say():
             shared(SHARED_FLAG.format(release=relaxed, acquire=acquire), seed)
 
 
+def test_a_relaxed_wait_orders_only_with_a_fence():
+    body = """
+    setp.eq.u32 %p0, %r0, 0; setp.lt.u32 %p1, %r0, 32;
+    @%p0 mbarrier.init.shared::cta.b64 [%r9], 32; bar.sync 0;
+    shl.b32 %r1, %r0, 2; add.u32 %r1, %r1, %r9;
+    @!%p1 bra READER;
+    st.shared.u32 [%r1+128], %r0; mbarrier.arrive.shared::cta.b64 _, [%r9];
+    bra DONE;
+    READER: mbarrier.try_wait.parity{}.shared::cta.b64 %p2, [%r9], 0; @!%p2 bra READER;
+    {} ld.shared.u32 %r2, [%r1];
+    DONE:
+    """
+    for seed in SEEDS:
+        shared(body.format("", ""), seed)
+        shared(body.format(".relaxed.cta", "fence.acq_rel.cta;"), seed)
+        with pytest.raises(Fault, match="race: generic load"):
+            shared(body.format(".relaxed.cta", ""), seed)
+
+
 def test_atomics_on_shared_memory_race_with_plain_accesses():
     add = "red.shared.add.u32 [%r9], 1;"
     first = "setp.eq.u32 %p0, %r0, 0; @%p0 st.shared.u32 [%r9], 0; bar.sync 0;"

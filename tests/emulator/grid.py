@@ -32,6 +32,7 @@ class Grid:
             tuple(cluster),
         )
         self.name = self.kernel.name
+        self.label = f"{short(self.name)} (launch {serial})"
         self.previous, self.programmatic = None, False
         self.behind = frozenset()  # serials of launches that were not complete when it started
         self.after = None  # what is known after griddepcontrol.wait
@@ -57,7 +58,7 @@ class Grid:
         self.silent = len(self.todo) * self.ctas_per_cluster
 
     def __str__(self):
-        return f"{short(self.name)} (launch {self.serial})"
+        return self.label
 
     # ---- the stream ----
     def before(self):

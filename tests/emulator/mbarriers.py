@@ -5,6 +5,7 @@ import numpy as np
 from .builder import SOFT, instruction, lanes_of, set_reg
 from .memory import Fault
 from .ptx import Mem, PtxError, Sink
+from .races import CLUSTER, Knowledge, Release
 from .sync import MBarrier
 from .values import LANES
 
@@ -124,7 +125,7 @@ def waiting(b, ins):
     addr, phase = b.shared_address(mem), b.get(which, "u4" if parity else "u8")
     if not isinstance(mem, Mem):
         raise PtxError(f"line {ins.line}: unsupported instruction {ins.text}")
-    sleeps = ins.parts[1] == "try_wait"
+    sleeps, relaxed = ins.parts[1] == "try_wait", "relaxed" in ins.parts
 
     def run(M, w, frag, m):
         a, p = addr(w.r), phase(w.r)
@@ -132,7 +133,7 @@ def waiting(b, ins):
         for i in lanes_of(m):
             key = (int(a[i]), int(p[i]) & 1 if parity else int(p[i]))
             if key not in seen:
-                seen[key] = test(w, *key, parity)
+                seen[key] = test(w, *key, parity, relaxed)
             done[i] = seen[key]
         set_reg(w, pred, done, m)
         if all(seen.values()):
@@ -146,8 +147,11 @@ def waiting(b, ins):
     return run
 
 
-def test(w, addr, phase, parity):
-    """Whether the wait is over; if so, the warp is ordered after the phase's releases."""
+def test(w, addr, phase, parity, relaxed):
+    """Whether the wait is over; if so, the warp is ordered after the phase's releases.
+
+    relaxed: not before its next fence.
+    """
     mb = w.cta.cluster.mbarrier(w, addr)
     if mb.cta is not w.cta:
         raise Fault("wait on another CTA's mbarrier")
@@ -156,6 +160,12 @@ def test(w, addr, phase, parity):
         mb.waiters.append(w)
         w.why = (mb, phase)
         return False
+    if relaxed:
+        seen = mb.seen.copy()
+        seen[mb.id] = max(int(seen[mb.id]), mb.completed)
+        known = Knowledge({w.cta.cluster.serial: seen}, dirty=set(mb.visible))
+        w.heard.append(Release(CLUSTER, w.cta.cluster.serial, w.cta.rank, known))
+        return True
     w.acquire(mb.seen)
     if mb.tmem.ndim:
         w.tmem_heard = np.maximum(w.tmem_clock, mb.tmem)

@@ -202,7 +202,7 @@ class GlobalOrder:
         cluster = cta.cluster
         self.events.append(
             Event(
-                what, ins, (str(cluster.grid), cta.ctaid, cta.rank, w.index), cluster.grid.serial,
+                what, ins, (cluster.grid.label, cta.ctaid, cta.rank, w.index), cluster.grid.serial,
                 cluster.serial, cta.rank, component, time, strength, proxy,
             )
         )  # fmt: skip
