@@ -215,7 +215,7 @@ def test_same_seed_same_run(gather_problem, gather_emulator):
 def test_illegal_tensor_map_is_refused_as_by_the_driver():
     problem = GatherProblem(tokens=8, depth=16, columns=8, begin=0, end=4, rows=4)
     problem.w = torch.zeros(8 * 16 + 1).bfloat16()[1:].view(8, 16)
-    with pytest.raises(RuntimeError, match="the address is not aligned to 16 bytes"):
+    with pytest.raises(RuntimeError, match="the address is not 16-byte aligned"):
         problem.run(problem.compile(), Policy(0))
 
 
