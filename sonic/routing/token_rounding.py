@@ -150,8 +150,7 @@ def max_pairs(num_tokens: int, num_experts: int, top_k: int, tile: int, rule: st
     """
     added = {"down": 0, "nr": num_experts * (tile // 2), "balance-f": tile // 2}
     most = num_tokens * top_k + added.get(rule, num_experts * (tile - 1))
-    bound: int = torch.sym_min(most, num_tokens * num_experts)
-    return bound
+    return min(most, num_tokens * num_experts)
 
 
 def rounding_scores(
