@@ -277,7 +277,7 @@ def emulator_table(figures: Figures) -> str:
     rows += [
         ["our GEMMs, same inputs on an H200: agree", agree, *unlike],
         ["of these, outputs with defined bits: bitwise equal", same, *unlike],
-        ["of these, elements on random inputs: bitwise equal", f"{share} %", *unlike],
+        ["of these, 16-bit elements on random inputs: bitwise equal", f"{share} %", *unlike],
     ]
     known = [row for row in rows if any(cell.strip(" %") != "–" for cell in row[1:])]
     if not known:

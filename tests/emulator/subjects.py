@@ -85,50 +85,62 @@ _CALIBRATION = {
 }
 
 
-def _hopper() -> list[tuple[str, GroupedGemm, TileConfig]]:
+def _hopper() -> list[tuple[str, GroupedGemm, TileConfig, int]]:
     """Every stage; every schedule, multicast of either operand, both gathers, tiles from a counter.
+    The last entry is the number of CTAs.
 
-    Few tokens, so that every gathered copy meets the last one, behind which there is nothing. The
-    long reductions make one tile use the ring of stages more than once.
+    Few tokens, so that every gathered copy meets the last one, behind which there is nothing. A
+    tile uses the ring of stages more than once, and a CTA the ring of tiles where there is one.
     """
     cooperative, pingpong = Schedule.COOPERATIVE, Schedule.PINGPONG
     overlapped = Schedule.OVERLAPPED
     swiglu, reglu, bf16 = ActivationType.SWIGLU, ActivationType.REGLU, "bfloat16"
     deep = Sizes(6, 328, 136, (130, 0, 7))
     wide = Sizes(6, 200, 456, (130, 0, 7))
+    many_tiles = Sizes(6, 520, 104, (130, 0, 7))
     long = Sizes(6, 264, 136, (200, 0, 137))
     down_act = down_backward_act_problem(reglu, bf16)
     return [
         (
             "up",
             GroupedGemm(up_problem(swiglu, bf16, True, True), deep),
-            TileConfig(128, 128, 1, 1, overlapped, 1, dynamic=True),
+            TileConfig(128, 64, 1, 1, overlapped, 1, dynamic=True),
+            1,
         ),
-        ("down", GroupedGemm(down_problem(bf16, True), wide), TileConfig(128, 64, 2, 1, pingpong)),
+        (
+            "down",
+            GroupedGemm(down_problem(bf16, True), wide),
+            TileConfig(128, 64, 2, 1, pingpong),
+            2,
+        ),
         (
             "down_backward_act",
             GroupedGemm(down_act, deep),
-            TileConfig(128, 128, 1, 1, overlapped, 4, dynamic=True),
+            TileConfig(128, 64, 1, 1, overlapped, 2, dynamic=True),
+            1,
         ),
         (
             "down_backward_weight",
             GroupedGemm(weight_grad_problem(bf16, Operand.A, False, False), long),
             TileConfig(128, 128, 1, 1, pingpong, 2),
+            1,
         ),
         (
             "up_backward_act",
-            GroupedGemm(up_backward_act_problem(bf16, True), wide, GateUpLayout.CONCATENATED),
-            TileConfig(128, 128, 1, 1, pingpong, 2, dynamic=True),
+            GroupedGemm(up_backward_act_problem(bf16, True), many_tiles, GateUpLayout.CONCATENATED),
+            TileConfig(128, 64, 1, 1, pingpong, 2, dynamic=True),
+            2,
         ),
         (
             "up_backward_weight",
             GroupedGemm(weight_grad_problem(bf16, Operand.B, True, True), long),
             TileConfig(256, 128, 1, 2, cooperative, 1),
+            2,
         ),
     ]
 
 
-def _layer_subject(name: str, gemm: GroupedGemm, config: TileConfig) -> Subject:
+def _layer_subject(name: str, gemm: GroupedGemm, config: TileConfig, ctas: int) -> Subject:
     from sonic import stages
     from sonic.testing import poisoned_empty
 
@@ -136,9 +148,8 @@ def _layer_subject(name: str, gemm: GroupedGemm, config: TileConfig) -> Subject:
     expected = bands(gemm, inputs, NORMAL, config)
 
     def run(seed: int, max_steps: int) -> tuple[str, set[str]]:
-        options = {"seed": seed, "sms": 2 if config.dynamic else config.cluster_size}
-        options |= {"config": config}
-        with emulated_layer(**options, max_steps=max_steps) as session, poisoned_empty():
+        options = {"seed": seed, "sms": ctas, "config": config, "max_steps": max_steps}
+        with emulated_layer(**options) as session, poisoned_empty():
             outputs = gemm.run(stages, inputs)
         wrong = {name: expected[name].outside(tensor) for name, tensor in outputs.items()}
         text = ", ".join(f"{n} elements of {name} are wrong" for name, n in wrong.items() if n)
