@@ -22,7 +22,10 @@ _ROWS_PER_MMA = 64
 
 @dataclass(frozen=True)
 class AccumulatorRegisters:
-    """The accumulator itself, ``((2, 2, N / 8), rows / 64, 1)`` float32."""
+    """The accumulator itself, ``((2, 2, N / 8), rows / 64, 1)`` float32.
+
+    ``is_output``: values are already what the epilogue stores. ``has_bias``: they include the bias.
+    """
 
     accumulator: cute.Tensor
     is_output, has_bias = False, False
@@ -59,7 +62,7 @@ class ScaledHalves:
     """A copy in half precision, with one power of two per thread and row as the scale.
 
     The scale puts the largest of the thread's values of a row between 2**14 and 2**15. Rounding
-    costs 2**-12 of a value, an eighth of what bfloat16 costs, down to 2**-28 of the largest one.
+    costs 2**-11 of a value, an eighth of what bfloat16 costs, down to 2**-28 of the largest one.
     """
 
     words: cute.Tensor

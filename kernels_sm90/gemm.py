@@ -41,17 +41,20 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
     """One grouped GEMM, specialised by ``Problem`` and ``TileConfig``; sizes are run-time values.
 
     Roles: warpgroup 0 loads (warp 0 issues TMA; if it gathers, all four warps issue cp.async);
-    warpgroups 1 and 2 multiply and run the epilogue. Every warp decodes the tile sequence itself.
+    warpgroups 1 and 2 multiply and run the epilogue. Every warp decodes its tiles itself, and with
+    a dynamic tile order reads their numbers from a ring that warp 0 fills (``TileQueueMixin``).
 
     Pipelines (mbarriers in shared memory):
 
-    ======  ==========================================  =========================================
-    name    full when                                   empty when
-    ======  ==========================================  =========================================
-    ``ab``  1 arrival with the stage's TMA bytes, plus  1 arrival per math warp that reads it, from
-            1 per producer thread if it gathers         each CTA of the cluster
-    ``c``   1 arrival with the chunk's TMA bytes        the D store from the same slot has read it
-    ======  ==========================================  =========================================
+    ========  ==========================================  =========================================
+    name      full when                                   empty when
+    ========  ==========================================  =========================================
+    ``ab``    1 arrival with the stage's TMA bytes, plus  1 arrival per math warp that reads it,
+              1 per producer thread if it gathers         from each CTA of the cluster
+    ``c``     1 arrival with the chunk's TMA bytes        the D store from the same slot has read it
+    ``tile``  1 arrival of the warp that took the tile,   1 arrival per math warp and loading warp
+              with a dynamic tile order only
+    ========  ==========================================  =========================================
 
     Registers: 168 per thread at launch; ``setmaxnreg`` then moves them from the producer to math.
     Constraints: see ``kernels_sm90.tiles.supports``.

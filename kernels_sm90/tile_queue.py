@@ -6,9 +6,9 @@ faster SMs get ahead by whole tiles, and where one expert's weights do not fit t
 then reads them from memory. So CTAs take tiles from a counter: what runs at one time is a window
 of the linear order.
 
-The counter is two words of global memory, zero between launches: tiles taken, and CTAs that have
-finished; the last one clears both. A CTA's first tile is its own index. One warp takes a tile ahead
-of need and hands it to the others through a ring in shared memory.
+The counter is two words of global memory, zero when the kernel starts: tiles taken, and CTAs that
+have finished; the last one clears both. A CTA's first tile is its own index. One warp takes a tile
+ahead of need and hands it to the others through a ring in shared memory.
 """
 
 import cutlass
@@ -32,7 +32,7 @@ class TileQueueMixin:
 
     @cute.jit
     def publish_tile(self, counter: cute.Tensor, taken: Int32, turn: Int32, smem) -> Int32:
-        """Hands the tile taken before to all warps as number ``turn``; takes the next."""
+        """Hands the tile taken before to all that ask, as number ``turn``; takes the next."""
         slot = turn % TILE_SLOTS
         empty = self.barrier(smem, self.smem.tile_empty, slot)
         cute.arch.mbarrier_wait(empty, ((turn // TILE_SLOTS) & 1) ^ 1)
@@ -45,7 +45,7 @@ class TileQueueMixin:
 
     @cute.jit
     def next_tile(self, tile: Int32, tile_step: Int32, turn: Int32, smem):
-        """``(tile after this one, its turn + 1)``; all warps of the CTA ask for every turn."""
+        """``(tile after this one, its turn + 1)``; all loading and math warps ask for each turn."""
         if cutlass.const_expr(self.dynamic):
             slot = turn % TILE_SLOTS
             full = self.barrier(smem, self.smem.tile_full, slot)
