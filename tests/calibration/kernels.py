@@ -35,6 +35,7 @@ def interpreter():
 
 
 def is_compiled(configuration):
+    """Whether the configuration is in the cache; its last file is."""
     return (cache_folder() / f"{configuration.key}.json").exists()
 
 

@@ -65,6 +65,7 @@ def matrix(rows, columns, dtype, major_last, batch=None, fill=None, generator=No
 
 
 def starts(lengths):
+    """(segments + 1,) int32 offsets of segments."""
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
 
 

@@ -16,11 +16,13 @@ import shlex
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from benchmarks.measure import environment
+from benchmarks.report import EMULATOR, Row
 from tests.emulator import Fault, Policy, PtxError
 
 from .configurations import ARCHITECTURES, CONFIGURATIONS
@@ -78,6 +80,7 @@ def calibrate(c, seeds):
 
 
 def run_all(c, seeds):
+    """What the runs of a configuration add to its row; Fault if anything else is found."""
     kernel = calibration_kernel(c.name)
     finding = c.finding
     relative, share, steps, warnings, covered = [], [], [], Counter(), set()
@@ -119,7 +122,7 @@ def report_of(kernel):
 
 
 def summary(rows):
-    """Figures in the form of benchmarks.report.Row."""
+    """Figures as rows of a result file."""
     out = []
     for arch in ARCHITECTURES:
         mine = [r for r in rows if r["arch"] == arch]
@@ -131,15 +134,8 @@ def summary(rows):
             "seconds": (round(sum(r["seconds"] for r in mine), 1), "s"),
         }  # fmt: skip
         for metric, (value, unit) in figures.items():
-            out.append(
-                {
-                    "provider": "emulator",
-                    "problem": [],
-                    "metric": f"calibration/{arch}/{metric}",
-                    "value": value,
-                    "unit": unit,
-                }  # fmt: skip
-            )
+            name = f"calibration/{arch}/{metric}"
+            out.append(asdict(Row(EMULATOR, [], name, value, unit)))
     return out
 
 

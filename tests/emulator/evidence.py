@@ -165,6 +165,7 @@ def sample(
 
 
 def explanations() -> dict[str, str]:
+    """Why each mutant of `missed.json` is missed, by `key_of`."""
     return json.loads(_EXPLANATIONS.read_text()) if _EXPLANATIONS.exists() else {}
 
 
