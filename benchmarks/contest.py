@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.measure import LOAD_SECONDS, TIMED_SECONDS, _synchronize
+from benchmarks.measure import LOAD_SECONDS, TIMED_SECONDS, synchronize
 from benchmarks.peers import FORWARD_ONLY, OTHER_FUNCTION, OURS, Contender, TorchGroupedMM
 
 MIN_ROUNDS = 5
@@ -89,7 +89,7 @@ def take_turns(
             for name in names:
                 functions[name](clock)
             rounds += 1
-            _synchronize(device)
+            synchronize(device)
         seconds = (time.perf_counter() - start) / rounds
         marks: dict[str, list[tuple]] = {name: [] for name in names}
         wanted = math.ceil(timed_seconds * len(names) / seconds)
@@ -97,7 +97,7 @@ def take_turns(
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 marks[name].append(functions[name](clock))
-        _synchronize(device)
+        synchronize(device)
     finally:
         gc.enable()
     medians = {}
@@ -170,14 +170,14 @@ def memory_of(contender: Contender, device: torch.device) -> Memory:
     """Counted by torch's allocator; CUDA only."""
     contender.backward(contender.forward())
     gc.collect()
-    _synchronize(device)
+    synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     out = contender.forward()
-    _synchronize(device)
+    synchronize(device)
     saved = torch.cuda.memory_allocated(device) - before - out.untyped_storage().nbytes()
     gradients = contender.backward(out)
-    _synchronize(device)
+    synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     return Memory(saved, peak, sum(g.untyped_storage().nbytes() for g in gradients))
 

@@ -48,10 +48,10 @@ def sustained_ms(
 ) -> float:
     """Median milliseconds of one call of ``function`` on a device that is kept busy."""
     function()
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     function()
-    _synchronize(device)
+    synchronize(device)
     estimate = max(time.perf_counter() - start, 1e-6)
     for _ in range(math.ceil(load_seconds / estimate)):
         function()
@@ -63,7 +63,7 @@ def sustained_ms(
     for event in events[1:]:
         function()
         event.record()
-    _synchronize(device)
+    synchronize(device)
     pairs = zip(events, events[1:], strict=False)
     return statistics.median(before.elapsed_time(after) for before, after in pairs)
 
@@ -77,7 +77,7 @@ def _wall_clock_ms(function: Callable[[], object], iterations: int) -> float:
     return statistics.median(times)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

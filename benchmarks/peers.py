@@ -17,7 +17,6 @@ of x, w1, w2 and the weights. Sorting and index tensors are part of its time; th
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any, Protocol

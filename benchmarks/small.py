@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.contest import take_turns
 from benchmarks.layer import Layer
-from benchmarks.measure import _synchronize
+from benchmarks.measure import synchronize
 from benchmarks.peers import FORWARD_ONLY, Contender
 from benchmarks.shapes import Shape
 
@@ -26,6 +26,7 @@ _COPY_BYTES = 2**31
 
 
 def decode_shape(tokens: int) -> Shape:
+    """``DECODE_SHAPE`` with this many tokens."""
     return Shape(tokens, *DECODE_SHAPE)
 
 
@@ -74,7 +75,7 @@ def graph_ms(
             replays[name] = _capture([_with_layer(contender, layer) for layer in layers])
         except Exception as error:  # a peer that synchronises cannot be captured
             failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            _synchronize(device)
+            synchronize(device)
 
     def turn(replay: Callable[[], None]) -> Callable:
         def timed(clock) -> tuple:
@@ -117,12 +118,12 @@ def host_microseconds(function: Callable[[], object], device: torch.device) -> f
         function()
     times = []
     for _ in range(_HOST_REPEATS):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(_HOST_CALLS):
             function()
         times.append(1e6 * (time.perf_counter() - start) / _HOST_CALLS)
-    _synchronize(device)
+    synchronize(device)
     return statistics.median(times)
 
 
@@ -142,14 +143,14 @@ def print_profile(function: Callable[[], object], device: torch.device) -> None:
     """The Python functions in which 200 calls spend the most time of their own. The profiler slows
     Python down, so shares count, not microseconds."""
     function()
-    _synchronize(device)
+    synchronize(device)
     profile = cProfile.Profile()
     for _ in range(20):
         profile.enable()
         for _ in range(_HOST_CALLS):
             function()
         profile.disable()
-        _synchronize(device)
+        synchronize(device)
     pstats.Stats(profile).sort_stats("tottime").print_stats(25)
 
 
