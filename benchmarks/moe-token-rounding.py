@@ -13,6 +13,7 @@ through the reference.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from benchmarks.check import findings_table, record_findings
 from benchmarks.launches import launches_of
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import environment
+from benchmarks.options import device as device_option
+from benchmarks.options import output_file
 from benchmarks.peers import obstacle, shorten_tuning, versions
 from benchmarks.report import Result, provider_of, text_table
 from benchmarks.rounding import (
@@ -76,7 +79,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--no_peer", action="store_true", help="do not time SonicMoE's layer")
     parser.add_argument(
-        "--rep", type=float, default=400, metavar="MS", help="milliseconds to time for each figure"
+        "--rep",
+        type=_milliseconds,
+        default=400,
+        metavar="MS",
+        help="milliseconds to time for each figure",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="BFloat16")
     parser.add_argument("--skip_test", action="store_true", help="time without checking first")
@@ -84,12 +91,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--concat_layout", action="store_true", help="w1 has all gate rows before all up rows"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write a result file")
-    parser.add_argument("--device", type=torch.device, help="cuda or cpu")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write a result file")
+    parser.add_argument("--device", type=device_option, help="cuda or cpu")
     parser.add_argument(
         "--impl", choices=["auto", "cute", "reference"], default="auto", help="implementation"
     )
     arguments = parser.parse_args(argv)
+    for name in arguments.routing or ():
+        if arguments.routing.count(name) > 1:
+            parser.error(f"--routing names {name} more than once; its times would be mixed")
     if arguments.sweep:
         sizes = [size for number in arguments.sweep for size in SWEEPS[number - 1]]
         arguments.thiekq = sizes + [s for s in arguments.thiekq or [] if s not in sizes]
@@ -104,9 +114,22 @@ def _size(text: str) -> RoundedShape:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _milliseconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        message = f"expected a positive number of milliseconds, got {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return value
+
+
 def choose(arguments: argparse.Namespace) -> tuple[list[RoundedShape], torch.device, str]:
     """Sizes, device and implementation to run, saying so when it is not what was hoped for."""
     device, impl = arguments.device, arguments.impl
+    if device is not None and device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"No GPU for --device {device}: torch sees no CUDA device.")
     available = sonic.is_available(device)
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

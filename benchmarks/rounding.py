@@ -149,10 +149,13 @@ class _RoundedStream(_Stream):
     """The streamed reference, given pairs as a table that is padded with the expert E."""
 
     def _logit_gradient(self, score_gradient: torch.Tensor) -> torch.Tensor:
+        from sonic.routing.token_rounding import winners_of
+
         top_k = self.top_k
         with torch.enable_grad():
             leaf = self.layer.logits.detach().to(self.wide).requires_grad_()
-            scale = leaf if self.over_all else leaf.topk(top_k, dim=1).values
+            # Not topk, which takes any of equal logits: the derivative shows which.
+            scale = leaf if self.over_all else leaf.gather(1, winners_of(leaf.detach(), top_k))
             scores = torch.exp(leaf - scale.logsumexp(dim=1, keepdim=True))
             padded = torch.nn.functional.pad(scores, (0, 1))
             scores = padded.gather(1, self.layer.topk_ids.long())

@@ -105,6 +105,15 @@ def test_the_check_knows_every_score_order(order):
     assert ("routing", "pairs") in found
 
 
+def test_the_check_knows_which_of_equal_logits_won():
+    shape = Shape(256, 128, 64, 8, 2)
+    layer = make_layer(shape, LayerOptions(device=CPU, impl="reference"))
+    best = layer.logits.float().topk(3, dim=1).values
+    assert (best[:, 1] == best[:, 2]).any()
+    findings = check_rounded_layer(layer, Rounding.make("nr", 16, CPU))
+    assert all(finding.passed for finding in findings), findings
+
+
 def test_wrong_pairs_are_found_and_nothing_is_timed(script, capsys, monkeypatch):
     def shifted(*arguments, **options):
         weights, plan = right(*arguments, **options)
@@ -143,6 +152,28 @@ def test_the_sweeps_are_the_papers():
 def test_malformed_sizes_are_refused(text):
     with pytest.raises(ValueError, match=r"six positive integers|exceeds"):
         RoundedShape.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device", "tpu"], "expected cuda or cpu, got 'tpu'"),
+        (["--rep", "0"], "expected a positive number of milliseconds, got '0'"),
+        (["--rep", "nan"], "expected a positive number"),
+        (["--json", "."], "is a directory, expected a file"),
+        (["--routing", "nr", "nr"], "--routing names nr more than once"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(script, flags, message, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_arguments(flags)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said(script):
+    with pytest.raises(SystemExit, match="No GPU for --device cuda"):
+        script.main(["--device", "cuda"])
 
 
 def test_too_large_for_a_cpu_is_refused(script):
