@@ -11,7 +11,15 @@ cutlass = pytest.importorskip("cutlass")
 import cutlass.cute as cute  # noqa: E402
 from cutlass.cute.runtime import make_ptr  # noqa: E402
 
-from tests.emulator import STREAM, Const, Emulator, Fault, Policy, run_kernel  # noqa: E402
+from tests.emulator import (  # noqa: E402
+    STREAM,
+    Const,
+    Emulator,
+    Fault,
+    Policy,
+    PtxError,
+    run_kernel,
+)
 from tests.emulator.compiled import compile_function, fake_argument  # noqa: E402
 from tests.emulator.host import Pointer  # noqa: E402
 from tests.emulator.samples import GatheredGemm, PairCopy  # noqa: E402
@@ -240,4 +248,17 @@ def test_changed_ptx_behind_the_same_host_code(gather_problem, pattern, replacem
     assert changed != emulator.ptx_text
     emulator.load(changed)
     with pytest.raises(Fault, match="deadlock|never fenced"):
+        gather_problem.run(emulator, Policy(0))
+
+
+def test_text_without_the_kernel_is_refused(gather_problem):
+    with pytest.raises(ValueError, match="ptx_text and object_file"):
+        Emulator(ptx_text="")
+    emulator = gather_problem.compile()
+    right = emulator.ptx_text
+    with pytest.raises(PtxError, match="no kernel"):
+        emulator.load("garbage")
+    assert emulator.ptx_text == right
+    emulator.load(right.replace(".entry ", ".entry other_"))
+    with pytest.raises(PtxError, match="the host code launches .*, the PTX text has other_"):
         gather_problem.run(emulator, Policy(0))

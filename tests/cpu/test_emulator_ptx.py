@@ -414,6 +414,11 @@ def test_illegal_or_unknown_instructions_are_refused(text):
         run_ptx(text, np.zeros(4, np.uint32))
 
 
+def test_an_unknown_name_is_refused_with_its_kernel():
+    with pytest.raises(PtxError, match="snippet: unknown symbol or special register %nosuch"):
+        run_ptx("mov.u32 %r1, %nosuch;")
+
+
 def test_mbarrier_phases_and_counts():
     body = MBARRIER.format(count=64) + "mbarrier.arrive.shared::cta.b64 %d5, [%r2];"
     body += WAIT.format(parity=0) + "mbarrier.arrive.shared::cta.b64 _, [%r2];"

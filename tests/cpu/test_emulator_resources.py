@@ -42,6 +42,7 @@ def test_shared_memory_of_a_block(name, most):
         ({"block": (1025, 1, 1)}, "1024 threads"),
         ({"block": (1, 1, 65)}, "64 along z"),
         ({"grid": (1, 65536, 1)}, "a grid of"),
+        ({"grid": (0, 1, 1)}, r"grid \(0, 1, 1\).*at least 1 along each axis"),
         ({"grid": (17, 1, 1), "cluster": (17, 1, 1)}, "clusters of 17 CTAs, but the limit is 16"),
         ({"grid": (16, 1, 1), "cluster": (16, 1, 1), "wide": False}, "limit is 8"),
         ({"grid": (3, 1, 1), "cluster": (2, 1, 1)}, "not a multiple of the cluster"),

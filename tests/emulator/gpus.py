@@ -105,6 +105,8 @@ def check_launch(gpu, grid, dynamic, non_portable=True):
     most = directives.get("maxnreg", (0,))[0]
     allowed = gpu.cluster if non_portable else min(gpu.cluster, PORTABLE_CLUSTER)
     rules = [
+        (min(*grid.dims, *block, *cluster) < 1,
+         f"grid {grid.dims}, block {block}, cluster {cluster}", "at least 1 along each axis"),
         (smem > gpu.smem_block, f"{smem} bytes of shared memory ({dynamic} of them dynamic)",
          f"{gpu.smem_block} a CTA"),
         (grid.threads > 1024 or block[2] > 64, f"blocks of {block} threads",

@@ -7,6 +7,7 @@ import numpy as np
 
 from .gpus import check_launch, check_residency
 from .memory import SMEM_RESERVED, Fault
+from .ptx import PtxError
 from .races import Knowledge
 from .report import short
 from .state import Cluster, Cta, Warp
@@ -209,7 +210,7 @@ class Grid:
             elif name in self.global_at:
                 value = self.global_at[name]
             else:
-                raise Fault(f"unknown symbol or special register {name}")
+                raise PtxError(f"{self.name}: unknown symbol or special register {name}")
             r.append(np.full(LANES, value, np.uint64))
         return r
 

@@ -21,6 +21,8 @@ class Emulator:
     """
 
     def __init__(self, compiled=None, *, ptx_text=None, object_file=None, name="kernel"):
+        if compiled is None and (ptx_text is None or object_file is None):
+            raise ValueError("Emulator needs a compiled object, or ptx_text and object_file")
         with tempfile.TemporaryDirectory(prefix="emulator_") as folder:
             if compiled is not None:
                 ptx_text, object_file = ptx_of(compiled), export(compiled, folder, name)
@@ -28,9 +30,14 @@ class Emulator:
         self.load(ptx_text)
 
     def load(self, ptx_text):
-        """Translates PTX text; called again with a changed text for a mutation test."""
-        self.ptx_text = ptx_text
-        self.programs = {n: Program(k) for n, k in ptx.parse(ptx_text).items()}
+        """Translates PTX text; called again with a changed text for a mutation test.
+
+        PtxError if it has no kernel, or one that the emulator cannot run.
+        """
+        programs = {n: Program(k) for n, k in ptx.parse(ptx_text).items()}
+        if not programs:
+            raise ptx.PtxError("the PTX text has no kernel (.entry)")
+        self.ptx_text, self.programs = ptx_text, programs
 
     def __call__(self, args, policy=None, sm_count=None, **machine_options):
         """Runs the function on `args`, its signature's without the Constexprs; returns the Machine.
@@ -53,7 +60,13 @@ class Emulator:
         gpu = machine.gpu_for(target)
 
         def on_launch(launch):
-            program = self.programs[launch.name]
+            program = self.programs.get(launch.name)
+            if program is None:
+                known = ", ".join(self.programs)
+                raise ptx.PtxError(
+                    f"the host code launches {launch.name}, the PTX text has {known}: "
+                    "load PTX of the same function"
+                )
             params = [
                 ctypes.string_at(launch.args[i], p[1]) for i, p in enumerate(program.kernel.params)
             ]
