@@ -342,7 +342,13 @@ def _plot(path: Path, result: Result) -> None:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.plot_from:
-        _plot(arguments.plot, Result.read(arguments.plot_from))
+        try:
+            _plot(arguments.plot, Result.read(arguments.plot_from))
+        except (OSError, ValueError) as error:
+            raise SystemExit(
+                f"--plot-from {arguments.plot_from}: {error}\n"
+                "It takes a result file that --json wrote here, with at least one size."
+            ) from None
         return 0
     shapes = {letter: BARS[letter] for letter in arguments.shapes}
     shapes |= {f"given {number}": shape for number, shape in enumerate(arguments.thiek, 1)}

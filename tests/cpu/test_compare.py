@@ -209,6 +209,16 @@ def test_options_that_cannot_work_are_refused(arguments, message, capsys) -> Non
     assert message in capsys.readouterr().err
 
 
+def test_a_file_without_a_comparison_is_refused(tmp_path: Path) -> None:
+    flags = ["--plot", str(tmp_path / "a.svg"), "--plot-from"]
+    with pytest.raises(SystemExit, match=r"nosuch\.json.*\n.*that --json wrote"):
+        compare.main([*flags, str(tmp_path / "nosuch.json")])
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    with pytest.raises(SystemExit, match="is no result file"):
+        compare.main([*flags, str(other)])
+
+
 def test_nothing_asked_for_is_said() -> None:
     with pytest.raises(SystemExit, match="Nothing to compare"):
         compare.main([])
