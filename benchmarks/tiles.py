@@ -43,16 +43,15 @@ class Gemm:
 
 def search_space(problem: Problem) -> list[TileConfig]:
     """Every tiling that the kernel might take; the backend refuses those that do not fit."""
-    schedules = [Schedule.COOPERATIVE]
-    if problem.ragged is Ragged.ROWS:
-        schedules.append(Schedule.PINGPONG)
+    rows = problem.ragged is Ragged.ROWS
     return [
-        TileConfig(m, n, *cluster, schedule, epilogue_stages, raster_along_m)
-        for schedule in schedules
+        TileConfig(m, n, *cluster, schedule, epilogue_stages, raster_along_m, dynamic=dynamic)
+        for schedule in Schedule
         for m, n in ((128, 256), (256, 128), (128, 192), (256, 192), (128, 128))
         for cluster in ((1, 1), (2, 1), (1, 2))
         for epilogue_stages in (1, 2, 4)
         for raster_along_m in (True, False)
+        for dynamic in ((False, True) if rows else (False,))
     ]
 
 

@@ -534,3 +534,16 @@ def test_the_validation_script_refuses(flags: list[str], says: str) -> None:
 @pytest.mark.parametrize("script", ["moe-cute.py", "validate.py"])
 def test_a_missing_gpu_is_a_sentence(script: str, impl: str) -> None:
     assert "torch sees no CUDA device" in _refused(script, "--device", "cuda", "--impl", impl)
+
+
+def test_a_sweep_of_all_tilings_times_every_candidate() -> None:
+    from benchmarks.tiles import search_space
+    from kernels_sm90.tiles import candidates
+    from sonic.runtime.problem import layer_problems
+
+    for problem in layer_problems(ActivationType.SWIGLU, "bfloat16", False, accumulate=True):
+        space = search_space(problem)
+        for rows, k in itertools.product((64, 320, 2048), (512, 2048)):
+            wanted = {config for config, _ in candidates(problem, rows, k)}
+            assert wanted <= set(space), (problem.name, rows, k)
+        assert len({(config.name, config.raster_along_m) for config in space}) == len(space)
