@@ -1,9 +1,9 @@
 """Persistent tile schedulers that read the expert offsets on the device.
 
-A cluster works on tiles ``cluster_id, cluster_id + clusters, ...`` of one linear order over
-(expert, tile of that expert). Every warp decodes for itself: no broadcast, no barrier, no host
-sync. A scheduler's *cursor* is a tuple of registers that a warp carries from tile to tile; experts
-only move forward, so decoding all tiles of a kernel reads each offset once per warp.
+A cluster works on growing numbers of one linear order over (expert, tile of that expert): every
+``clusters``-th, or those that it takes from a counter. Every warp decodes a number for itself,
+without a host sync. A scheduler's *cursor* is a tuple of registers that a warp carries from tile to
+tile; experts only move forward, so decoding all tiles reads each offset once per warp.
 
 Cursor: ``(expert, first, tiles, begin, end)``: the expert, the linear index of its first tile, its
 number of tiles, and its row range. ``expert == num_experts`` means that no tile is left.
