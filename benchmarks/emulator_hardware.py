@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from torch import Tensor
 
 import sonic
 from benchmarks.emulator_cases import Case, all_cases
+from benchmarks.options import output_file, positive
 from benchmarks.report import EMULATOR, Row
 from sonic.testing import poisoned_empty
 from tests.gemm_bounds import Band, bands
@@ -161,8 +163,15 @@ class Recording:
                 f"{folder} has no {' and no '.join(missing)}: make them on a machine with a Hopper "
                 f"GPU with `python benchmarks/emulator_hardware.py --record {folder}`"
             )
-        self.head = json.loads((folder / HEAD).read_text())
-        self.arrays = np.load(folder / OUTPUTS)
+        try:
+            self.head = json.loads((folder / HEAD).read_text())
+            self.arrays = np.load(folder / OUTPUTS)
+            self.head["digests"]
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            raise SystemExit(
+                f"{folder} holds no whole recording ({type(error).__name__}: {error}): "
+                "record again into an empty directory"
+            ) from None
 
     def outputs(self, case: Case, kind: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
         """The recorded tensors, with the dtypes of ``like``."""
@@ -272,6 +281,8 @@ def compare(folder: Path) -> dict[str, Any]:
     entries = []
     cases = all_cases()
     known = [case for case in cases if recording.has(case)]
+    if not known:
+        raise SystemExit(f"{folder} has none of the {len(cases)} cases: record them again")
     if len(known) < len(cases):
         print(f"{len(cases) - len(known)} cases are not in the recording, which is older")
     for case in known:
@@ -288,8 +299,10 @@ def main() -> int:
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--record", type=Path, metavar="DIR", help="run on this machine's GPU")
     group.add_argument("--compare", type=Path, metavar="DIR", help="run in the emulator, compare")
-    parser.add_argument("--json", type=Path, help="result file of --compare")
-    parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count(), help="compilers at once")
+    parser.add_argument("--json", type=output_file, help="result file of --compare")
+    parser.add_argument(
+        "-j", "--jobs", type=positive, default=os.cpu_count(), help="compilers at once"
+    )
     arguments = parser.parse_args()
 
     from benchmarks.measure import environment
@@ -308,6 +321,7 @@ def main() -> int:
     result = {**environment(torch.device("cpu")), **compare(arguments.compare)}
     print(json.dumps(result["totals"], indent=1))
     if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     entries = result["cases"]
     return 0 if all(agrees(entry) for entry in entries) else 1

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -97,6 +98,12 @@ def about(configuration):
 
 def calibration_kernel(name):
     """The kernel of the configuration `name`, compiled now if it was not before."""
+    if name not in CONFIGURATIONS:
+        near = get_close_matches(name, CONFIGURATIONS, 3) or list(CONFIGURATIONS)[:3]
+        raise ValueError(
+            f"no configuration {name!r}; configurations.py has {len(CONFIGURATIONS)}, "
+            f"such as {', '.join(near)}"
+        )
     c = CONFIGURATIONS[name]
     compile_missing([c])
     folder = cache_folder()

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import environment
+from benchmarks.options import not_negative, output_file
 from benchmarks.report import EMULATOR, Row
 from tests.emulator import Fault, Policy, PtxError
 
@@ -158,14 +159,17 @@ def write(path, head, rows, versions):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json")
+    parser.add_argument("--json", type=output_file)
     parser.add_argument("--arch", choices=ARCHITECTURES)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=not_negative, default=3)
     parser.add_argument("--only", default="")
     args = parser.parse_args()
     chosen = [
         c for c in CONFIGURATIONS.values() if args.only in c.name and args.arch in (None, c.arch)
     ]
+    if not chosen:
+        parser.error(f"no configuration of {args.arch or 'any architecture'} has {args.only!r} in "
+                     "its name; tests/calibration/configurations.py has the names")  # fmt: skip
     head = start()
     compile_missing(chosen)
     rows, versions = [], {}

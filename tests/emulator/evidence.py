@@ -12,6 +12,8 @@ import argparse
 import json
 import random
 import re
+import shlex
+import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import environment
+from benchmarks.options import output_file, positive
 from benchmarks.report import EMULATOR, Row
 
 from .memory import Fault
@@ -178,8 +181,11 @@ def key_of(entry: dict[str, Any]) -> str:
 def run_architecture(arch: str, per_kind: int, only: str) -> dict[str, Any]:
     """The entry of one architecture in the result file."""
     start = time.perf_counter()
-    made = [make() for make in subjects(arch)]
-    made = [subject for subject in made if only in subject.name]
+    every = [make() for make in subjects(arch)]
+    made = [subject for subject in every if only in subject.name]
+    if not made:
+        known = ", ".join(subject.name for subject in every)
+        raise SystemExit(f"--only {only}: no kernel of {arch} has that in its name; it has {known}")
     known = explanations()
     by_subject, unchanged = [], []
     for subject in made:
@@ -253,24 +259,42 @@ def rows(architectures: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def earlier(path: Path | None) -> dict[str, Any]:
+    """The entries of a result file that is there already, by architecture."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text())["architectures"])
+    except (ValueError, TypeError, KeyError):
+        raise SystemExit(
+            f"--json {path} is there and is no result of this script, whose entries would be kept: "
+            "name another file, or remove it"
+        ) from None
+
+
+def start() -> dict[str, Any]:
+    """The head of the result file, taken before that file changes the tree."""
+    command = shlex.join(["python", "-m", "tests.emulator.evidence", *sys.argv[1:]])
+    return environment(torch.device("cpu")) | {"command": command}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="default: all")
-    parser.add_argument("--json", type=Path, help="result file")
-    parser.add_argument("--per-kind", type=int, default=PER_KIND)
+    parser.add_argument("--json", type=output_file, help="result file")
+    parser.add_argument("--per-kind", type=positive, default=PER_KIND)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     arguments = parser.parse_args()
     path = arguments.json
-    result: dict[str, Any] = {"architectures": {}}
-    if path and path.exists():
-        result["architectures"] = json.loads(path.read_text())["architectures"]
+    result: dict[str, Any] = {"architectures": earlier(path)}
+    head = start()
     for arch in arguments.arch or ARCHITECTURES:
         entry = run_architecture(arch, arguments.per_kind, arguments.only)
         print(json.dumps(entry["summary"], indent=1))
         result["architectures"][arch] = entry
         if path:
-            content = environment(torch.device("cpu"))
-            content |= {"rows": rows(result["architectures"]), **result}
+            content = head | {"rows": rows(result["architectures"]), **result}
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
