@@ -262,3 +262,9 @@ def test_text_without_the_kernel_is_refused(gather_problem):
     emulator.load(right.replace(".entry ", ".entry other_"))
     with pytest.raises(PtxError, match="the host code launches .*, the PTX text has other_"):
         gather_problem.run(emulator, Policy(0))
+
+
+def test_an_architecture_that_is_none_is_refused():
+    arguments = [torch.ones(8), torch.ones(8), 2.0, Const(0), STREAM]
+    with pytest.raises(ValueError, match="'hopper': expected one such as sm_90a, sm_100a"):
+        run_kernel(scale, arguments, gpu_arch="hopper")

@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import re
 import tempfile
 
 from .host import Buffer, is_array
 
 OPTIONS = "--enable-tvm-ffi --keep-ptx --generate-line-info"
 ALIGNMENT = 16
+EXAMPLES = ("sm_90a", "sm_100a", "sm_103a", "sm_120a")  # of architectures
 
 
 def fake_tensor(array, static=False):
@@ -26,6 +28,8 @@ def fake_tensor(array, static=False):
         "float8_e4m3fn": "Float8E4M3FN", "float8_e5m2": "Float8E5M2",
     }  # fmt: skip
     b = Buffer.of(array)
+    if b.dtype not in names:
+        raise TypeError(f"no CuTe tensor for dtype {b.dtype}; there are {', '.join(names)}")
     dtype = getattr(cutlass, names[b.dtype])
     if static:
         return make_fake_tensor(dtype, b.shape, b.strides, assumed_align=ALIGNMENT)
@@ -69,6 +73,8 @@ def compile_function(function, fakes, gpu_arch, options=""):
     """`cute.compile` of a @cute.jit function with the needed options."""
     import cutlass.cute as cute
 
+    if not re.fullmatch(r"sm_\d+[af]?", gpu_arch):
+        raise ValueError(f"gpu_arch {gpu_arch!r}: expected one such as {', '.join(EXAMPLES)}")
     with needed_options() as needed:
         return cute.compile(function, *fakes, options=f"--gpu-arch {gpu_arch} {needed} {options}")
 

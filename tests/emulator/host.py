@@ -91,7 +91,9 @@ class Buffer:
         """Of a torch CPU tensor or a numpy array, without a copy."""
         if hasattr(array, "untyped_storage"):
             if array.device.type != "cpu":
-                raise TypeError("the emulator takes CPU tensors")
+                raise TypeError(
+                    f"the emulator takes CPU tensors, not one on {array.device}: use .cpu()"
+                )
             storage = array.untyped_storage()
             base, nbytes = storage.data_ptr(), storage.nbytes()
             dtype = str(array.dtype).removeprefix("torch.")
@@ -103,7 +105,7 @@ class Buffer:
             base, nbytes, dtype = owner.ctypes.data, owner.nbytes, array.dtype.name
             strides, address = tuple(s // array.itemsize for s in array.strides), array.ctypes.data
         if dtype not in DTYPES:
-            raise TypeError(f"no DLPack type for {dtype}")
+            raise TypeError(f"the emulator takes no {dtype} arrays; it takes {', '.join(DTYPES)}")
         view = (
             np.ctypeslib.as_array(C.cast(base, C.POINTER(C.c_uint8)), (nbytes,))
             if nbytes
