@@ -48,9 +48,9 @@ from benchmarks.peers import (
     shorten_tuning,
     versions,
 )
-from benchmarks.problems import BARS, SKEWS, random_shapes, with_skew
+from benchmarks.problems import SKEWS, random_shapes, with_skew
 from benchmarks.report import Result, text_table
-from benchmarks.shapes import Shape
+from benchmarks.shapes import BARS, DECODE_TOKENS, Shape
 
 MIB = 2**20
 
@@ -277,7 +277,7 @@ def record(
 def compare_small(names: list[str], arguments: argparse.Namespace, result: Result) -> None:
     """Inference of few tokens: device time under a CUDA graph, and host time of an eager call."""
     rows = []
-    for tokens in small.DECODE_TOKENS:
+    for tokens in DECODE_TOKENS:
         shape = small.decode_shape(tokens)
         print(f"\nsmall: T,H,I,E,top_k = {','.join(map(str, shape.problem))}", flush=True)
         layer = make_layer(shape, _options(arguments))

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from benchmarks.peers import BOUND, CONTENDERS, FORWARD_ONLY
-from benchmarks.problems import BARS
 from benchmarks.report import Result
-from benchmarks.shapes import Shape
+from benchmarks.shapes import BARS, Shape
 
 PANELS = ("forward", "backward", "forward + backward")
 _COLORS = {

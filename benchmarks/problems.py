@@ -9,16 +9,6 @@ import torch
 from benchmarks.layer import Layer
 from benchmarks.shapes import Shape
 
-# The letters of benchmarks.shapes, with the token count of published figures for D, and all as
-# bf16 SwiGLU without bias, which every contender has.
-BARS = {
-    "A": Shape(32768, 4096, 1024, 128, 8),
-    "B": Shape(24576, 1536, 256, 128, 8),
-    "C": Shape(32768, 2048, 768, 128, 8),
-    "D": Shape(16384, 7168, 2048, 256, 8),
-    "E": Shape(16384, 2048, 512, 512, 10),
-    "F": Shape(8192, 2880, 2880, 128, 4),
-}
 SKEWS = ("none", "zipf", "hot")
 HOT_SHARE = 0.25
 # Weights, their gradients, a second order of w1, and four copies of the largest operands of a GEMM

@@ -15,7 +15,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.shapes import EXTRA_SHAPES, NAMED_SHAPES, NamedShape
+from benchmarks.shapes import (
+    BARS,
+    DECODE_SHAPE,
+    DECODE_TOKENS,
+    EXTRA_SHAPES,
+    NAMED_SHAPES,
+    NamedShape,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HEAD_KEYS = ("device", "driver", "versions", "commit", "command", "date")
@@ -124,6 +131,10 @@ class Figures:
         self.used.add(found[1])
         return found[0]
 
+    def problems(self, metric: str) -> list[tuple[int, ...]]:
+        """The sizes of which this figure of ours is known, in order."""
+        return sorted({p for by, p, name, _ in self._figures if by == OURS and name == metric})
+
     def devices(self, metric: str) -> set[str]:
         """GPUs with a committed row of this metric of ours."""
         return {
@@ -174,6 +185,72 @@ def performance_table(figures: Figures) -> str:
     header = ["", "model", "T, H, I, E, top_k"]
     for name in ("inference fwd", "training fwd", "fwd + bwd", "bwd"):
         header += [f"{name} ms", "TFLOPS (of cuBLAS)"]
+    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+
+
+_PASSES = ("inference", "forward", "backward", "forward + backward")
+
+
+def peers_table(figures: Figures) -> str:
+    """Times of ours, and how many times as long SonicMoE and the balanced-GEMM bound take."""
+    rows = []
+    for letter, shape in BARS.items():
+        problem = shape.problem
+        cells: list[str] = []
+        for name in _PASSES:
+            metric = f"compare/none/{name}"
+            cells.append(_cell(figures.get(metric, "ms", problem), ".3f"))
+            for provider in ("sonicmoe", "bound"):
+                cells.append(_cell(figures.get(metric, "x ours", problem, provider), ".3f"))
+        if any(cell != "–" for cell in cells):
+            rows.append([letter, ", ".join(map(str, problem)), *cells])
+    if not rows:
+        return "No comparison has been committed yet."
+    header = ["", "T, H, I, E, top_k"]
+    for name in _PASSES:
+        header += [f"{name} ms", "SonicMoE ×", "bound ×"]
+    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+
+
+def small_table(figures: Figures) -> str:
+    """Few tokens: one forward inference in a CUDA graph, from given ids."""
+    rows = []
+    for tokens in DECODE_TOKENS:
+        problem = (tokens, *DECODE_SHAPE)
+        floor = _cell(figures.get("small/floor", "us", problem, "bound"), ".1f")
+        ours, *others = (
+            _cell(figures.get("small/graph", "us", problem, provider), ".1f")
+            for provider in (OURS, "sonicmoe", "torch")
+        )
+        if ours != "–":
+            rows.append([str(tokens), ours, *others, floor])
+    if not rows:
+        return "No figures of small batches have been committed yet."
+    header = ["T", "sonic µs", "SonicMoE µs", "torch grouped_mm µs", "weights read once µs"]
+    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+
+
+def rounding_table(figures: Figures) -> str:
+    """Token rounding beside plain top-k, router GEMM and routing included."""
+    rows = []
+    for problem in figures.problems("token rounding/nr/q128/forward"):
+        cells = [", ".join(map(str, problem))]
+        for name in ("forward", "forward + backward"):
+            nr, top_k = (
+                figures.get(f"token rounding/{rule}/q128/{name}", "ms", problem)
+                for rule in ("nr", "top_k")
+            )
+            peer = figures.get(f"token rounding/top_k/{name}", "ms", problem, "sonicmoe")
+            cells += [_cell(nr, ".3f"), _cell(top_k, ".3f"), _cell(peer, ".3f")]
+            if name == "forward":
+                routing = figures.get(f"token rounding/nr/q128/{name}/routing", "ms", problem)
+                share = 100 * routing / nr if routing and nr else None
+                cells.append(_cell(share, ".1f"))
+        rows.append(cells)
+    if not rows:
+        return "No figures of token rounding have been committed yet."
+    header = ["T, H, I, E, top_k", "forward: nr ms", "top-k ms", "SonicMoE top-k ms"]
+    header += ["routing, % of nr", "forward + backward: nr ms", "top-k ms", "SonicMoE top-k ms"]
     return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
 
 
@@ -288,6 +365,9 @@ def emulator_table(figures: Figures) -> str:
 TABLES: dict[str, Callable[[Figures], str]] = {
     "support": support_table,
     "performance": performance_table,
+    "peers": peers_table,
+    "small": small_table,
+    "rounding": rounding_table,
     "accuracy": accuracy_table,
     "memory": memory_table,
     "robustness": robustness_table,

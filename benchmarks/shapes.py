@@ -104,3 +104,17 @@ def named_shape(letter: str) -> NamedShape:
 
 DEFAULT_SHAPE = NAMED_SHAPES[0].shape
 SMALL_SHAPE = Shape(256, 128, 64, 8, 2)  # what a machine without a supported GPU runs
+
+# Comparisons with other packages: the letters above, with the token count of published figures for
+# D, and all as bf16 SwiGLU without bias, which every contender has.
+BARS = {
+    "A": Shape(32768, 4096, 1024, 128, 8),
+    "B": Shape(24576, 1536, 256, 128, 8),
+    "C": Shape(32768, 2048, 768, 128, 8),
+    "D": Shape(16384, 7168, 2048, 256, 8),
+    "E": Shape(16384, 2048, 512, 512, 10),
+    "F": Shape(8192, 2880, 2880, 128, 4),
+}
+# One forward of few tokens.
+DECODE_TOKENS = (1, 16, 64, 256)
+DECODE_SHAPE = (2048, 768, 128, 8)  # H, I, E, top_k of Qwen3-30B-A3B

@@ -14,10 +14,8 @@ from benchmarks.contest import take_turns
 from benchmarks.layer import Layer
 from benchmarks.measure import synchronize
 from benchmarks.peers import FORWARD_ONLY, Contender
-from benchmarks.shapes import Shape
+from benchmarks.shapes import DECODE_SHAPE, Shape
 
-DECODE_TOKENS = (1, 16, 64, 256)
-DECODE_SHAPE = (2048, 768, 128, 8)  # H, I, E, top_k of Qwen3-30B-A3B
 ROUTINGS = 8  # in rotation: one routing's weights would stay in the L2 cache
 HOST_SHAPE = Shape(64, 256, 128, 8, 2)  # the GPU is done before the host is
 _HOST_CALLS = 10  # between two waits: far fewer launches than a stream queues

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import compare, peers, plot, small
 from benchmarks.contest import OutOfTime, _relative_l2, disagreements, take_turns, time_limit
 from benchmarks.layer import Layer, LayerOptions, make_layer
-from benchmarks.problems import BARS, HOT_SHARE, random_shapes, skewed_ids, with_skew
+from benchmarks.problems import HOT_SHARE, random_shapes, skewed_ids, with_skew
 from benchmarks.report import Result
-from benchmarks.shapes import NAMED_SHAPES, Shape
+from benchmarks.shapes import BARS, NAMED_SHAPES, Shape
 
 TINY = Shape(48, 64, 32, 8, 2)
 CPU = torch.device("cpu")
