@@ -25,7 +25,7 @@ from tests.cpu.compile_worker import kernels
 
 _ROOT = Path(__file__).parents[2]
 _PARTS = 16
-_OVERLAPPED_SPILLS = 64
+_OVERLAPPED_SPILLS = 128
 _REPORT = {"CUTE_DSL_COMPILER_OPT": "remarks{ptx}"}  # registers and spills, on stderr
 _SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill")
 _REGISTERS = re.compile(r"Used (\d+) registers")
