@@ -552,7 +552,7 @@ if what == "load":
 kernel = kernel_for(backend, problem, config)
 x, offsets = torch.zeros(8, 8), torch.zeros(2, dtype=torch.int32)
 try:
-    kernel(x, x[None], x, None, None, None, None, None, None, offsets, 0, 0, 1)
+    kernel(x, x[None], x, None, None, None, None, None, None, offsets, None, 0, 0, 1)
 except (TypeError, ValueError) as error:
     print("refused:", str(error).replace(chr(10), " "))
 print("cutlass" in sys.modules)
