@@ -343,7 +343,7 @@ def emulator_table(figures: Figures) -> str:
         explained = figure(f"{prefix}/without effect", "mutants", ".0f")
         found.append(cell if explained in ("–", "0") else f"{cell}; {explained} without effect")
     rows = [
-        ["GEMMs of quack-kernels: results right, nothing reported", *calibrated],
+        ["GEMMs of quack-kernels: results right, no report without a known reason", *calibrated],
         ["single mistakes planted in right kernels: found", *found],
     ]
     unlike = ["–", "–"]
