@@ -24,10 +24,15 @@ from sonic.triton.common import (
     row_major,
 )
 from sonic.triton.launch import Launcher
-from sonic.triton.topk import _select_best, _sortable, _value_of, free_bits, topk_scores
-
-LOWEST = tl.constexpr(-(2**31))
-HIGHEST = tl.constexpr(2**31 - 1)
+from sonic.triton.topk import (
+    HIGHEST,
+    LOWEST,
+    _select_best,
+    _sortable,
+    _value_of,
+    free_bits,
+    topk_scores,
+)
 
 MAX_BLOCK_E = 4096  # experts of a token in one block
 _ELEMENTS = 4096  # of a block

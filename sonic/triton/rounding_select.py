@@ -16,7 +16,8 @@ import triton.language as tl
 
 from sonic.triton.common import power_of_2
 from sonic.triton.launch import Launcher
-from sonic.triton.rounding_keys import HIGHEST, LOWEST, _score_of
+from sonic.triton.rounding_keys import _score_of
+from sonic.triton.topk import HIGHEST, LOWEST
 
 GROUP = tl.constexpr(32)  # tokens whose verdicts share a word
 
