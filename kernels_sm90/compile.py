@@ -51,7 +51,7 @@ def fake_arguments(problem: Problem, gemm: GroupedGemmSm90) -> tuple:
     row_sum = _fake(cutlass.Float32, (cute.sym_int(), rows), align=4) if is_grad else None
     gather = _fake(Int32, (rows,), align=4) if problem.gather is not None else None
     offsets = _fake(Int32, (experts_plus_1,), align=4)
-    counter = _fake(Int32, (2,), align=4) if gemm.dynamic else None
+    counter = _fake(Int32, (1,), align=4) if gemm.dynamic else None
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     return (
         a, b, d, aux, c, bias, score, row_sum, gather, offsets, counter,

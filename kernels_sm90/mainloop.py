@@ -92,9 +92,6 @@ class MainloopMixin:
                         (tile, turn, taken), tile_counter, cursor, offset_by_expert, sizes, loader,
                         smem, warp,
                     )  # fmt: skip
-        if cutlass.const_expr(self.dynamic):
-            if warp == 0:
-                self.finish_queue(tile_counter, taken)
 
     @cute.jit
     def _look_ahead(

@@ -6,9 +6,9 @@ faster SMs get ahead by whole tiles, and where one expert's weights do not fit t
 then reads them from memory. So CTAs take tiles from a counter: what runs at one time is a window
 of the linear order.
 
-The counter is two words of global memory, zero when the kernel starts: tiles taken, and CTAs that
-have finished; the last one clears both. A CTA's first tile is its own index. One warp takes a tile
-ahead of need and hands it to the others through a ring in shared memory.
+The counter is a word of global memory, zero when the kernel starts: tiles taken, beside the first
+one of each CTA, which is its own index. One warp takes a tile ahead of need and hands it to the
+others through a ring in shared memory.
 """
 
 import cutlass
@@ -57,19 +57,6 @@ class TileQueueMixin:
         else:
             tile = tile + tile_step
         return tile, turn + 1
-
-    @cute.jit
-    def finish_queue(self, counter: cute.Tensor, taken: Int32):
-        """Called by the warp that takes tiles, after its last: the last CTA clears the counter."""
-        if cute.arch.lane_idx() == 0:
-            blocks, _, _ = cute.arch.grid_dim()
-            # What was taken in vain must have arrived before this CTA counts as finished.
-            one = Int32(1) if taken >= 0 else Int32(0)
-            done = counter.iterator + 1
-            finished = Int32(cute.arch.atomic_add(done, one, sem="acq_rel", scope="gpu"))
-            if finished == blocks - 1:
-                cute.arch.atomic_exch(counter.iterator, Int32(0), sem="relaxed", scope="gpu")
-                cute.arch.atomic_exch(done, Int32(0), sem="relaxed", scope="gpu")
 
     def _tile_slot(self, smem, slot):
         pointer = cute.recast_ptr(smem + (self.smem.tile_ring + slot * 4), dtype=Int32)

@@ -133,6 +133,6 @@ def grouped_gemm(
         experts, m, n = offset_by_expert.shape[0] - 1, a.shape[1], b.shape[1]
     grid = _grid(problem, config, rows, experts, m, n, _multiprocessors(device))
     # A kept counter would outlive the memory pool of a captured graph, or be shared by its replays.
-    counter = torch.zeros(2, dtype=torch.int32, device=device) if config.dynamic else None
+    counter = torch.zeros(1, dtype=torch.int32, device=device) if config.dynamic else None
     vectors = (bias, score, row_sum, gather, offset_by_expert, counter)
     kernel(a, b, d, aux, c, *vectors, *strides, grid)

@@ -69,6 +69,11 @@ TILES = [
         TileConfig(128, 128, 2, 1, PINGPONG, 2, raster_along_m=False),
     ),
     (up_backward_act_problem("bfloat16", True), TileConfig(128, 64, 1, 1, OVERLAPPED, 2)),
+    (DOWN, TileConfig(128, 64, 1, 1, OVERLAPPED, 1, dynamic=True)),
+    (
+        up_backward_act_problem("bfloat16", True),
+        TileConfig(128, 64, 1, 1, PINGPONG, 2, dynamic=True),
+    ),
     (DOWN_WEIGHT, TileConfig(128, 128, 2, 1, COOPERATIVE, 4)),
     (
         weight_grad_problem("bfloat16", Operand.B, True, True),
@@ -79,7 +84,7 @@ TILES = [
 
 @pytest.mark.parametrize(("problem", "config"), TILES, ids=lambda v: v.name)
 def test_tiles(emulated_gemm, problem, config):  # noqa: F811
-    """Schedules, multicast of either operand and rasters that the default choice leaves out."""
+    """Schedules, multicast, rasters and tiles from a counter that the default choice leaves out."""
     emulated_gemm(GroupedGemm(problem, SIZES), config)
 
 
