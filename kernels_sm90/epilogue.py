@@ -45,10 +45,10 @@ class EpilogueMixin:
         aux = smem + (base + chunk % plan.aux_stages * plan.aux_bytes)
         return d, aux
 
-    def _stores_in_flight(self) -> int:
-        """Stores that may still read shared memory when a chunk starts to overwrite its slots."""
+    def _has_spare_slot(self) -> bool:
+        """Whether a chunk never writes where the store of the chunk before it may still read."""
         plan = self.smem
-        return (plan.aux_stages if self.epilogue.aux_blocks else plan.epilogue_stages) - 1
+        return (plan.aux_stages if self.epilogue.aux_blocks else plan.epilogue_stages) > 1
 
     def _chunks(self) -> int:
         return self.config.tile_n // self.epilogue.acc_chunk
@@ -150,6 +150,8 @@ class EpilogueMixin:
         if cutlass.const_expr(part == per_chunk - 1):
             # Makes this thread's shared-memory writes visible to the TMA store.
             cute.arch.fence_view_async_shared()
+            if cutlass.const_expr(self._has_spare_slot()):
+                self._await_stores(warp)
             self._sync_group(group)
             if warp % 4 == 0:
                 if elect_one_lane():
@@ -160,28 +162,36 @@ class EpilogueMixin:
     @cute.jit
     def _begin_chunk(self, smem, warp: Int32, group: Int32, now: Int32):
         """Waits until the slots of chunk number ``now`` may be written, and for its C."""
-        if warp % 4 == 0:
-            if elect_one_lane():
-                cute.arch.cp_async_bulk_wait_group(self._stores_in_flight(), read=True)
-        # Orders that store's reads of the slot before this chunk's writes.
-        self._sync_group(group)
+        if cutlass.const_expr(not self._has_spare_slot()):
+            self._await_stores(warp)
+            # Orders that store's reads of the slot before this chunk's writes.
+            self._sync_group(group)
         if cutlass.const_expr(self.epilogue.c_blocks > 0):
             full = self._c_barrier(smem, group, now)
             cute.arch.mbarrier_wait(full, (now // self.smem.epilogue_stages) & 1)
 
     @cute.jit
+    def _await_stores(self, warp: Int32):
+        """Waits until the stores issued so far have read their slots.
+
+        With a spare slot this comes before the barrier at a chunk's end, which then tells all
+        threads that the next chunk's slots are free: one barrier a chunk instead of two.
+        """
+        if warp % 4 == 0:
+            if elect_one_lane():
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
     def _refill_c(self, c_map, context, following, smem, group: Int32, index, now: Int32):
-        """Loads C into the slot before this chunk's, once the store there has read it."""
+        """Loads C into the slot before this chunk's, which the store there has read."""
         stages, chunks = self.smem.epilogue_stages, self._chunks()
         load = index - 1 + stages
         if cutlass.const_expr(self.epilogue.c_blocks > 0):
             if cutlass.const_expr(load < chunks and (index >= 1 or following is not None)):
-                cute.arch.cp_async_bulk_wait_group(1, read=True)
                 self._load_c(c_map, context, smem, group, now - 1 + stages, load)
             elif cutlass.const_expr(load >= chunks and following is not None):
                 next_context, valid = following
                 if valid:
-                    cute.arch.cp_async_bulk_wait_group(1, read=True)
                     self._load_c(c_map, next_context, smem, group, now - 1 + stages, load - chunks)
 
     def _sync_group(self, group):

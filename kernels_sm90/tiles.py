@@ -38,7 +38,7 @@ class SharedMemoryPlan:
         self.aux_bytes = rows * epilogue.aux_chunk * _ELEMENT_BYTES
         self.epilogue_stages = config.epilogue_stages
         # A slot of D that also holds C is filled ahead of time; a slot of Aux is only written.
-        self.aux_stages = min(config.epilogue_stages, 2)
+        self.aux_stages = min(self.epilogue_stages, 2)
         self.group_bytes = self.epilogue_stages * self.d_bytes + self.aux_stages * self.aux_bytes
         self.c_slots = 2 * self.epilogue_stages if epilogue.c_blocks else 0
         epilogue_bytes = 2 * self.group_bytes
@@ -100,10 +100,14 @@ def supports_config(problem: Problem, config: TileConfig) -> Unsupported | None:
     if config.dynamic and config.cluster_size > 1:
         return Unsupported("a dynamic tile order of clusters: only single CTAs take tiles", remedy)
     if config.schedule is Schedule.OVERLAPPED:
-        if problem.ragged is Ragged.REDUCTION:
-            return Unsupported("an overlapped epilogue of a ragged reduction", remedy)
-        if config.tile_m != 128:
-            return Unsupported(f"tile_m={config.tile_m} with an overlapped epilogue: 128", remedy)
+        if problem.epilogue is EpilogueKind.ACCUMULATE:
+            return Unsupported("an overlapped epilogue that accumulates: copies round", remedy)
+        if config.tile_m * config.tile_n > 128 * 256:
+            return Unsupported(
+                f"{config.tile_m}x{config.tile_n} with an overlapped epilogue: at most 128x256 "
+                "elements, of which a copy fits the registers",
+                remedy,
+            )
     if (config.cluster_m, config.cluster_n) not in ((1, 1), (2, 1), (1, 2)):
         return Unsupported(
             f"cluster {config.cluster_m}x{config.cluster_n}: 1x1, 2x1 and 1x2 are built", remedy
@@ -158,14 +162,20 @@ def candidates(problem: Problem, rows_per_expert: int, k: int) -> list[tuple[Til
             # spills registers where a warpgroup holds a whole tile.
             narrow = TileConfig(128, 128, 1, 1, cooperative, 4)
         return [
-            (TileConfig(128, 256, 1, 1, overlapped, 4, dynamic=dynamic), 1.0),
-            (TileConfig(128, 192, 1, 1, overlapped, 4, dynamic=dynamic), 0.87),
+            (TileConfig(128, 256, 1, 1, overlapped, 3, raster_along_m=False, dynamic=dynamic), 1.0),
+            (
+                TileConfig(128, 192, 1, 1, overlapped, 3, raster_along_m=False, dynamic=dynamic),
+                0.87,
+            ),
             (narrow, 0.8),
         ]
     if problem.epilogue is EpilogueKind.ACTIVATION:
         return [
-            (TileConfig(128, 256, 1, 1, overlapped, 1, dynamic=dynamic), 1.0),
-            (TileConfig(128, 192, 1, 1, overlapped, 1, dynamic=dynamic), 0.87),
+            (TileConfig(128, 256, 1, 1, overlapped, 1, raster_along_m=False, dynamic=dynamic), 1.0),
+            (
+                TileConfig(128, 192, 1, 1, overlapped, 1, raster_along_m=False, dynamic=dynamic),
+                0.87,
+            ),
             (TileConfig(128, 128, 1, 1, cooperative, 2), 0.75),
         ]
     # A short reduction hides little of an epilogue: there a second tile in flight hides more.
@@ -181,8 +191,13 @@ def _weight_gradient_candidates(
     problem: Problem, rows_per_expert: int
 ) -> list[tuple[TileConfig, float]]:
     cooperative, pingpong = Schedule.COOPERATIVE, Schedule.PINGPONG
-    stages = 1 if problem.epilogue is EpilogueKind.ACCUMULATE else 2
-    turns = TileConfig(128, 192, 1, 1, pingpong, stages)
+    if problem.epilogue is EpilogueKind.LINEAR:
+        return [
+            (TileConfig(128, 256, 1, 1, Schedule.OVERLAPPED, 1), 1.0),
+            (TileConfig(128, 192, 1, 1, pingpong, 2), 0.97),
+        ]
+    # Added to float32, a tile is not copied: a copy would round it.
+    turns = TileConfig(128, 192, 1, 1, pingpong, 1)
     if problem.gather is Operand.B:
         return [
             (turns, 1.0),
@@ -194,7 +209,7 @@ def _weight_gradient_candidates(
     return [
         (turns, rate),
         (TileConfig(128, 256, 2, 1, cooperative, 2), 1.0),
-        (TileConfig(256, 128, 1, 1, cooperative, stages), 0.93),
+        (TileConfig(256, 128, 1, 1, cooperative, 1), 0.93),
     ]
 
 

@@ -8,7 +8,9 @@ from typing import TypeVar
 from sonic.runtime.problem import EpilogueKind, Problem
 
 BLOCK = 8  # columns of one accumulator block
-CHUNK_COLUMNS = 64  # 16-bit columns of D (or C) that go through shared memory at a time
+CHUNK_COLUMNS = 64  # 16-bit columns of D that go through shared memory at a time
+# Where a tile C is loaded too, its slots take a main-loop stage's room at that width.
+CHUNK_COLUMNS_WITH_C = 32
 
 _Blocks = TypeVar("_Blocks", bound="EpilogueBlocks")
 
@@ -40,7 +42,8 @@ class EpilogueBlocks:
         if self.accumulates:
             return CHUNK_COLUMNS // 2 // BLOCK
         widest = max(self.acc_blocks, self.c_blocks, self.d_blocks, self.aux_blocks)
-        return CHUNK_COLUMNS // (widest * BLOCK)
+        columns = CHUNK_COLUMNS_WITH_C if self.c_blocks else CHUNK_COLUMNS
+        return columns // (widest * BLOCK)
 
     @property
     def accumulates(self) -> bool:

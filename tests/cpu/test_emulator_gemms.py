@@ -75,6 +75,11 @@ TILES = [
         TileConfig(128, 64, 1, 1, PINGPONG, 2, dynamic=True),
     ),
     (DOWN_WEIGHT, TileConfig(128, 128, 2, 1, COOPERATIVE, 4)),
+    (DOWN_WEIGHT, TileConfig(128, 128, 2, 1, OVERLAPPED, 2)),
+    (
+        weight_grad_problem("bfloat16", Operand.B, True, False),
+        TileConfig(256, 64, 1, 2, OVERLAPPED, 1),
+    ),
     (
         weight_grad_problem("bfloat16", Operand.B, True, True),
         TileConfig(128, 64, 1, 2, COOPERATIVE, 1),

@@ -92,7 +92,7 @@ def test_inventory_is_not_empty():
     [
         (TileConfig(96, 128), "tile_m=96"),
         (TileConfig(128, 320), "tile_n=320"),
-        (TileConfig(128, 128, schedule=Schedule.OVERLAPPED), "overlapped epilogue"),
+        (TileConfig(256, 192, schedule=Schedule.OVERLAPPED), "overlapped epilogue"),
         (TileConfig(128, 128, cluster_m=4), "cluster 4x1"),
         (TileConfig(128, 128, cluster_n=2), "multicast"),
         (TileConfig(256, 256), "accumulators"),

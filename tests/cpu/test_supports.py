@@ -68,11 +68,12 @@ CONFIGS = {
     "columns of a transposed weight": (DX, COOPERATIVE, {"tile_n": 96}, "a multiple of 64 up to"),
     "no columns": (DOWN, COOPERATIVE, {"tile_n": 0}, "tile_n=0"),
     "too many columns": (DOWN, COOPERATIVE, {"tile_n": 512}, "up to 256"),
-    "overlapped weight gradient": (
-        DW, COOPERATIVE, {"schedule": Schedule.OVERLAPPED}, "overlapped epilogue of a ragged",
+    "overlapped accumulation": (
+        ACCUMULATE, COOPERATIVE, {"schedule": Schedule.OVERLAPPED}, "that accumulates",
     ),
-    "rows of an overlapped tile": (
-        DOWN, COOPERATIVE, {"schedule": Schedule.OVERLAPPED, "tile_m": 256}, "tile_m=256",
+    "elements of an overlapped tile": (
+        DOWN, COOPERATIVE, {"schedule": Schedule.OVERLAPPED, "tile_m": 256, "tile_n": 192},
+        "256x192 with an overlapped epilogue",
     ),
     "a dynamic order of clusters": (
         DOWN, COOPERATIVE, {"dynamic": True, "cluster_m": 2}, "a dynamic tile order of clusters",
