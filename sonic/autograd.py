@@ -26,6 +26,12 @@ gathered ``x``, gathered dout    gathered inside the kernels that need them
 router logits                    belong to the router's own operator
 ===============================  ===================================================================
 
+An eager backward pass that does not keep its graph writes ``dh`` over ``h``, if nobody else can
+hold ``h``: :func:`experts_forward` below made it, and no hooks saw it being saved. Compiled graphs,
+checkpointed or offloaded layers and ``retain_graph=True`` get memory of its own for ``dh``. Saved
+tensors that were taken out of a graph by hand (``out.grad_fn.saved_tensors``) are not found out:
+after such a pass they hold ``dh``.
+
 ``sonic.memory`` states the sum of the first table as a function; a test counts the saved tensors.
 Gradients of gradients, forward mode and the transforms of ``torch.func`` are not implemented and
 raise :class:`UnsupportedError`.
@@ -42,10 +48,11 @@ from torch import Tensor
 from sonic import ops
 from sonic.ops import LIBRARY
 from sonic.runtime.derivatives import below_autograd, register_gradient
-from sonic.runtime.eager import needs_dispatcher
+from sonic.runtime.eager import graph_is_kept, needs_dispatcher, saved_tensors_are_hooked
 from sonic.runtime.errors import ArgumentError, UnsupportedError
 
 _NUM_DIFFERENTIABLE = 6  # x, w1, b1, w2, b2, scores: the first inputs of sonic::experts_forward
+_NUM_INPUTS = 19
 
 
 def experts_forward(*inputs: Any) -> Tensor:
@@ -55,8 +62,9 @@ def experts_forward(*inputs: Any) -> Tensor:
     if needs_dispatcher(inputs):
         run = torch.ops.sonic.experts_forward
     elif torch.is_grad_enabled() and any_requires_grad(inputs[:_NUM_DIFFERENTIABLE]):
-        run = _Experts.apply
-    out: Tensor = run(*inputs)[0]
+        out: Tensor = _Experts.apply(*inputs, True)[0]
+        return out
+    out = run(*inputs)[0]
     return out
 
 
@@ -85,9 +93,12 @@ def _below_autograd(op: Any, function: Any, inputs: tuple[Any, ...]) -> Any:
 
 
 class _Experts(torch.autograd.Function):
+    """Inputs are those of ``sonic::experts_forward``, and True if the caller drops ``h``."""
+
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         op = torch.ops.sonic.experts_forward.default
+        inputs, drops_h = inputs[:_NUM_INPUTS], len(inputs) > _NUM_INPUTS
         out, h = _below_autograd(op, ops.experts_forward, inputs)
         x, w1, _, w2, b2, scores, *plan = inputs[:12]
         top_k, activation, layout, impl, store_preact, w1_main_grad, w2_main_grad = inputs[12:]
@@ -96,6 +107,7 @@ class _Experts(torch.autograd.Function):
         ctx.needs = list(ctx.needs_input_grad[:_NUM_DIFFERENTIABLE])
         ctx.options = (top_k, activation, layout, impl)
         ctx.has_preact = store_preact
+        ctx.owns_h, ctx.h_is_used_up = drops_h and not saved_tensors_are_hooked(), False
         # Plain attributes: a backward pass in between changes them, which a saved tensor refuses.
         ctx.main_grads = (w1_main_grad, w2_main_grad)
         ctx.save_for_backward(x if ctx.needs[1] else None, w1, w2, b2, h, scores, *plan)
@@ -112,11 +124,20 @@ class _Experts(torch.autograd.Function):
                 "Allowed: store_preact=True where a gradient is needed. Call it so, or through "
                 "sonic.experts, which decides this itself."
             )
+        if ctx.h_is_used_up:
+            raise ArgumentError(
+                "experts: backward came to a graph on which it failed before, after the saved "
+                "pre-activation was overwritten. Allowed: one attempt without retain_graph. Run "
+                "the forward pass again, or pass retain_graph=True to the first attempt."
+            )
         arguments = (dout, *ctx.saved_tensors, *ctx.options, ctx.needs)
         w1_main_grad, w2_main_grad = ctx.main_grads
         if not torch.is_grad_enabled() and not needs_dispatcher(arguments):
-            gradients = ops.experts_gradients(*arguments, w1_main_grad, w2_main_grad)
-            return gradients + rest
+            ctx.h_is_used_up = ctx.owns_h and not graph_is_kept()
+            return (
+                ops.experts_gradients(*arguments, w1_main_grad, w2_main_grad, ctx.h_is_used_up)
+                + rest
+            )
         if w1_main_grad is None and w2_main_grad is None:
             gradients = torch.ops.sonic.experts_backward(*arguments)
         else:

@@ -25,7 +25,7 @@ class MemoryEstimate:
         forward_peak: largest sum of tensors alive at once during the forward pass, the saved ones
             and the output included, the input and the weights not.
         backward_peak: the same for the backward pass with all gradients, those of the weights
-            included.
+            included, where ``dh`` takes the memory of ``h`` (``sonic.autograd`` says when).
         weights: ``w1`` and ``w2``.
     """
 
@@ -104,8 +104,10 @@ def memory_estimate(
     that hold a pair. What the router keeps is not counted.
 
     The peaks follow the order in which ``sonic.ops`` allocates and frees: the post-activation and
-    the expert outputs live in the forward pass only, ``dh`` together with either the scaled
-    post-activation or the rows of ``dx`` in the backward pass.
+    the expert outputs live in the forward pass only; the scaled post-activation, and after it the
+    rows of ``dx``, in the backward pass. Where ``dh`` has memory of its own, the rows of ``dx`` are
+    made in slices of columns (:mod:`sonic.runtime.columns`), so that they and ``dh`` need no more
+    than all of them do alone, as far as slices can be cut that keep a GPU busy.
 
     Example:
         >>> import sonic
@@ -135,16 +137,11 @@ def memory_estimate(
     rows_by_hidden = rows * hidden_size * size
     rows_by_intermediate = rows * intermediate_size * size
     kept = saved - tokens_by_hidden  # the input belongs to the caller
-    forward = kept + max(rows_by_intermediate + rows_by_hidden, rows_by_hidden + tokens_by_hidden)
+    forward = kept + rows_by_intermediate + rows_by_hidden + tokens_by_hidden
     w1 = num_experts * width * hidden_size * size
     w2 = num_experts * hidden_size * intermediate_size * size
-    dh = rows * width * size
     scores = 2 * rows * _FP32
-    steps = (
-        dh + rows_by_intermediate,
-        dh + w1 + rows_by_hidden,
-        w1 + rows_by_hidden + tokens_by_hidden,
-    )
+    steps = (rows_by_intermediate, w1 + rows_by_hidden + tokens_by_hidden)
     backward = kept + scores + w2 + max(steps)
     return MemoryEstimate(saved, forward, backward, w1 + w2)
 

@@ -1,6 +1,6 @@
 """The torch.library operators of sonic: schemas, shape functions and dispatch to the stages.
 
-Imports torch and this package's enums and errors only. The stages themselves
+Imports torch and, of this package, its enums, errors and sizes only. The stages themselves
 (``sonic.reference.stages`` in torch, ``sonic.stages`` on CuTe and Triton kernels) are loaded when
 an operator first runs with that ``impl``, so the schemas exist before Dynamo traces and the
 reference works with neither Triton nor CUTLASS installed.
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sonic.enums import ActivationType, GateUpLayout
+from sonic.runtime.columns import column_slices
 from sonic.runtime.errors import ArgumentError, LayoutError
 from sonic.runtime.limits import message
 
@@ -151,6 +152,42 @@ def _rows_16b(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _project_and_sum(
+    stages: Any,
+    project: Callable[[Tensor, Tensor | None], Tensor],
+    parameters: tuple[Tensor, int, Tensor | None],
+    slices: tuple[tuple[int, int], ...],
+    scores: Tensor | None,
+    call: "_Forward | _Backward",
+    num_tokens: int,
+) -> Tensor:
+    """``out[t] = sum over t's slots of (score *) project(weight, bias)[row of the slot]``.
+
+    Some columns at a time, so that the rows of the others are not in memory. Each column is
+    computed as without slices, to the bit.
+
+    Args:
+        project: makes rows ``(R, columns)`` with these columns of the weight and the bias.
+        parameters: the weight, its axis of output columns, and the bias or None.
+        slices: of the output columns, as from :func:`column_slices`.
+    """
+    weight, axis, bias = parameters
+    slots = call.row_by_slot, scores, call.offset_by_token, call.slot_by_position
+    if len(slices) == 1:
+        out: Tensor = stages.combine(project(weight, bias), *slots, num_tokens, call.top_k)
+        return out
+    out = weight.new_empty((num_tokens, weight.shape[axis]))
+    for first, columns in slices:
+        rows = project(
+            weight.narrow(axis, first, columns),
+            bias if bias is None else bias.narrow(1, first, columns),
+        )
+        part = out.narrow(1, first, columns)
+        stages.combine(rows, *slots, num_tokens, call.top_k, out=part)
+        del rows  # before the next ones are made
+    return out
+
+
 # -------------------------------------------------------------------------------- forward
 
 
@@ -204,16 +241,17 @@ def experts_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
             layout=_LAYOUTS[call.layout],
             store_preact=call.store_preact,
         )
-        y = stages.down_forward(a, w2, call.b2, call.offset_by_expert)
-        del a
-        out = stages.combine(
-            y,
-            call.row_by_slot,
+        out = _project_and_sum(
+            stages,
+            lambda w, b: stages.down_forward(a, w, b, call.offset_by_expert),
+            (w2, 1, call.b2),
+            # In training the backward pass needs more memory than all of this does.
+            column_slices(
+                a.shape[0], hidden_size, a.itemsize, 0 if call.store_preact else a.nbytes
+            ),
             call.scores.view(-1),
-            call.offset_by_token,
-            call.slot_by_position,
+            call,
             num_tokens,
-            call.top_k,
         )
     return out, h
 
@@ -251,6 +289,7 @@ class _Backward(NamedTuple):
     needs: list[bool]
     w1_main_grad: Tensor | None = None
     w2_main_grad: Tensor | None = None
+    overwrite_h: bool = False
 
     def make_gradients(self, make: Callable[..., Tensor]) -> SomeGradients:
         """The six results by ``make`` (``torch.zeros``, ...), None for one not asked for."""
@@ -281,7 +320,10 @@ class _Backward(NamedTuple):
 
 
 def experts_gradients(*arguments: Any) -> SomeGradients:
-    """What the backward operators compute, with None for what is not asked for."""
+    """What the backward operators compute, with None for what is not asked for.
+
+    With ``overwrite_h``, ``h`` is used up: the gradient of the pre-activation takes its memory.
+    """
     call = _Backward(*arguments)
     needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_scores = call.needs
     if call.token_by_row.shape[0] == 0:
@@ -303,7 +345,14 @@ def experts_gradients(*arguments: Any) -> SomeGradients:
         if not (needs_x or needs_w1 or needs_b1 or needs_w2 or needs_scores):
             return dx, dw1, db1, dw2, db2, dscores
         dh, a_scaled, ds_partial = stages.down_backward_act(
-            dout, w2, call.h, score_by_row, token_by_row, offset_by_expert, activation=act
+            dout,
+            w2,
+            call.h,
+            score_by_row,
+            token_by_row,
+            offset_by_expert,
+            activation=act,
+            overwrite_h=call.overwrite_h,
         )
         if needs_scores:
             dscores = stages.score_grad(
@@ -331,18 +380,18 @@ def experts_gradients(*arguments: Any) -> SomeGradients:
             if act.is_gated:
                 db1 = packed_to_rows(db1, order)
         if needs_x:
-            dx_rows = stages.up_backward_act(
-                dh, w1, offset_by_expert, layout=order, gated=act.is_gated
-            )
-            del dh
-            dx = stages.combine(
-                dx_rows,
-                call.row_by_slot,
+            dx = _project_and_sum(
+                stages,
+                lambda w, _: stages.up_backward_act(
+                    dh, w, offset_by_expert, layout=order, gated=act.is_gated
+                ),
+                (w1, 2, None),
+                column_slices(
+                    dh.shape[0], dout.shape[1], dh.itemsize, 0 if call.overwrite_h else dh.nbytes
+                ),
                 None,
-                call.offset_by_token,
-                call.slot_by_position,
+                call,
                 dout.shape[0],
-                call.top_k,
             )
     return dx, dw1, db1, dw2, db2, dscores
 

@@ -139,17 +139,21 @@ def down_backward_act(
     offset_by_expert: torch.Tensor,
     *,
     activation: ActivationType,
+    overwrite_h: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradient through the down-projection and the activation (paper, algorithm 5).
 
     With ``P = dout[token] w2_e``: ``dh = score * P * act'(h)``, ``a' = score * act(h)``, and the
-    score gradient ``<P, act(h)>`` as partial sums over column tiles.
+    score gradient ``<P, act(h)>`` as partial sums over column tiles. With ``overwrite_h``, ``dh``
+    takes the memory of ``h``: the warps that load a piece of ``h`` have it in shared memory before
+    they store ``dh`` there. What is loaded past the last row of an expert, another CTA may be
+    writing; nothing that comes of those rows is stored.
 
     :returns: ``dh`` like ``h``, ``a' (R, I)``, partial sums ``(n, R)`` float32.
     """
     rows, (experts, hidden, width) = h.shape[0], w2.shape
     problem = _down_backward_act_problem(activation, _dtype_name(h))
-    dh = torch.empty_like(h)
+    dh = h if overwrite_h else torch.empty_like(h)
     a_scaled = h.new_empty((rows, width))
     if rows == 0:
         return dh, a_scaled, h.new_empty((1, 0), dtype=torch.float32)

@@ -103,6 +103,12 @@ def check_combine(plan: RoutingPlan, hidden_size: int, dtype, with_scores: bool)
     assert_close(out, exact, low, name="combine")
     silent = exact.abs().sum(dim=1) == 0
     assert not out[silent].any()
+    # Some columns of a wider matrix, all the others left alone.
+    wide = torch.full((len(out), hidden_size + 24), torch.nan, dtype=dtype, device=device)
+    part = wide[:, 8 : 8 + hidden_size]
+    assert combine.combine(rows, plan.row_by_slot, scores, *where, out=part) is part
+    assert torch.equal(part, out)
+    assert wide[:, :8].isnan().all() and wide[:, 8 + hidden_size :].isnan().all()
 
 
 def check_gather_scores(plan: RoutingPlan) -> None:

@@ -117,6 +117,8 @@ def combine(
     slot_by_position: Tensor | None,
     num_tokens: int,
     top_k: int,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``out[t] = sum over the slots of t of scores[slot] * rows[row_by_slot[slot]]``.
 
@@ -132,14 +134,15 @@ def combine(
         slot_by_position: (R,) int32, slots grouped by token; ``None`` with ``offset_by_token``.
         num_tokens: T.
         top_k: slots per token; not read when ``offset_by_token`` is given.
+        out: (T, H) to write into, or ``None`` for a new tensor.
 
     Returns:
         (T, H) in the dtype of ``rows``.
     """
     acc = accumulator_dtype(rows.dtype)
-    out = torch.zeros((num_tokens, rows.shape[1]), dtype=acc, device=rows.device)
+    total = torch.zeros((num_tokens, rows.shape[1]), dtype=acc, device=rows.device)
     if num_tokens == 0 or row_by_slot.shape[0] == 0:
-        return out.to(rows.dtype)
+        return total.to(rows.dtype) if out is None else out.copy_(total)
     if offset_by_token is None or slot_by_position is None:
         slot_by_position = torch.arange(num_tokens * top_k, device=rows.device)
         offset_by_token = torch.arange(num_tokens + 1, device=rows.device) * top_k
@@ -153,8 +156,8 @@ def combine(
         term = rows[row.clamp(min=0)].to(acc)
         if scores is not None:
             term = term * scores[slot.clamp(min=0)].to(acc)[:, None]
-        out += torch.where(live[:, None], term, torch.zeros_like(term))
-    return out.to(rows.dtype)
+        total += torch.where(live[:, None], term, torch.zeros_like(term))
+    return total.to(rows.dtype) if out is None else out.copy_(total)
 
 
 def gather_scores(scores: Tensor, slot_by_row: Tensor) -> Tensor:
@@ -179,6 +182,7 @@ def down_backward_act(
     offset_by_expert: Tensor,
     *,
     activation: ActivationType,
+    overwrite_h: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward through the down-projection and the activation.
 
@@ -189,6 +193,7 @@ def down_backward_act(
     Args:
         dout: (T, H); w2: (E, H, I); h: as from :func:`up_forward`.
         score_by_row: (R,); token_by_row: (R,) int32; offset_by_expert: (E + 1,) int32.
+        overwrite_h: whether ``dh`` takes the memory of ``h``.
 
     Returns:
         ``dh`` like ``h``; ``a_scaled`` (R, I) in the dtype of ``dout``; ``ds_partial`` (1, R) in
@@ -197,7 +202,7 @@ def down_backward_act(
     activation = ActivationType(activation)
     acc = accumulator_dtype(dout.dtype)
     num_rows = token_by_row.shape[0]
-    dh = torch.zeros_like(h)
+    dh = h if overwrite_h else torch.zeros_like(h)
     a_scaled = dout.new_zeros((num_rows, w2.shape[2]))
     ds_partial = torch.zeros((1, num_rows), dtype=acc, device=dout.device)
     for expert, rows in _busy_experts(offset_by_expert):

@@ -40,6 +40,20 @@ def needs_dispatcher(inputs: tuple[Any, ...]) -> bool:
     )
 
 
+def saved_tensors_are_hooked() -> bool:
+    """Whether hooks see, and may keep, what is saved for a backward pass now."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that runs now leaves its graph for another one.
+
+    If torch does not say, which its own compiler relies on too (2.9 to 2.13), it may.
+    """
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
+
+
 def remembered(function: Callable[..., _Outcome]) -> Callable[..., _Outcome]:
     """``function``, which reads no more of tensors than what they look like, evaluated once for
     each look: shape, strides, dtype and device.

@@ -48,6 +48,7 @@ def _combine_kernel(
     out,
     hidden_size,
     stride,
+    out_stride,
     TOP_K: tl.constexpr,
     UNROLL: tl.constexpr,
     HAS_SCORES: tl.constexpr,
@@ -66,7 +67,7 @@ def _combine_kernel(
                 value = value * tl.load(scores + slot, mask=row >= 0, other=0.0)
             total += value
     tl.store(
-        out + token * hidden_size + column,
+        out + token * out_stride + column,
         total.to(out.dtype.element_ty),
         mask=column < hidden_size,
     )
@@ -82,6 +83,7 @@ def _combine_ragged_kernel(
     out,
     hidden_size,
     stride,
+    out_stride,
     UNROLL: tl.constexpr,
     HAS_SCORES: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -104,7 +106,7 @@ def _combine_ragged_kernel(
                 value = value * tl.load(scores + slot, mask=inside & (row >= 0), other=0.0)
             total += value
     tl.store(
-        out + token * hidden_size + column,
+        out + token * out_stride + column,
         total.to(out.dtype.element_ty),
         mask=column < hidden_size,
     )
@@ -131,6 +133,8 @@ def combine(
     slot_by_position: torch.Tensor | None,
     num_tokens: int,
     top_k: int,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum the rows of each token in ascending slot order, in fp32, without atomics.
 
@@ -142,6 +146,7 @@ def combine(
             fixed top-k.
         num_tokens: T.
         top_k: slots per token; not read in general routing.
+        out: (T, H) of ``rows.dtype`` to write into, with rows of any stride; None for a new one.
 
     Returns:
         (T, H) of ``rows.dtype``, rounded once; exact zeros for a token without live slots.
@@ -151,7 +156,10 @@ def combine(
         raise DTypeError(f"combine: scores has dtype {scores.dtype}, expected float32.")
     check_contiguous("combine", row_by_slot=row_by_slot, scores=scores)
     hidden_size = rows.shape[1]
-    out = torch.empty(num_tokens, hidden_size, dtype=rows.dtype, device=rows.device)
+    if out is None:
+        out = torch.empty(num_tokens, hidden_size, dtype=rows.dtype, device=rows.device)
+    else:
+        check_shape("combine", "out", out, (num_tokens, hidden_size))
     if out.numel() == 0:
         return out
     rows = row_major(rows)
@@ -169,6 +177,7 @@ def combine(
                 out,
                 hidden_size,
                 rows.stride(0),
+                out.stride(0),
                 TOP_K=top_k,
                 UNROLL=unroll,
                 **common,
@@ -188,6 +197,7 @@ def combine(
                 out,
                 hidden_size,
                 rows.stride(0),
+                out.stride(0),
                 UNROLL=_RAGGED_UNROLL,
                 **common,
             )

@@ -245,6 +245,10 @@ def test_rows_move_in_16_byte_pieces(compiled):
     bias_grad.bias_grad_rows(rows, offset)
     score_grad.score_grad(torch.zeros(3, 64), slots, rows, rows[:8], slots, offset)
     topk.topk_scores(torch.zeros(4, 128, dtype=torch.bfloat16), 8, ScoreOrder.SOFTMAX_OVER_TOPK)
+    part = torch.zeros(8, 3 * 2880, dtype=torch.bfloat16)[:, 2880:5760]
+    combine.combine(rows, slots, scores, None, None, 8, 8, out=part)
+    for kernel in compiled["_combine_kernel"]:
+        assert re.search(r"st\.global[\w.:]*\.v4", kernel.asm["ptx"])
     assert _vector_loads(compiled["_combine_kernel"]) == 8
     assert _vector_loads(compiled["_combine_ragged_kernel"]) == 4
     assert _vector_loads(compiled["_segment_sum_kernel"]) == 4
