@@ -93,7 +93,7 @@ class EpilogueMixin:
         cursor, row, col, _ = context
         ratio = self.epilogue.c_blocks // self.epilogue.acc_blocks
         column = col * ratio + index * self.epilogue.d_chunk
-        return [column, cursor[3] + self._first_row(row, group)]
+        return ragged_coordinates(column, self._first_row(row, group), cursor[3], cursor[4])
 
     def _c_barrier(self, smem, group, chunk):
         stages = self.smem.epilogue_stages

@@ -134,7 +134,7 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
             if cutlass.const_expr(self.epilogue.aux_blocks > 0):
                 aux_map = tensormap.ragged_map(aux, self.epilogue.aux_chunk, rows_box)
             if cutlass.const_expr(self.epilogue.c_blocks > 0):
-                c_map = tensormap.rows_map(c, self.epilogue.d_chunk, rows_box)
+                c_map = tensormap.ragged_map(c, self.epilogue.d_chunk, rows_box)
         else:
             if cutlass.const_expr(not self.gather_a):
                 a_map = tensormap.ragged_map(a, BLOCK_K, BLOCK_K // config.cluster_n)

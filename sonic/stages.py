@@ -145,9 +145,8 @@ def down_backward_act(
 
     With ``P = dout[token] w2_e``: ``dh = score * P * act'(h)``, ``a' = score * act(h)``, and the
     score gradient ``<P, act(h)>`` as partial sums over column tiles. With ``overwrite_h``, ``dh``
-    takes the memory of ``h``: the warps that load a piece of ``h`` have it in shared memory before
-    they store ``dh`` there. What is loaded past the last row of an expert, another CTA may be
-    writing; nothing that comes of those rows is stored.
+    takes the memory of ``h``: the warps that store a piece of ``dh``, and no others, have loaded
+    that piece of ``h`` before.
 
     :returns: ``dh`` like ``h``, ``a' (R, I)``, partial sums ``(n, R)`` float32.
     """

@@ -12,6 +12,7 @@ pytest.importorskip("cutlass")
 from sonic import stages
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.reference import stages as reference
+from sonic.runtime.problem import Schedule, TileConfig
 from tests.emulator.layer import emulated_layer, emulator_for
 
 TOKENS, HIDDEN, WIDTH = 90, 136, 72
@@ -124,6 +125,36 @@ def test_stage(cases, name, stage):
             # one rounding of a sum taken in another order
             tolerance = {"rtol": 2**-7, "atol": 2**-7 * w.float().abs().mean().item()}
             torch.testing.assert_close(g.float(), w.float(), **tolerance)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TileConfig(128, 256, 1, 1, Schedule.OVERLAPPED, 4),
+        TileConfig(128, 192, 1, 1, Schedule.OVERLAPPED, 4, dynamic=True),
+        TileConfig(128, 128, 1, 1, Schedule.PINGPONG, 2),
+        TileConfig(128, 128, 1, 1, Schedule.COOPERATIVE, 4),
+    ],
+    ids=lambda config: config.name,
+)
+def test_a_gradient_overwrites_the_preactivation_without_a_race(cases, config):
+    case = cases["swiglu bf16"]
+
+    def run(h, seed, **how):
+        arguments = case.dout, case.w2, h, case.scores, case.tokens, case.offsets
+        with emulated_layer(seed=seed, sms=3, config=config) as session:
+            results = stages.down_backward_act(*arguments, activation=case.activation, **how)
+        assert session.machines and not session.machines[-1].warnings
+        return results
+
+    apart = run(case.h.clone(), 0)
+    for seed in range(3):
+        h = case.h.clone()
+        dh, a_scaled, partial = run(h, seed, overwrite_h=True)
+        assert dh is h
+        assert torch.equal(dh[:LIVE], apart[0][:LIVE])
+        assert torch.equal(a_scaled[:LIVE], apart[1][:LIVE])
+        assert torch.equal(partial[:, :LIVE], apart[2][:, :LIVE])
 
 
 def test_compiling_leaves_nothing_in_the_current_directory(cases, tmp_path, monkeypatch):
