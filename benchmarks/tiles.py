@@ -1,18 +1,21 @@
-"""Times the six grouped GEMMs with every candidate tiling, and says what the default choice costs.
+"""Times the six grouped GEMMs with every tiling of the search space, and says what the choice by
+sizes alone costs.
 
-    python benchmarks/tiles.py --shapes A B C E F --json benchmarks/results/<date>-tiles.json
+    python benchmarks/tiles.py --random 20 --json benchmarks/results/<date>-tiles.json
 
-All tilings of one GEMM are timed in turns, round after round, after 0.3 s of load, so that a drift
-of the clocks reaches all of them. A row is one (GEMM, tiling); ``<gemm>/default`` is the time of
-the choice of ``default_config`` over the best one's.
+The shapes of the bars and others drawn at random, so that one of the smaller GEMMs takes 0.1 to 2.5
+ms. All kernels are compiled first. The result file has, for each shape and GEMM, the time of the
+choice over that of the best tiling; ``<json>.times.gz`` beside it has the time of every tiling, from
+which ``kernels_sm90.tiles`` is fitted.
 """
 
 import argparse
+import gzip
+import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,171 +23,157 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.measure import environment
-from benchmarks.options import output_file
+from benchmarks.options import not_negative, output_file, positive
+from benchmarks.problems import random_shapes
 from benchmarks.report import Result
-from benchmarks.shapes import Shape, named_shape
-from sonic import stages
-from sonic.enums import ActivationType, GateUpLayout
+from benchmarks.shapes import BARS, Shape
+from sonic.cli import LayerSize, compile_kernels, layer_launches
+from sonic.enums import ActivationType
 from sonic.plan import build_plan
-from sonic.runtime.backend import backend_for
-from sonic.runtime.errors import UnsupportedError
-from sonic.runtime.problem import Problem, Ragged, Schedule, TileConfig
+from sonic.runtime.backend import Backend, backend_for
+from sonic.runtime.problem import Problem, TileConfig
+from sonic.runtime.tuning import TimedGemm, search
 
-ROUNDS = 6
-LOAD_SECONDS = 0.3
-
-
-@dataclass(frozen=True)
-class Gemm:
-    name: str
-    flops: float
-    run: Callable[[], object]
+GEMMS = ("up", "down", "dh", "dx", "dw2", "dw1")
+SEED = 20261127
+_FLOPS, _BYTES = 5.5e14, 4e12  # a second, about
+_LEAST_SECONDS, _MOST_SECONDS = 1e-4, 2.5e-3
 
 
-def search_space(problem: Problem) -> list[TileConfig]:
-    """Every tiling that the kernel might take; the backend refuses those that do not fit."""
-    rows = problem.ragged is Ragged.ROWS
-    return [
-        TileConfig(m, n, *cluster, schedule, epilogue_stages, raster_along_m, dynamic=dynamic)
-        for schedule in Schedule
-        for m, n in ((128, 256), (256, 128), (128, 192), (256, 192), (128, 128))
-        for cluster in ((1, 1), (2, 1), (1, 2))
-        for epilogue_stages in (1, 2, 4)
-        for raster_along_m in (True, False)
-        for dynamic in ((False, True) if rows else (False,))
-    ]
+def seconds(shape: Shape) -> float:
+    """About what the down-projection of ``shape`` takes."""
+    elements = shape.E * shape.H * shape.I + shape.rows * (shape.H + shape.I)
+    return max(2 * shape.rows * shape.H * shape.I / _FLOPS, 2 * elements / _BYTES)
 
 
-def gemms(shape: Shape) -> list[Gemm]:
-    """The stages at ``shape``, on random operands and uniform routing."""
-    tokens, hidden, width, experts, top_k = shape.T, shape.H, shape.I, shape.E, shape.top_k
-    device, dtype = torch.device("cuda"), torch.bfloat16
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, device=device, dtype=dtype)
-
-    ids = torch.rand(tokens, experts, device=device).topk(top_k).indices.int()
-    plan = build_plan(ids, experts)
-    token, offset, rows = plan.token_by_row, plan.offset_by_expert, tokens * top_k
-    x, dout = normal(tokens, hidden), normal(tokens, hidden)
-    w1 = normal(experts, 2 * width, hidden) / hidden**0.5
-    w2 = normal(experts, hidden, width) / width**0.5
-    h, a, score = normal(rows, 2 * width), normal(rows, width), torch.rand(rows, device=device)
-    act, layout = ActivationType.SWIGLU, GateUpLayout.INTERLEAVED
-    one = 2.0 * rows * width * hidden
-    return [
-        Gemm("up", 2 * one, lambda: stages.up_forward(
-            x, w1, None, token, offset, activation=act, layout=layout, store_preact=True)),
-        Gemm("down", one, lambda: stages.down_forward(a, w2, None, offset)),
-        Gemm("dh", one, lambda: stages.down_backward_act(
-            dout, w2, h, score, token, offset, activation=act)),
-        Gemm("dw2", one, lambda: stages.down_backward_weight(dout, a, token, offset)),
-        Gemm("dx", 2 * one, lambda: stages.up_backward_act(
-            h, w1, offset, layout=layout, gated=True)),
-        Gemm("dw1", 2 * one, lambda: stages.up_backward_weight(
-            x, h, token, offset, layout=layout, gated=True)),
-    ]  # fmt: skip
+def drawn_shapes(count: int, seed: int) -> list[Shape]:
+    """Random shapes whose GEMMs are long enough to be timed, and not longer."""
+    drawn = random_shapes(20 * count, seed)
+    fitting = [s for s in drawn if _LEAST_SECONDS <= seconds(s) <= _MOST_SECONDS]
+    return fitting[:count]
 
 
-def candidates(problem: Problem) -> list[TileConfig]:
-    """What the backend chooses from, whatever the size."""
-    backend = backend_for(torch.device("cuda"))
-    found = {
-        config: None
-        for rows in (320, 2048)
-        for k in (512, 2048)
+def launches(shape: Shape) -> dict[str, tuple[Problem, int, int]]:
+    """The training GEMMs of ``shape`` in bf16 with SwiGLU: problem, ``n``, ``k``."""
+    size = LayerSize(shape.T, shape.H, shape.I, shape.E, shape.top_k)
+    every = layer_launches(size, ActivationType.SWIGLU, "bfloat16", False)
+    up, _, down, dh, dx, dw2, dw1, _, _ = every
+    return dict(zip(GEMMS, (up, down, dh, dx, dw2, dw1), strict=True))
+
+
+def tilings(backend: Backend, problem: Problem) -> list[TileConfig]:
+    """The search space, and whatever the choice by sizes may choose."""
+    own = [
+        config
+        for rows in (64, 320, 2048)
+        for k in (256, 512, 2048)
         for config in backend.candidates(problem, rows, k)
-    }
-    return list(found)
+    ]
+    return list(dict.fromkeys((*backend.search_space(problem), *own)))
 
 
-class Choice:
-    """Stands in for the stages' own choice of tiles, and remembers what they would have chosen."""
+class Sweep:
+    """Times and choices of the shapes so far."""
 
-    def __init__(self) -> None:
-        self.default_choice = stages.config_for
-        self.forced: TileConfig | None = None
-        self.problem: Problem | None = None
-        self.default: TileConfig | None = None
-        stages.config_for = self  # type: ignore[assignment]
+    def __init__(self, backend: Backend, spaces: dict[str, list[TileConfig]]):
+        self.backend, self.spaces = backend, spaces
+        self.shapes: list[Shape] = []
+        self.times: dict[str, list[dict[TileConfig, float]]] = {gemm: [] for gemm in spaces}
+        self.chosen: dict[str, list[TileConfig]] = {gemm: [] for gemm in spaces}
 
-    def __call__(self, problem: Problem, *size: object) -> TileConfig:
-        self.problem = problem
-        self.default = self.default_choice(problem, *size)  # type: ignore[arg-type]
-        return self.forced or self.default
+    def add(self, shape: Shape) -> None:
+        self.shapes.append(shape)
+        device = torch.device("cuda")
+        ids = torch.rand(shape.T, shape.E, device=device).topk(shape.top_k).indices.int()
+        plan = build_plan(ids, shape.E)
+        routing = plan.token_by_row, plan.offset_by_expert, shape.T
+        for gemm, (problem, n, k) in launches(shape).items():
+            if gemm not in self.spaces:
+                continue
+            chosen = self.backend.default_config(problem, shape.rows // shape.E, n, k)
+            timed = TimedGemm(problem, *routing, n, k)
+            timed.warm_up(chosen)
+            times = search(chosen, self.spaces[gemm], timed.milliseconds)
+            self.times[gemm].append(times)
+            self.chosen[gemm].append(chosen)
+            best = min(times, key=times.__getitem__)
+            print(
+                f"{shape.problem} {gemm:4} chosen {_name(chosen):34} {times[chosen]:7.3f} ms, "
+                f"best {_name(best):34} {times[best]:7.3f} ms, {times[chosen] / times[best]:.3f}",
+                flush=True,
+            )
+            del timed
+        torch.cuda.empty_cache()
+
+    def ratios(self, gemm: str) -> list[float]:
+        pairs = zip(self.times[gemm], self.chosen[gemm], strict=True)
+        return [times[chosen] / min(times.values()) for times, chosen in pairs]
+
+    def result(self) -> Result:
+        result = Result(environment(torch.device("cuda")))
+        for gemm in self.spaces:
+            for shape, ratio, times in zip(
+                self.shapes, self.ratios(gemm), self.times[gemm], strict=True
+            ):
+                result.add(f"tiles/{gemm}", ratio, "times the best", shape.problem)
+                result.add(f"tiles/{gemm}/best", min(times.values()), "ms", shape.problem)
+        return result
+
+    def raw(self) -> dict[str, object]:
+        """Everything that was timed, by position: shapes, tilings of each GEMM, milliseconds."""
+        return {
+            "shapes": [shape.problem for shape in self.shapes],
+            "tilings": {g: [_fields(c) for c in space] for g, space in self.spaces.items()},
+            "milliseconds": {
+                g: [[round(times.get(c, 0.0), 5) for c in self.spaces[g]] for times in rows]
+                for g, rows in self.times.items()
+            },
+        }
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    run()
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
+def _fields(config: TileConfig) -> list[object]:
+    return [getattr(value, "value", value) for value in astuple(config)]
 
 
-def time_tilings(gemm: Gemm, choice: Choice, everything: bool) -> dict[TileConfig, float]:
-    """Median milliseconds by tiling; the default one comes first."""
-    choice.forced = None
-    gemm.run()
-    problem, default = choice.problem, choice.default
-    if problem is None or default is None:
-        raise RuntimeError(f"{gemm.name} asked for no tiles")
-    times: dict[TileConfig, list[float]] = {default: []}
-    for config in search_space(problem) if everything else candidates(problem):
-        choice.forced = config
-        try:
-            gemm.run()
-        except UnsupportedError:
-            continue
-        times.setdefault(config, [])
-    choice.forced = None
-    until = time.perf_counter() + LOAD_SECONDS
-    while time.perf_counter() < until:
-        gemm.run()
-        torch.cuda.synchronize()
-    for _ in range(ROUNDS):
-        for config, samples in times.items():
-            choice.forced = config
-            samples.append(milliseconds(gemm.run))
-    return {config: statistics.median(samples) for config, samples in times.items()}
+def _name(config: TileConfig) -> str:
+    return f"{config.name}_{'m' if config.raster_along_m else 'n'}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["A", "B", "C", "E", "F"])
-    parser.add_argument("--gemms", nargs="+", help="some of: up down dh dw2 dx dw1")
-    parser.add_argument("--all", action="store_true", help="the whole search space, not candidates")
+    parser.add_argument("--shapes", nargs="*", default=list(BARS), choices=list(BARS))
+    parser.add_argument("--gemms", nargs="+", default=list(GEMMS), choices=GEMMS)
+    parser.add_argument("--random", type=not_negative, default=0, help="so many drawn shapes more")
+    parser.add_argument("--seed", type=not_negative, default=SEED)
+    parser.add_argument("--jobs", type=positive, default=8, help="kernels compiled at once")
+    parser.add_argument("--seconds", type=positive, default=3600, help="start no shape after these")
     parser.add_argument("--json", type=output_file)
     arguments = parser.parse_args()
-    backend_for(torch.device("cuda"))
-    result = Result(environment(torch.device("cuda")))
-    choice = Choice()
-    for name in arguments.shapes:
-        shape = named_shape(name).shape
-        problem = [shape.T, shape.H, shape.I, shape.E, shape.top_k]
-        for gemm in gemms(shape):
-            if arguments.gemms and gemm.name not in arguments.gemms:
-                continue
-            times = time_tilings(gemm, choice, arguments.all)
-            best = min(times, key=times.__getitem__)
-            default = next(iter(times))
-            for config, value in sorted(times.items(), key=lambda item: item[1]):
-                raster = "m" if config.raster_along_m else "n"
-                rate = gemm.flops / value / 1e9
-                result.add(f"{gemm.name}/{config.name}_{raster}", rate, "TFLOPS", problem)
-            loss = times[default] / times[best]
-            result.add(f"{gemm.name}/default", loss, "times the best", problem)
-            print(
-                f"{name} {gemm.name:5} best {best.name} "
-                f"{gemm.flops / times[best] / 1e9:.0f} TFLOPS, "
-                f"default {default.name} {loss:.3f} times its time, {len(times)} tilings",
-                flush=True,
-            )
-        torch.cuda.empty_cache()
+    start = time.monotonic()
+    backend = backend_for(torch.device("cuda"))
+    shapes = [BARS[name] for name in arguments.shapes]
+    shapes += drawn_shapes(arguments.random, arguments.seed)
+    problems = {g: launches(shapes[0])[g][0] for g in arguments.gemms}
+    spaces = {gemm: tilings(backend, problem) for gemm, problem in problems.items()}
+    kernels = [(problems[gemm], config) for gemm, space in spaces.items() for config in space]
+    if compile_kernels(backend.arch, kernels, arguments.jobs):
+        sys.exit("a kernel did not compile")
+    sweep = Sweep(backend, spaces)
+    for shape in shapes:
+        if time.monotonic() - start > arguments.seconds:
+            print(f"{len(shapes) - len(sweep.shapes)} shapes left out: the time is over")
+            break
+        sweep.add(shape)
+    for gemm in spaces:
+        ratios = sweep.ratios(gemm)
+        print(
+            f"{gemm:4} chosen over best of {len(spaces[gemm])} tilings on {len(ratios)} shapes: "
+            f"mean {statistics.mean(ratios):.3f}, worst {max(ratios):.3f}"
+        )
     if arguments.json:
-        result.write(arguments.json)
+        sweep.result().write(arguments.json)
+        times = Path(f"{arguments.json}.times.gz")
+        times.write_bytes(gzip.compress(json.dumps(sweep.raw()).encode(), mtime=0))
 
 
 if __name__ == "__main__":

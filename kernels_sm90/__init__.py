@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kernels_sm90 import tiles
+from kernels_sm90 import search, tiles
 from sonic.runtime.problem import Arch, Problem, TileConfig, Unsupported
 
 
@@ -19,6 +19,9 @@ class _Backend:
 
     def candidates(self, problem: Problem, rows_per_expert: int, k: int) -> list[TileConfig]:
         return [config for config, _ in tiles.candidates(problem, rows_per_expert, k)]
+
+    def search_space(self, problem: Problem) -> list[TileConfig]:
+        return search.search_space(problem)
 
     def compile(self, problem: Problem, config: TileConfig) -> Any:
         from kernels_sm90.compile import compile_kernel

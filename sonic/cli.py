@@ -52,14 +52,11 @@ class LayerSize:
         return size
 
 
-def layer_kernels(
-    default_config: Callable[[Problem, int, int, int], TileConfig],
-    size: LayerSize,
-    activation: ActivationType,
-    dtype: str,
-    add_bias: bool,
-) -> list[tuple[Problem, TileConfig]]:
-    """Kernels that a layer of this size launches: inference, training, accumulated gradients."""
+def layer_launches(
+    size: LayerSize, activation: ActivationType, dtype: str, add_bias: bool
+) -> list[tuple[Problem, int, int]]:
+    """Problems that a layer of this size launches, with the ``n`` and ``k`` that tiles depend on:
+    inference, training, accumulated gradients."""
     gated = activation.is_gated
     width = size.intermediate * (2 if gated else 1)
     launches: list[tuple[Problem, int, int]] = [
@@ -73,7 +70,19 @@ def layer_kernels(
         down = weight_grad_problem(dtype, Operand.A, False, accumulate)
         up = weight_grad_problem(dtype, Operand.B, gated, accumulate)
         launches += [(down, size.intermediate, size.hidden), (up, size.hidden, width)]
+    return launches
+
+
+def layer_kernels(
+    default_config: Callable[[Problem, int, int, int], TileConfig],
+    size: LayerSize,
+    activation: ActivationType,
+    dtype: str,
+    add_bias: bool,
+) -> list[tuple[Problem, TileConfig]]:
+    """The same with the tiles of each."""
     rows_per_expert = size.tokens * size.top_k // size.experts
+    launches = layer_launches(size, activation, dtype, add_bias)
     return [(problem, default_config(problem, rows_per_expert, n, k)) for problem, n, k in launches]
 
 
@@ -166,10 +175,10 @@ def _compile(parsed: argparse.Namespace) -> int:
     }
     jobs = min(parsed.jobs, len(kernels))
     print(f"{len(kernels)} kernels for {arch.value} into {cache.folder(arch)}, {jobs} at a time")
-    return _compile_all(arch, list(kernels), jobs)
+    return compile_kernels(arch, list(kernels), jobs)
 
 
-def _compile_all(arch: Arch, kernels: list[tuple[Problem, TileConfig]], jobs: int) -> int:
+def compile_kernels(arch: Arch, kernels: list[tuple[Problem, TileConfig]], jobs: int) -> int:
     """Compiles in processes of their own, because CuTeDSL compiles one kernel at a time in each."""
     start, failures = time.perf_counter(), 0
     context = multiprocessing.get_context("spawn")

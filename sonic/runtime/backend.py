@@ -36,6 +36,9 @@ class Backend(Protocol):
     def candidates(self, problem: Problem, rows_per_expert: int, k: int) -> list[TileConfig]:
         """The tiles that :meth:`default_config` chooses from."""
 
+    def search_space(self, problem: Problem) -> list[TileConfig]:
+        """The tiles that an explicit search tries."""
+
     def compile(self, problem: Problem, config: TileConfig) -> Any:
         """Compiled launcher; needs no GPU and never launches."""
 

@@ -149,12 +149,12 @@ def test_every_kernel_gets_a_line_and_failures_a_status(monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "ProcessPoolExecutor", InOrder)
     monkeypatch.setattr(cli, "_compile_one", compile_one)
-    assert cli._compile_all(Arch.SM90, kernels, 2) == 1
+    assert cli.compile_kernels(Arch.SM90, kernels, 2) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(kernels) + 1
     assert sum("failed: out of registers" in line for line in lines) == 1
     assert f"{len(kernels) - 1} of {len(kernels)} in the cache" in lines[-1]
-    assert cli._compile_all(Arch.SM90, kernels[2:], 2) == 0
+    assert cli.compile_kernels(Arch.SM90, kernels[2:], 2) == 0
 
 
 # ------------------------------------------------------------------------------ end to end

@@ -1,0 +1,56 @@
+"""The tiles that a search for the fastest ones tries. What it may choose from by itself, without a
+search, is in ``tiles.candidates``."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import fields
+
+from kernels_sm90.tiles import supports_config
+from sonic.device.blocks import EpilogueBlocks
+from sonic.runtime.problem import Problem, Ragged, Schedule, TileConfig
+
+_TILE_M = (64, 128, 192, 256)
+_TILE_N = (128, 192, 256)
+_CLUSTER = (1, 2, 4)
+_LEAST_ELEMENTS = 128 * 128  # smaller tiles load more than they multiply
+_FLAGS = tuple(f.name for f in fields(TileConfig) if f.type in (bool, "bool"))
+
+
+def search_space(problem: Problem) -> list[TileConfig]:
+    """Every legal tiling of ``problem`` but for those that others make superfluous:
+
+    * tiles of fewer than 128x128 elements;
+    * a cooperative schedule where an overlapped one is legal, which also hides its stores;
+    * numbers of epilogue stages beside those of ``_epilogue_stages``.
+    """
+    space = []
+    for m, n, schedule in itertools.product(_TILE_M, _TILE_N, Schedule):
+        if m * n < _LEAST_ELEMENTS:
+            continue
+        for stages in _epilogue_stages(problem, schedule):
+            plain = TileConfig(m, n, 1, 1, schedule, stages)
+            if schedule is Schedule.COOPERATIVE and _is_legal_overlapped(problem, plain):
+                continue
+            for cluster_m, cluster_n in itertools.product(_CLUSTER, _CLUSTER):
+                for flags in itertools.product((False, True), repeat=len(_FLAGS)):
+                    options = dict(zip(_FLAGS, flags, strict=True))
+                    config = TileConfig(m, n, cluster_m, cluster_n, schedule, stages, **options)
+                    if supports_config(problem, config) is None:
+                        space.append(config)
+    return space
+
+
+def _is_legal_overlapped(problem: Problem, config: TileConfig) -> bool:
+    stages = _epilogue_stages(problem, Schedule.OVERLAPPED)[0]
+    overlapped = TileConfig(config.tile_m, config.tile_n, 1, 1, Schedule.OVERLAPPED, stages)
+    return supports_config(problem, overlapped) is None
+
+
+def _epilogue_stages(problem: Problem, schedule: Schedule) -> tuple[int, ...]:
+    """Slots of the output in shared memory; what they leave goes to the main loop."""
+    if EpilogueBlocks.of(problem).c_blocks:
+        return (3, 4) if schedule is Schedule.OVERLAPPED else (2,)
+    if schedule is Schedule.OVERLAPPED:
+        return (1,)
+    return (1, 2) if problem.ragged is Ragged.REDUCTION else (2,)

@@ -1,0 +1,147 @@
+"""The search for the fastest tiles of a grouped GEMM on the GPU at hand.
+
+Nothing that a layer runs comes here: its tiles follow from its sizes. ``sonic tune`` and
+``benchmarks/tiles.py`` do.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from sonic.runtime.launch import grouped_gemm
+from sonic.runtime.problem import EpilogueKind, Operand, Problem, Ragged, TileConfig
+
+_SCREENING_ROUNDS = 2
+_FINAL_ROUNDS = 6
+_FINALISTS = 8
+_WITHIN = 1.08  # of the fastest of the screening, for a finalist
+_LOAD_SECONDS = 0.1
+_LEAST_TILE = 64
+
+Measure = Callable[[TileConfig], float]
+
+
+class TimedGemm:
+    """One grouped GEMM on random operands, with uniform routing.
+
+    Args:
+        token_by_row, offset_by_expert: of a routing plan; R rows of T tokens and E experts.
+        num_tokens: T.
+        n, k: columns of the output, and the weight's other axis, as for ``default_config``.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        token_by_row: torch.Tensor,
+        offset_by_expert: torch.Tensor,
+        num_tokens: int,
+        n: int,
+        k: int,
+    ):
+        self.problem, self.rows = problem, token_by_row.shape[0]
+        self._device = token_by_row.device
+        dtype, experts = getattr(torch, problem.dtype), offset_by_expert.shape[0] - 1
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(size, device=self._device, dtype=dtype)
+
+        operands: dict[str, Any] = {"offset_by_expert": offset_by_expert, "rows": self.rows}
+        if problem.gather is not None:
+            operands["gather"] = token_by_row
+        a_rows = num_tokens if problem.gather is Operand.A else self.rows
+        operands["a"] = normal(a_rows, k)
+        if problem.ragged is Ragged.ROWS:
+            shape = (experts, k, n) if problem.transposed_weight else (experts, n, k)
+            weight = operands["b"] = normal(*shape) / k**0.5
+            operands |= self._epilogue_operands(normal, experts, n)
+        else:
+            operands["b"] = normal(num_tokens if problem.gather is Operand.B else self.rows, n)
+            accumulates = problem.epilogue is EpilogueKind.ACCUMULATE
+            weight = operands["d"] = torch.zeros(
+                (experts, k, n), device=self._device, dtype=torch.float32 if accumulates else dtype
+            )
+        if problem.gated_rows:  # interleaved
+            operands["strides"] = weight.stride(1), 2 * weight.stride(1)
+        self._operands = operands
+        # Of the narrowest tile; a launch takes as many rows as its tiles have partial sums.
+        self._columns = n
+        sums = self.rows if problem.epilogue is EpilogueKind.ACTIVATION_GRAD else 0
+        self._row_sums = torch.empty((-(-n // _LEAST_TILE), sums), device=self._device)
+
+    def _epilogue_operands(
+        self, normal: Callable[..., torch.Tensor], experts: int, n: int
+    ) -> dict[str, Any]:
+        problem, rows = self.problem, self.rows
+        gated = problem.activation is not None and problem.activation.is_gated
+        found: dict[str, Any] = {"bias": normal(experts, n)} if problem.has_bias else {}
+        if problem.epilogue is EpilogueKind.LINEAR:
+            found["d"] = normal(rows, n)
+        elif problem.epilogue is EpilogueKind.ACTIVATION:
+            found["aux"] = normal(rows, n // 2 if gated else n)
+            if problem.store_preact:
+                found["d"] = normal(rows, n)
+        else:
+            width = 2 * n if gated else n
+            found |= {"c": normal(rows, width), "d": normal(rows, width), "aux": normal(rows, n)}
+            found["score"] = torch.rand(rows, device=self._device)
+        return found
+
+    def run(self, config: TileConfig) -> None:
+        """Launches it once."""
+        operands = self._operands
+        if self.problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
+            parts = -(-self._columns // config.tile_n)
+            operands = operands | {"row_sum": self._row_sums[:parts]}
+        grouped_gemm(self.problem, config, **operands)
+
+    def milliseconds(self, config: TileConfig) -> float:
+        """Of one launch, behind another one that hides what the host does."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.run(config)
+        start.record()
+        self.run(config)
+        end.record()
+        torch.cuda.synchronize(self._device)
+        return start.elapsed_time(end)
+
+    def warm_up(self, config: TileConfig) -> None:
+        """Keeps the GPU busy until its clocks have settled."""
+        until = time.perf_counter() + _LOAD_SECONDS
+        while time.perf_counter() < until:
+            self.run(config)
+            torch.cuda.synchronize(self._device)
+
+
+def search(
+    default: TileConfig, space: Iterable[TileConfig], measure: Measure
+) -> dict[TileConfig, float]:
+    """Milliseconds of ``default`` and of every other tiling, by :meth:`TimedGemm.milliseconds`.
+
+    All are timed in turns, round after round, so that a drift of the clocks reaches all of them:
+    first each one twice, then the default and the fastest ones again.
+    """
+    configs = list(dict.fromkeys((default, *space)))
+    times: dict[TileConfig, list[float]] = {config: [] for config in configs}
+    for _ in range(_SCREENING_ROUNDS):
+        for config in configs:
+            times[config].append(measure(config))
+    screened = {config: min(samples) for config, samples in times.items()}
+    ranked = sorted(configs, key=screened.__getitem__)
+    limit = _WITHIN * screened[ranked[0]]
+    leaders = [config for config in ranked[:_FINALISTS] if screened[config] <= limit]
+    finals: dict[TileConfig, list[float]] = {
+        config: [] for config in dict.fromkeys((default, *leaders))
+    }
+    for _ in range(_FINAL_ROUNDS):
+        for config, samples in finals.items():
+            samples.append(measure(config))
+    final = {config: statistics.median(samples) for config, samples in finals.items()}
+    # The clocks of the first rounds were others.
+    drift = statistics.median(t / screened[config] for config, t in final.items())
+    return {config: drift * t for config, t in screened.items()} | final
