@@ -3,10 +3,10 @@ sizes alone costs.
 
     python benchmarks/tiles.py --random 20 --json benchmarks/results/<date>-tiles.json
 
-The shapes of the bars and others drawn at random, so that one of the smaller GEMMs takes 0.1 to 2.5
-ms. All kernels are compiled first. The result file has, for each shape and GEMM, the time of the
-choice over that of the best tiling; ``<json>.times.gz`` beside it has the time of every tiling, from
-which ``kernels_sm90.tiles`` is fitted.
+The shapes of the bars and others drawn at random, so that one of the smaller GEMMs takes 0.1 to
+2.5 ms. All kernels are compiled first. The result file has, for each shape and GEMM, the time of
+the choice over that of the best tiling; ``<json>.times.gz`` beside it has the time of every tiling,
+from which ``kernels_sm90.tiles`` is fitted.
 """
 
 import argparse
