@@ -130,6 +130,11 @@ class Sweep:
             },
         }
 
+    def write(self, path: Path) -> None:
+        self.result().write(path)
+        times = Path(f"{path}.times.gz")
+        times.write_bytes(gzip.compress(json.dumps(self.raw()).encode(), mtime=0))
+
 
 def _fields(config: TileConfig) -> list[object]:
     return [getattr(value, "value", value) for value in astuple(config)]
@@ -164,16 +169,14 @@ def main() -> None:
             print(f"{len(shapes) - len(sweep.shapes)} shapes left out: the time is over")
             break
         sweep.add(shape)
+        if arguments.json:
+            sweep.write(arguments.json)
     for gemm in spaces:
         ratios = sweep.ratios(gemm)
         print(
             f"{gemm:4} chosen over best of {len(spaces[gemm])} tilings on {len(ratios)} shapes: "
             f"mean {statistics.mean(ratios):.3f}, worst {max(ratios):.3f}"
         )
-    if arguments.json:
-        sweep.result().write(arguments.json)
-        times = Path(f"{arguments.json}.times.gz")
-        times.write_bytes(gzip.compress(json.dumps(sweep.raw()).encode(), mtime=0))
 
 
 if __name__ == "__main__":
