@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 from sonic.enums import ActivationType
+from sonic.runtime.columns import column_slices
 from sonic.runtime.errors import SonicError
 from sonic.runtime.problem import (
     Arch,
@@ -27,6 +29,8 @@ from sonic.runtime.problem import (
     weight_grad_problem,
 )
 
+_ELEMENT_BYTES = 2  # of bfloat16 and float16
+
 
 @dataclass(frozen=True)
 class LayerSize:
@@ -37,6 +41,10 @@ class LayerSize:
     intermediate: int
     experts: int
     top_k: int
+
+    @property
+    def rows_per_expert(self) -> int:
+        return self.tokens * self.top_k // self.experts
 
     @classmethod
     def parse(cls, text: str) -> LayerSize:
@@ -80,10 +88,27 @@ def layer_kernels(
     dtype: str,
     add_bias: bool,
 ) -> list[tuple[Problem, TileConfig]]:
-    """The same with the tiles of each."""
-    rows_per_expert = size.tokens * size.top_k // size.experts
+    """The same with the tiles of each, slices of columns included."""
     launches = layer_launches(size, activation, dtype, add_bias)
-    return [(problem, default_config(problem, rows_per_expert, n, k)) for problem, n, k in launches]
+    launches += _sliced_launches(size, activation, dtype, add_bias)
+    rows = size.rows_per_expert
+    return [(problem, default_config(problem, rows, n, k)) for problem, n, k in launches]
+
+
+def _sliced_launches(
+    size: LayerSize, activation: ActivationType, dtype: str, add_bias: bool
+) -> list[tuple[Problem, int, int]]:
+    """What a large layer launches where its rows of ``hidden`` columns are made in slices."""
+    rows, width = size.tokens * size.top_k, size.intermediate * (2 if activation.is_gated else 1)
+    row_bytes = rows * _ELEMENT_BYTES
+    launches = []
+    for problem, k in (
+        (down_problem(dtype, add_bias), size.intermediate),
+        (up_backward_act_problem(dtype, activation.is_gated), width),
+    ):
+        slices = column_slices(rows, size.hidden, _ELEMENT_BYTES, k * row_bytes)
+        launches += [(problem, n, k) for n in {n for _, n in slices if n < size.hidden}]
+    return launches
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,31 +130,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     compiling.set_defaults(run=_compile)
     compiling.add_argument("--arch", choices=[a.value for a in Arch], default=Arch.SM90.value)
-    compiling.add_argument(
+    _add_layer_arguments(compiling, compiling)
+    tuning = commands.add_parser(
+        "tune", help="search for the fastest tiles of a layer on this GPU, and keep them"
+    )
+    tuning.set_defaults(run=_tune)
+    what = tuning.add_mutually_exclusive_group(required=True)
+    what.add_argument("--show", action="store_true", help="print the tiles that are kept")
+    what.add_argument("--clear", action="store_true", help="forget them")
+    _add_layer_arguments(tuning, what)
+    doctor = commands.add_parser("doctor", help="what is installed, what runs here, and why not")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_layer_arguments(
+    parser: argparse.ArgumentParser, sizes: argparse._ActionsContainer
+) -> None:
+    """Layers, and how many kernels are compiled at once; ``sizes`` is where ``--thiek`` goes."""
+    sizes.add_argument(
         "--thiek",
         type=LayerSize.parse,
         metavar="T,H,I,E,K",
         action="append",
-        required=True,
+        required=sizes is parser,
         help="tokens, hidden size, intermediate size, experts, experts per token; may be repeated",
     )
-    compiling.add_argument(
-        "--activation", choices=[a.value for a in ActivationType], default="swiglu"
-    )
-    compiling.add_argument(
+    parser.add_argument("--activation", choices=[a.value for a in ActivationType], default="swiglu")
+    parser.add_argument(
         "--dtype", choices=["bfloat16", "float16"], type=str.lower, default="bfloat16"
     )
-    compiling.add_argument("--add_bias", action="store_true", help="the layer has biases")
-    compiling.add_argument(
+    parser.add_argument("--add_bias", action="store_true", help="the layer has biases")
+    parser.add_argument(
         "-j",
         "--jobs",
         type=_positive,
         default=_cpus(),
         help="kernels compiled at once (default: one per CPU, here %(default)s)",
     )
-    doctor = commands.add_parser("doctor", help="what is installed, what runs here, and why not")
-    doctor.set_defaults(run=_doctor)
-    return parser
 
 
 def _cpus() -> int:
@@ -147,21 +185,10 @@ def _positive(text: str) -> int:
 
 def _compile(parsed: argparse.Namespace) -> int:
     from sonic.runtime.backend import load_backend
-    from sonic.runtime.cache import kernel_cache
-    from sonic.runtime.errors import ArgumentError
-    from sonic.runtime.settings import CacheMode
 
     arch = Arch(parsed.arch)
     backend = load_backend(arch)
-    cache = kernel_cache()
-    if cache.settings.cache is not CacheMode.READ_WRITE:
-        raise ArgumentError(
-            f"SONIC_CACHE is {cache.settings.cache.value}, so that no kernel would be kept; "
-            "unset it, or set it to rw"
-        )
-    obstacle = cache.obstacle(arch, create=True)
-    if obstacle is not None:
-        raise ArgumentError(f"the cache cannot be filled: {obstacle}")
+    folder = folder_to_fill(arch)
     kernels = {
         kernel: None
         for size in parsed.thiek
@@ -174,8 +201,30 @@ def _compile(parsed: argparse.Namespace) -> int:
         )
     }
     jobs = min(parsed.jobs, len(kernels))
-    print(f"{len(kernels)} kernels for {arch.value} into {cache.folder(arch)}, {jobs} at a time")
+    print(f"{len(kernels)} kernels for {arch.value} into {folder}, {jobs} at a time")
     return compile_kernels(arch, list(kernels), jobs)
+
+
+def folder_to_fill(arch: Arch) -> Path:
+    """Where kernels of ``arch`` are kept.
+
+    :raises ArgumentError: none would be.
+    """
+    from sonic.runtime.cache import kernel_cache
+    from sonic.runtime.errors import ArgumentError
+    from sonic.runtime.settings import CacheMode
+
+    cache = kernel_cache()
+    if cache.settings.cache is not CacheMode.READ_WRITE:
+        raise ArgumentError(
+            f"SONIC_CACHE is {cache.settings.cache.value}, so that no kernel would be kept; "
+            "unset it, or set it to rw"
+        )
+    obstacle = cache.obstacle(arch, create=True)
+    folder = cache.folder(arch, create=True)
+    if obstacle is not None or folder is None:
+        raise ArgumentError(f"the cache cannot be filled: {obstacle}")
+    return folder
 
 
 def compile_kernels(arch: Arch, kernels: list[tuple[Problem, TileConfig]], jobs: int) -> int:
@@ -218,6 +267,12 @@ def _compile_one(arch: Arch, problem: Problem, config: TileConfig) -> str:
     if cache.load(key) is None:
         raise CompileError("compiled, but could not be kept; see the warning above")
     return f"compiled in {time.perf_counter() - start:.1f} s"
+
+
+def _tune(parsed: argparse.Namespace) -> int:
+    from sonic import tune
+
+    return tune.run(parsed)
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

@@ -41,6 +41,7 @@ def kernels_of_stages(default_config, size, activation, layout, dtype):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "backend_for", lambda device: Backend)
         patch.setattr(launch, "kernel_for", kernel_for)
+        patch.setattr(launch, "_tuned", lambda backend, device: {})
         patch.setattr(launch, "_multiprocessors", lambda device: 132)
         _run_stages(size, ActivationType(activation), GateUpLayout(layout), dtype)
     return asked

@@ -206,10 +206,10 @@ class KernelCache:
                 path.mkdir(mode=0o700, exist_ok=True)
         for path in (root, folder):
             if path.exists():
-                _check_folder(path, self._owners())
+                _check_folder(path, self.owners())
         return folder
 
-    def _owners(self) -> set[int]:
+    def owners(self) -> set[int]:
         """Users whose files are loaded: this one and root; in mode ``ro`` also the cache's."""
         owners = {os.geteuid(), 0}
         root = self.settings.cache_dir
@@ -218,12 +218,12 @@ class KernelCache:
         return owners
 
     def _open(self, path: Path, key: KernelKey) -> Any:
-        _check_seal(_read(path, self._owners()))
+        _check_seal(_read(path, self.owners()))
         return self._load(path, key.symbol)
 
     def _damage(self, path: Path) -> str | None:
         try:
-            _check_seal(_read(path, self._owners()))
+            _check_seal(_read(path, self.owners()))
         except (OSError, ValueError) as error:
             return str(error)
         return None
@@ -245,6 +245,14 @@ class KernelCache:
         except Exception as error:
             _log.warning("did not keep %s in %s: %s", key.problem.name, folder, error)
             return compiled
+
+
+def read_own(path: Path) -> bytes:
+    """Content of a file beside the entries, if nobody else can have written it.
+
+    :raises OSError, ValueError: it cannot be read, or somebody else can.
+    """
+    return _read(path, kernel_cache().owners())
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sonic.runtime.backend import Backend, backend_for
 from sonic.runtime.cache import KernelKey, kernel_cache
 from sonic.runtime.errors import CompileError, SonicError, UnsupportedError
 from sonic.runtime.problem import Problem, Ragged, TileConfig
+from sonic.runtime.tuned import TunedSize, tuned_tiles
 
 _log = logging.getLogger("sonic")
 _kernels: dict[tuple[str, Problem, TileConfig], Any] = {}
@@ -90,16 +92,26 @@ def _grid(
 def config_for(
     problem: Problem, device: torch.device, rows: int, experts: int, n: int, k: int
 ) -> TileConfig:
-    """The tiles that :func:`grouped_gemm` will use for this size."""
-    return _default_config(backend_for(device), problem, rows // max(experts, 1), n, k)
+    """The tiles that :func:`grouped_gemm` will use for this size: tuned ones, if there are any."""
+    return _config(backend_for(device), device, problem, rows // max(experts, 1), n, k)
 
 
 # Routing changes the row count from call to call; a bounded memo keeps the choice off the hot path.
 @functools.lru_cache(maxsize=4096)
-def _default_config(
-    backend: Backend, problem: Problem, rows_per_expert: int, n: int, k: int
+def _config(
+    backend: Backend,
+    device: torch.device,
+    problem: Problem,
+    rows_per_expert: int,
+    n: int,
+    k: int,
 ) -> TileConfig:
-    return backend.default_config(problem, rows_per_expert, n, k)
+    size = TunedSize(problem, rows_per_expert, n, k)
+    return _tuned(backend, device).get(size) or backend.default_config(*size)
+
+
+def _tuned(backend: Backend, device: torch.device) -> Mapping[TunedSize, TileConfig]:
+    return tuned_tiles(backend.arch, torch.cuda.get_device_name(device))
 
 
 def grouped_gemm(

@@ -64,6 +64,17 @@ def test_compiled_kernels_are_those_that_the_stages_launch(activation, layout):
     assert set(asked) == set(kernels) and len(kernels) == 9
 
 
+def test_slices_of_columns_are_compiled_too():
+    """Of a large layer, in inference and where dh has memory of its own."""
+    size = cli.LayerSize(32768, 2048, 768, 128, 8)
+    kernels = cli.layer_kernels(of_size, size, ActivationType.SWIGLU, "bfloat16", False)
+    widths = {}
+    for problem, config in kernels:
+        widths.setdefault(problem.name, set()).add(config.tile_n)
+    assert widths["rows_linear_bf16"] == {2048, 1024}
+    assert widths["rows_linear_transposed_weight_gated_rows_bf16"] == {2048, 512}
+
+
 @pytest.mark.parametrize(
     "text", ["1,2,3,4", "1,2,3,4,5,6", "a,2,3,4,1", "0,2,3,4,1", "1,2,3,4,5", ""]
 )

@@ -1,0 +1,117 @@
+"""``sonic tune``: the fastest tiles for layers of given sizes, found on the GPU at hand."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from sonic.cli import LayerSize, compile_kernels, folder_to_fill, layer_launches
+from sonic.enums import ActivationType
+from sonic.plan import build_plan
+from sonic.runtime.backend import Backend, backend_for
+from sonic.runtime.errors import ArgumentError
+from sonic.runtime.problem import TileConfig
+from sonic.runtime.tuned import TunedSize, keep_tuned, tuned_file, tuned_tiles
+from sonic.runtime.tuning import TimedGemm, search
+
+_LEAST_GAIN = 1.01  # what two runs of one kernel may differ by
+
+
+class _Result(NamedTuple):
+    """What a search found for one GEMM; milliseconds."""
+
+    size: TunedSize
+    default: TileConfig
+    default_time: float
+    best: TileConfig
+    best_time: float
+
+    @property
+    def gain(self) -> float:
+        return self.default_time / self.best_time
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Searches, or shows or forgets what was found for the current GPU; the exit status.
+
+    :raises SonicError: there is no GPU with kernels, or nothing can be kept.
+    """
+    device = torch.device("cuda")
+    backend = backend_for(device)
+    gpu = torch.cuda.get_device_name(device)
+    if parsed.show:
+        tiles = tuned_tiles(backend.arch, gpu)
+        for size, config in tiles.items():
+            print(_describe(size, config))
+        print(f"{len(tiles)} tuned sizes for {gpu}")
+        return 0
+    folder_to_fill(backend.arch)
+    path = tuned_file(backend.arch, gpu)
+    if path is None:
+        raise ArgumentError("the cache cannot be used, see the warning above: repair it first")
+    if parsed.clear:
+        path.unlink(missing_ok=True)
+        tuned_tiles.cache_clear()
+        print(f"no tuned sizes for {gpu}")
+        return 0
+    sizes = list(dict.fromkeys(parsed.thiek))
+    options = ActivationType(parsed.activation), parsed.dtype, parsed.add_bias
+    kernels = {
+        (problem, config): None
+        for size in sizes
+        for problem, n, k in layer_launches(size, *options)
+        for config in (
+            backend.default_config(problem, size.rows_per_expert, n, k),
+            *backend.search_space(problem),
+        )
+    }
+    if compile_kernels(backend.arch, list(kernels), min(parsed.jobs, len(kernels))):
+        return 1
+    for size in sizes:
+        found = {}
+        for result in _search_layer(backend, size, options, device):
+            print(
+                f"{_describe(result.size, result.best)}: {result.best_time:.3f} ms, "
+                f"{result.gain:.3f} times as fast as without tuning",
+                flush=True,
+            )
+            # Also where nothing is gained: an earlier search may have found something else.
+            gains = result.gain >= _LEAST_GAIN
+            found[result.size] = result.best if gains else result.default
+        keep_tuned(path, found)
+    print(f"kept in {path}")
+    return 0
+
+
+def _search_layer(
+    backend: Backend,
+    size: LayerSize,
+    options: tuple[ActivationType, str, bool],
+    device: torch.device,
+) -> Iterator[_Result]:
+    routing = _routing(size, device)
+    for problem, n, k in layer_launches(size, *options):
+        tuned = TunedSize(problem, size.rows_per_expert, n, k)
+        default = backend.default_config(*tuned)
+        gemm = TimedGemm(problem, *routing, size.tokens, n, k)
+        gemm.warm_up(default)
+        times = search(default, backend.search_space(problem), gemm.milliseconds)
+        best = min(times, key=times.__getitem__)
+        yield _Result(tuned, default, times[default], best, times[best])
+
+
+def _routing(size: LayerSize, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """``token_by_row`` and ``offset_by_expert`` of tokens that choose experts at random."""
+    ids = torch.rand(size.tokens, size.experts, device=device).topk(size.top_k).indices.int()
+    plan = build_plan(ids, size.experts)
+    return plan.token_by_row, plan.offset_by_expert
+
+
+def _describe(size: TunedSize, config: TileConfig) -> str:
+    return (
+        f"{size.problem.name}, {size.rows_per_expert} rows per expert, {size.n} by {size.k}: "
+        f"{config.name}"
+    )
