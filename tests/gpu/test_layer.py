@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import sonic
+from sonic import ops
 from sonic.enums import ActivationType, GateUpLayout, KernelBackendMoE, ScoreOrder
 from sonic.reference import (
     experts_flat_low_precision,
@@ -410,6 +411,23 @@ def test_current_stream_is_used():
         actual = step(late, inputs.topk_ids, late_dout)
     stream.synchronize()
     assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("activation", [ActivationType.SWIGLU, ActivationType.GELU])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_slices_and_an_overwritten_preactivation_change_no_bit(monkeypatch, activation, bias):
+    problem = PROBLEM.with_changes(activation=activation, has_bias=bias, hidden_size=520)
+    leaves, inputs = leaves_of(problem)
+    ids = inputs.topk_ids
+    out = call(leaves, ids, activation=activation)
+    kept = torch.autograd.grad(out, list(leaves.values()), inputs.dout, retain_graph=True)
+    expected = [out.detach(), *kept]
+    assert_same_bits(step(leaves, ids, inputs.dout, activation=activation), expected)
+    monkeypatch.setattr(ops, "column_slices", lambda *_: ((0, 256), (256, 192), (448, 72)))
+    assert_same_bits(step(leaves, ids, inputs.dout, activation=activation), expected)
+    out = call(leaves, ids, activation=activation)
+    kept = torch.autograd.grad(out, list(leaves.values()), inputs.dout, retain_graph=True)
+    assert_same_bits([out.detach(), *kept], expected)
 
 
 def test_memory_between_forward_and_backward_is_the_formula():
