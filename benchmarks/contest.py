@@ -1,13 +1,15 @@
 """Contenders of ``benchmarks.peers`` measured in turns: times, memory, and that they agree.
 
-All of them run in one process, one iteration each, round after round, and every round starts with
-another one: clocks, power and temperature are then the same for all, and a ratio is one of equals.
+All of them run in one process, one iteration each, round after round, in an order that is drawn
+anew for each round from a fixed seed: clocks, power and temperature are then the same for all, nobody
+always follows the one that draws the most power, and a ratio is one of equals.
 The GPU is never idle between the first untimed round and the last timed one.
 """
 
 import contextlib
 import gc
 import math
+import random
 import signal
 import statistics
 import time
@@ -93,9 +95,9 @@ def take_turns(
         seconds = (time.perf_counter() - start) / rounds
         marks: dict[str, list[tuple]] = {name: [] for name in names}
         wanted = math.ceil(timed_seconds * len(names) / seconds)
-        for number in range(max(MIN_ROUNDS, wanted)):
-            first = number % len(names)
-            for name in names[first:] + names[:first]:
+        order = random.Random(0)
+        for _ in range(max(MIN_ROUNDS, wanted)):
+            for name in order.sample(names, len(names)):
                 marks[name].append(functions[name](clock))
         synchronize(device)
     finally:

@@ -127,8 +127,8 @@ def test_turns_are_taken_and_told_apart() -> None:
     assert 6 <= medians["slow"][0] < 30 and 1 <= medians["fast"][0] < 5
     assert medians["slow"][2] >= medians["slow"][0] + medians["slow"][1] - 0.1
     assert order.count("slow") == order.count("fast")
-    starts = [order[index] for index in range(0, len(order), 2)]
-    assert {"slow", "fast"} == set(starts[-2:]), "each round starts with another one"
+    rounds = {tuple(order[index : index + 2]) for index in range(0, len(order), 2)}
+    assert rounds == {("slow", "fast"), ("fast", "slow")}, "rounds differ in their order"
 
 
 def test_a_time_limit_interrupts() -> None:
