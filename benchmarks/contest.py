@@ -1,7 +1,7 @@
 """Contenders of ``benchmarks.peers`` measured in turns: times, memory, and that they agree.
 
 All of them run in one process, one iteration each, round after round, in an order that is drawn
-anew for each round from a fixed seed: clocks, power and temperature are then the same for all, nobody
+anew for each round from a fixed seed: clocks, power and temperature are then the same for all, none
 always follows the one that draws the most power, and a ratio is one of equals.
 The GPU is never idle between the first untimed round and the last timed one.
 """
