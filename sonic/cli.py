@@ -90,25 +90,20 @@ def layer_kernels(
 ) -> list[tuple[Problem, TileConfig]]:
     """The same with the tiles of each, slices of columns included."""
     launches = layer_launches(size, activation, dtype, add_bias)
-    launches += _sliced_launches(size, activation, dtype, add_bias)
+    launches += _sliced_launches(size, activation, dtype)
     rows = size.rows_per_expert
+    launches = list(dict.fromkeys(launches))
     return [(problem, default_config(problem, rows, n, k)) for problem, n, k in launches]
 
 
 def _sliced_launches(
-    size: LayerSize, activation: ActivationType, dtype: str, add_bias: bool
+    size: LayerSize, activation: ActivationType, dtype: str
 ) -> list[tuple[Problem, int, int]]:
-    """What a large layer launches where its rows of ``hidden`` columns are made in slices."""
+    """What a large layer launches where the rows of its dX are made in slices of columns."""
     rows, width = size.tokens * size.top_k, size.intermediate * (2 if activation.is_gated else 1)
-    row_bytes = rows * _ELEMENT_BYTES
-    launches = []
-    for problem, k in (
-        (down_problem(dtype, add_bias), size.intermediate),
-        (up_backward_act_problem(dtype, activation.is_gated), width),
-    ):
-        slices = column_slices(rows, size.hidden, _ELEMENT_BYTES, k * row_bytes)
-        launches += [(problem, n, k) for n in {n for _, n in slices if n < size.hidden}]
-    return launches
+    slices = column_slices(rows, size.hidden, _ELEMENT_BYTES, rows * width * _ELEMENT_BYTES)
+    problem = up_backward_act_problem(dtype, activation.is_gated)
+    return [(problem, columns, width) for columns in sorted({columns for _, columns in slices})]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -105,9 +105,9 @@ def memory_estimate(
 
     The peaks follow the order in which ``sonic.ops`` allocates and frees: the post-activation and
     the expert outputs live in the forward pass only; the scaled post-activation, and after it the
-    rows of ``dx``, in the backward pass. Where ``dh`` has memory of its own, the rows of ``dx`` are
-    made in slices of columns (:mod:`sonic.runtime.columns`), so that they and ``dh`` need no more
-    than all of them do alone, as far as slices can be cut that keep a GPU busy.
+    rows of ``dx``, in the backward pass. Where ``dh`` has memory of its own, the rows of ``dx`` of
+    a large layer are made in slices of columns (:mod:`sonic.runtime.columns`), so that a slice and
+    ``dh`` need no more than all of the rows do alone.
 
     Example:
         >>> import sonic
@@ -137,7 +137,7 @@ def memory_estimate(
     rows_by_hidden = rows * hidden_size * size
     rows_by_intermediate = rows * intermediate_size * size
     kept = saved - tokens_by_hidden  # the input belongs to the caller
-    forward = kept + rows_by_intermediate + rows_by_hidden + tokens_by_hidden
+    forward = kept + max(rows_by_intermediate + rows_by_hidden, rows_by_hidden + tokens_by_hidden)
     w1 = num_experts * width * hidden_size * size
     w2 = num_experts * hidden_size * intermediate_size * size
     scores = 2 * rows * _FP32

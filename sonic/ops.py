@@ -152,42 +152,6 @@ def _rows_16b(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _project_and_sum(
-    stages: Any,
-    project: Callable[[Tensor, Tensor | None], Tensor],
-    parameters: tuple[Tensor, int, Tensor | None],
-    slices: tuple[tuple[int, int], ...],
-    scores: Tensor | None,
-    call: "_Forward | _Backward",
-    num_tokens: int,
-) -> Tensor:
-    """``out[t] = sum over t's slots of (score *) project(weight, bias)[row of the slot]``.
-
-    Some columns at a time, so that the rows of the others are not in memory. Each column is
-    computed as without slices, to the bit.
-
-    Args:
-        project: makes rows ``(R, columns)`` with these columns of the weight and the bias.
-        parameters: the weight, its axis of output columns, and the bias or None.
-        slices: of the output columns, as from :func:`column_slices`.
-    """
-    weight, axis, bias = parameters
-    slots = call.row_by_slot, scores, call.offset_by_token, call.slot_by_position
-    if len(slices) == 1:
-        out: Tensor = stages.combine(project(weight, bias), *slots, num_tokens, call.top_k)
-        return out
-    out = weight.new_empty((num_tokens, weight.shape[axis]))
-    for first, columns in slices:
-        rows = project(
-            weight.narrow(axis, first, columns),
-            bias if bias is None else bias.narrow(1, first, columns),
-        )
-        part = out.narrow(1, first, columns)
-        stages.combine(rows, *slots, num_tokens, call.top_k, out=part)
-        del rows  # before the next ones are made
-    return out
-
-
 # -------------------------------------------------------------------------------- forward
 
 
@@ -241,17 +205,16 @@ def experts_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
             layout=_LAYOUTS[call.layout],
             store_preact=call.store_preact,
         )
-        out = _project_and_sum(
-            stages,
-            lambda w, b: stages.down_forward(a, w, b, call.offset_by_expert),
-            (w2, 1, call.b2),
-            # In training the backward pass needs more memory than all of this does.
-            column_slices(
-                a.shape[0], hidden_size, a.itemsize, 0 if call.store_preact else a.nbytes
-            ),
+        y = stages.down_forward(a, w2, call.b2, call.offset_by_expert)
+        del a
+        out = stages.combine(
+            y,
+            call.row_by_slot,
             call.scores.view(-1),
-            call,
+            call.offset_by_token,
+            call.slot_by_position,
             num_tokens,
+            call.top_k,
         )
     return out, h
 
@@ -380,19 +343,33 @@ def experts_gradients(*arguments: Any) -> SomeGradients:
             if act.is_gated:
                 db1 = packed_to_rows(db1, order)
         if needs_x:
-            dx = _project_and_sum(
-                stages,
-                lambda w, _: stages.up_backward_act(
-                    dh, w, offset_by_expert, layout=order, gated=act.is_gated
-                ),
-                (w1, 2, None),
-                column_slices(
-                    dh.shape[0], dout.shape[1], dh.itemsize, 0 if call.overwrite_h else dh.nbytes
-                ),
-                None,
-                call,
-                dout.shape[0],
-            )
+            # Some columns at a time where all of their rows would not fit beside dh.
+            num_tokens, hidden_size = dout.shape
+            own_bytes = 0 if call.overwrite_h else dh.nbytes
+            slices = column_slices(dh.shape[0], hidden_size, dh.itemsize, own_bytes)
+            dx = None if len(slices) == 1 else dout.new_empty(dout.shape)
+            for first, columns in slices:
+                dx_rows = stages.up_backward_act(
+                    dh,
+                    w1 if dx is None else w1.narrow(2, first, columns),
+                    offset_by_expert,
+                    layout=order,
+                    gated=act.is_gated,
+                )
+                if first + columns == hidden_size:
+                    del dh
+                part = stages.combine(
+                    dx_rows,
+                    call.row_by_slot,
+                    None,
+                    call.offset_by_token,
+                    call.slot_by_position,
+                    num_tokens,
+                    call.top_k,
+                    out=None if dx is None else dx.narrow(1, first, columns),
+                )
+                del dx_rows  # before the next ones are made
+            dx = part if dx is None else dx
     return dx, dw1, db1, dw2, db2, dscores
 
 

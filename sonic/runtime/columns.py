@@ -1,4 +1,4 @@
-"""How many columns of the expert outputs are in memory at once."""
+"""How many columns of the rows of dX are in memory at once."""
 
 import functools
 
@@ -16,15 +16,16 @@ def column_slices(
     """``(first column, number of columns)`` of the slices in which ``(rows, columns)`` is made.
 
     As few as it takes for a slice and the ``other_bytes`` that are alive beside it to need no more
-    memory than the whole does, as long as each one still fills a GPU. Pure: sizes decide, and
-    nothing that is measured.
+    memory than the whole does, as long as each one still fills a GPU; one, if the others need more
+    than that by themselves: every slice more costs time. Pure: sizes decide, and nothing that is
+    measured.
     """
-    if other_bytes == 0:
+    room = rows * columns * element_size - other_bytes
+    if other_bytes == 0 or room <= 0:
         return ((0, columns),)
     tile = min(_TILE_COLUMNS, key=lambda width: (-(-columns // width) * width, -width))
     tiles = -(-columns // tile)
-    tile_bytes = max(rows * tile * element_size, 1)
-    fitting = (rows * columns * element_size - other_bytes) // tile_bytes
+    fitting = room // (rows * tile * element_size)
     full = -(-rows // _TILE_ROWS) * tiles // _LEAST_TILES
     slices = max(min(-(-tiles // max(fitting, 1)), tiles, full), 1)
     width = -(-tiles // slices) * tile
