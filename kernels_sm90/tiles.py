@@ -142,13 +142,15 @@ def candidates(problem: Problem, rows_per_expert: int, k: int) -> list[tuple[Til
     """Tiles worth trying, each with its rate on a matrix that it covers without waste.
 
     Rates are relative within a problem: read off sweeps over the shapes A to F of the benchmark on
-    an H200 on 2026-11-20, divided by the coverage. ``kernels_sm90/README.md`` has the ladder.
+    an H200 in November 2026, divided by the coverage. ``kernels_sm90/README.md`` has the ladder.
     """
     if problem.ragged is Ragged.REDUCTION:
         return _weight_gradient_candidates(problem, rows_per_expert)
     # With one tile of rows per expert, weights are read once in whatever order; with many, the
     # tiles that share weights are many too, and SMs that get ahead do not lose them.
     dynamic = WARPGROUP < rows_per_expert < _MANY_ROWS
+    # Along the columns, tiles that run at one time share gathered rows, along the rows, weights.
+    along_m = rows_per_expert < _MANY_ROWS
     cooperative, pingpong, overlapped = (
         Schedule.COOPERATIVE,
         Schedule.PINGPONG,
@@ -162,20 +164,14 @@ def candidates(problem: Problem, rows_per_expert: int, k: int) -> list[tuple[Til
             # spills registers where a warpgroup holds a whole tile.
             narrow = TileConfig(128, 128, 1, 1, cooperative, 4)
         return [
-            (TileConfig(128, 256, 1, 1, overlapped, 3, raster_along_m=False, dynamic=dynamic), 1.0),
-            (
-                TileConfig(128, 192, 1, 1, overlapped, 3, raster_along_m=False, dynamic=dynamic),
-                0.87,
-            ),
+            (TileConfig(128, 256, 1, 1, overlapped, 3, along_m, dynamic), 1.0),
+            (TileConfig(128, 192, 1, 1, overlapped, 3, along_m, dynamic), 0.87),
             (narrow, 0.8),
         ]
     if problem.epilogue is EpilogueKind.ACTIVATION:
         return [
-            (TileConfig(128, 256, 1, 1, overlapped, 1, raster_along_m=False, dynamic=dynamic), 1.0),
-            (
-                TileConfig(128, 192, 1, 1, overlapped, 1, raster_along_m=False, dynamic=dynamic),
-                0.87,
-            ),
+            (TileConfig(128, 256, 1, 1, overlapped, 1, along_m, dynamic), 1.0),
+            (TileConfig(128, 192, 1, 1, overlapped, 1, along_m, dynamic), 0.87),
             (TileConfig(128, 128, 1, 1, cooperative, 2), 0.75),
         ]
     # A short reduction hides little of an epilogue: there a second tile in flight hides more.
@@ -191,10 +187,12 @@ def _weight_gradient_candidates(
     problem: Problem, rows_per_expert: int
 ) -> list[tuple[TileConfig, float]]:
     cooperative, pingpong = Schedule.COOPERATIVE, Schedule.PINGPONG
+    many = rows_per_expert >= _MANY_ROWS
     if problem.epilogue is EpilogueKind.LINEAR:
+        # The longer the reduction, the less there is to hide.
         return [
             (TileConfig(128, 256, 1, 1, Schedule.OVERLAPPED, 1), 1.0),
-            (TileConfig(128, 192, 1, 1, pingpong, 2), 0.97),
+            (TileConfig(128, 192, 1, 1, pingpong, 2), 0.97 if many else 1.08),
         ]
     # Added to float32, a tile is not copied: a copy would round it.
     turns = TileConfig(128, 192, 1, 1, pingpong, 1)
@@ -204,10 +202,8 @@ def _weight_gradient_candidates(
             (TileConfig(256, 128, 1, 2, cooperative, 1), 0.96),
             (TileConfig(256, 128, 1, 1, cooperative, 1), 0.95),
         ]
-    # The longer the reduction, the less there is to hide.
-    rate = 0.99 if rows_per_expert >= _MANY_ROWS else 1.15
     return [
-        (turns, rate),
+        (turns, 0.99 if many else 1.15),
         (TileConfig(128, 256, 2, 1, cooperative, 2), 1.0),
         (TileConfig(256, 128, 1, 1, cooperative, 1), 0.93),
     ]
