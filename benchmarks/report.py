@@ -7,6 +7,7 @@ python benchmarks/report.py --check README.md    exit 1 if a block differs from 
 import argparse
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ HEAD_KEYS = ("device", "driver", "versions", "commit", "command", "date")
 OURS = "sonic"
 REFERENCE = "sonic_reference"  # the package's torch implementation: never shown as ours
 CUBLAS = "cublas_bmm"
+TILED_GEMMS = ("up", "down", "dh", "dx", "dw2", "dw1")
 NARROW = "torch_rounded"  # torch with the same rounding points
 EMULATOR = "emulator"  # of PTX, tests/emulator
 CEILING_UNIT = "% of cuBLAS"
@@ -212,6 +214,24 @@ def peers_table(figures: Figures) -> str:
     return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
 
 
+def tiles_table(figures: Figures) -> str:
+    """What the tiles that follow from the sizes cost, beside the best of a sweep over all."""
+    bars = {tuple(shape.problem): letter for letter, shape in BARS.items()}
+    problems = figures.problems("tiles/up")
+    rows = []
+    for problem in sorted(problems, key=lambda p: (bars.get(p, "drawn"), p)):
+        ratios = [figures.get(f"tiles/{gemm}", "times the best", problem) for gemm in TILED_GEMMS]
+        size = ", ".join(map(str, problem))
+        rows.append([bars.get(problem, ""), size, *(_cell(ratio, ".3f") for ratio in ratios)])
+    if not rows:
+        return "No sweep of tiles has been committed yet."
+    for what, of in (("mean", statistics.mean), ("worst", max)):
+        columns = zip(*(row[2:] for row in rows), strict=True)
+        known = [[float(cell) for cell in column if cell != "–"] for column in columns]
+        rows.append(["", what, *(_cell(of(values) if values else None, ".3f") for values in known)])
+    return f"{markdown_table(['', 'T, H, I, E, top_k', *TILED_GEMMS], rows)}\n\n{figures.sources()}"
+
+
 def small_table(figures: Figures) -> str:
     """Few tokens: one forward inference in a CUDA graph, from given ids."""
     rows = []
@@ -366,6 +386,7 @@ TABLES: dict[str, Callable[[Figures], str]] = {
     "support": support_table,
     "performance": performance_table,
     "peers": peers_table,
+    "tiles": tiles_table,
     "small": small_table,
     "rounding": rounding_table,
     "accuracy": accuracy_table,

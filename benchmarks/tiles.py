@@ -6,7 +6,9 @@ sizes alone costs.
 The shapes of the bars and others drawn at random, so that one of the smaller GEMMs takes 0.1 to
 2.5 ms. All kernels are compiled first. The result file has, for each shape and GEMM, the time of
 the choice over that of the best tiling; ``<json>.times.gz`` beside it has the time of every tiling,
-from which ``kernels_sm90.tiles`` is fitted.
+from which ``kernels_sm90.tiles`` is fitted: after a change of the choice, without a GPU,
+
+    python benchmarks/tiles.py --review benchmarks/results/<date>-tiles.json.times.gz
 """
 
 import argparse
@@ -15,8 +17,9 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,16 +28,15 @@ import torch
 from benchmarks.measure import environment
 from benchmarks.options import not_negative, output_file, positive
 from benchmarks.problems import random_shapes
-from benchmarks.report import Result
+from benchmarks.report import TILED_GEMMS, Result
 from benchmarks.shapes import BARS, Shape
 from sonic.cli import LayerSize, compile_kernels, layer_launches
 from sonic.enums import ActivationType
 from sonic.plan import build_plan
-from sonic.runtime.backend import Backend, backend_for
-from sonic.runtime.problem import Problem, TileConfig
+from sonic.runtime.backend import Backend, backend_for, load_backend
+from sonic.runtime.problem import Arch, Problem, Schedule, TileConfig
 from sonic.runtime.tuning import TimedGemm, search
 
-GEMMS = ("up", "down", "dh", "dx", "dw2", "dw1")
 SEED = 20261127
 _FLOPS, _BYTES = 5.5e14, 4e12  # a second, about
 _LEAST_SECONDS, _MOST_SECONDS = 1e-4, 2.5e-3
@@ -58,7 +60,7 @@ def launches(shape: Shape) -> dict[str, tuple[Problem, int, int]]:
     size = LayerSize(shape.T, shape.H, shape.I, shape.E, shape.top_k)
     every = layer_launches(size, ActivationType.SWIGLU, "bfloat16", False)
     up, _, down, dh, dx, dw2, dw1, _, _ = every
-    return dict(zip(GEMMS, (up, down, dh, dx, dw2, dw1), strict=True))
+    return dict(zip(TILED_GEMMS, (up, down, dh, dx, dw2, dw1), strict=True))
 
 
 def tilings(backend: Backend, problem: Problem) -> list[TileConfig]:
@@ -73,70 +75,110 @@ def tilings(backend: Backend, problem: Problem) -> list[TileConfig]:
 
 
 class Sweep:
-    """Times and choices of the shapes so far."""
+    """Milliseconds by tiling of each GEMM on each shape, and what the choice by sizes makes of
+    them."""
 
-    def __init__(self, backend: Backend, spaces: dict[str, list[TileConfig]]):
-        self.backend, self.spaces = backend, spaces
+    def __init__(
+        self,
+        backend: Backend,
+        spaces: dict[str, list[TileConfig]],
+        device: str = "cuda",
+    ):
+        self.backend, self.spaces, self.device = backend, spaces, torch.device(device)
         self.shapes: list[Shape] = []
         self.times: dict[str, list[dict[TileConfig, float]]] = {gemm: [] for gemm in spaces}
-        self.chosen: dict[str, list[TileConfig]] = {gemm: [] for gemm in spaces}
 
     def add(self, shape: Shape) -> None:
-        self.shapes.append(shape)
-        device = torch.device("cuda")
-        ids = torch.rand(shape.T, shape.E, device=device).topk(shape.top_k).indices.int()
+        """Time every tiling on ``shape``."""
+        ids = torch.rand(shape.T, shape.E, device=self.device).topk(shape.top_k).indices.int()
         plan = build_plan(ids, shape.E)
-        routing = plan.token_by_row, plan.offset_by_expert, shape.T
-        for gemm, (problem, n, k) in launches(shape).items():
-            if gemm not in self.spaces:
-                continue
-            chosen = self.backend.default_config(problem, shape.rows // shape.E, n, k)
-            timed = TimedGemm(problem, *routing, n, k)
+        self.shapes.append(shape)
+        for gemm, space in self.spaces.items():
+            problem, n, k = launches(shape)[gemm]
+            timed = TimedGemm(problem, plan.token_by_row, plan.offset_by_expert, shape.T, n, k)
+            chosen = self.chosen(gemm, shape)
             timed.warm_up(chosen)
-            times = search(chosen, self.spaces[gemm], timed.milliseconds)
-            self.times[gemm].append(times)
-            self.chosen[gemm].append(chosen)
-            best = min(times, key=times.__getitem__)
-            print(
-                f"{shape.problem} {gemm:4} chosen {_name(chosen):34} {times[chosen]:7.3f} ms, "
-                f"best {_name(best):34} {times[best]:7.3f} ms, {times[chosen] / times[best]:.3f}",
-                flush=True,
-            )
+            self.times[gemm].append(search(chosen, space, timed.milliseconds))
+            print(self.line(gemm, -1), flush=True)
             del timed
         torch.cuda.empty_cache()
 
-    def ratios(self, gemm: str) -> list[float]:
-        pairs = zip(self.times[gemm], self.chosen[gemm], strict=True)
-        return [times[chosen] / min(times.values()) for times, chosen in pairs]
+    def chosen(self, gemm: str, shape: Shape) -> TileConfig:
+        problem, n, k = launches(shape)[gemm]
+        return self.backend.default_config(problem, shape.rows // shape.E, n, k)
 
-    def result(self) -> Result:
-        result = Result(environment(torch.device("cuda")))
-        for gemm in self.spaces:
-            for shape, ratio, times in zip(
-                self.shapes, self.ratios(gemm), self.times[gemm], strict=True
-            ):
-                result.add(f"tiles/{gemm}", ratio, "times the best", shape.problem)
-                result.add(f"tiles/{gemm}/best", min(times.values()), "ms", shape.problem)
-        return result
+    def ratio(self, gemm: str, index: int) -> float:
+        """Time of the choice over that of the best tiling, on the shape ``index``."""
+        times = self.times[gemm][index]
+        return times[self.chosen(gemm, self.shapes[index])] / min(times.values())
 
-    def raw(self) -> dict[str, object]:
-        """Everything that was timed, by position: shapes, tilings of each GEMM, milliseconds."""
-        return {
-            "shapes": [shape.problem for shape in self.shapes],
-            "tilings": {g: [_fields(c) for c in space] for g, space in self.spaces.items()},
-            "milliseconds": {
-                g: [[round(times.get(c, 0.0), 5) for c in self.spaces[g]] for times in rows]
-                for g, rows in self.times.items()
-            },
-        }
+    def line(self, gemm: str, index: int, others: int = 1) -> str:
+        """The choice for one shape, and the fastest tilings."""
+        shape, times = self.shapes[index], self.times[gemm][index]
+        chosen = self.chosen(gemm, shape)
+        best = sorted(times, key=times.__getitem__)[:others]
+        fastest = ", ".join(f"{_name(config)} {times[config]:.3f}" for config in best)
+        return (
+            f"{shape.problem} {gemm:4} {self.ratio(gemm, index):.3f} times the best: "
+            f"{_name(chosen)} {times[chosen]:.3f} ms; best {fastest}"
+        )
+
+    def summary(self) -> str:
+        lines = []
+        for gemm, space in self.spaces.items():
+            ratios = [self.ratio(gemm, index) for index in range(len(self.shapes))]
+            lines.append(
+                f"{gemm:4} choice over best of {len(space)} tilings on {len(ratios)} shapes: "
+                f"mean {statistics.mean(ratios):.3f}, worst {max(ratios):.3f}"
+            )
+        return "\n".join(lines)
 
     def write(self, path: Path) -> None:
-        self.result().write(path)
-        times = Path(f"{path}.times.gz")
-        times.write_bytes(gzip.compress(json.dumps(self.raw()).encode(), mtime=0))
+        """The ratios as a result file, and every time beside it."""
+        result = Result(environment(self.device))
+        for gemm in self.spaces:
+            for index, shape in enumerate(self.shapes):
+                ratio, best = self.ratio(gemm, index), min(self.times[gemm][index].values())
+                result.add(f"tiles/{gemm}", ratio, "times the best", shape.problem)
+                result.add(f"tiles/{gemm}/best", best, "ms", shape.problem)
+        result.write(path)
+        self.write_times(times_beside(path))
+
+    def write_times(self, path: Path) -> None:
+        content = {
+            "shapes": [shape.problem for shape in self.shapes],
+            "fields": [field.name for field in fields(TileConfig)],
+            "tilings": {gemm: [_values(c) for c in space] for gemm, space in self.spaces.items()},
+            "milliseconds": {
+                gemm: [[round(times[config], 5) for config in self.spaces[gemm]] for times in rows]
+                for gemm, rows in self.times.items()
+            },
+        }
+        path.write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
+
+    @classmethod
+    def read_times(cls, path: Path, backend: Backend) -> "Sweep":
+        """What :meth:`write_times` wrote; choices are those of ``backend`` now."""
+        content = json.loads(gzip.decompress(path.read_bytes()))
+
+        def tiling(values: list[Any]) -> TileConfig:
+            named = dict(zip(content["fields"], values, strict=True))
+            return TileConfig(**{**named, "schedule": Schedule(named["schedule"])})
+
+        spaces = {g: [tiling(v) for v in space] for g, space in content["tilings"].items()}
+        sweep = cls(backend, spaces)
+        sweep.shapes = [Shape(*problem) for problem in content["shapes"]]
+        for gemm, rows in content["milliseconds"].items():
+            sweep.times[gemm] = [dict(zip(spaces[gemm], row, strict=True)) for row in rows]
+        return sweep
 
 
-def _fields(config: TileConfig) -> list[object]:
+def times_beside(path: Path) -> Path:
+    """Where the times of the result file ``path`` are."""
+    return Path(f"{path}.times.gz")
+
+
+def _values(config: TileConfig) -> list[object]:
     return [getattr(value, "value", value) for value in astuple(config)]
 
 
@@ -144,21 +186,36 @@ def _name(config: TileConfig) -> str:
     return f"{config.name}_{'m' if config.raster_along_m else 'n'}"
 
 
+def review(path: Path) -> None:
+    """Print what the choice by sizes, as it is now, costs by the times of an earlier sweep."""
+    sweep = Sweep.read_times(path, load_backend(Arch.SM90))
+    for gemm in sweep.spaces:
+        for index in range(len(sweep.shapes)):
+            print(sweep.line(gemm, index, others=4))
+    print(sweep.summary())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="*", default=list(BARS), choices=list(BARS))
-    parser.add_argument("--gemms", nargs="+", default=list(GEMMS), choices=GEMMS)
+    parser.add_argument("--gemms", nargs="+", default=list(TILED_GEMMS), choices=TILED_GEMMS)
     parser.add_argument("--random", type=not_negative, default=0, help="so many drawn shapes more")
     parser.add_argument("--seed", type=not_negative, default=SEED)
     parser.add_argument("--jobs", type=positive, default=8, help="kernels compiled at once")
     parser.add_argument("--seconds", type=positive, default=3600, help="start no shape after these")
     parser.add_argument("--json", type=output_file)
+    parser.add_argument(
+        "--review", type=Path, metavar="FILE", help="no sweep: the choice by these times of one"
+    )
     arguments = parser.parse_args()
+    if arguments.review is not None:
+        review(arguments.review)
+        return
     start = time.monotonic()
     backend = backend_for(torch.device("cuda"))
     shapes = [BARS[name] for name in arguments.shapes]
     shapes += drawn_shapes(arguments.random, arguments.seed)
-    problems = {g: launches(shapes[0])[g][0] for g in arguments.gemms}
+    problems = {gemm: launches(BARS["A"])[gemm][0] for gemm in arguments.gemms}
     spaces = {gemm: tilings(backend, problem) for gemm, problem in problems.items()}
     kernels = [(problems[gemm], config) for gemm, space in spaces.items() for config in space]
     if compile_kernels(backend.arch, kernels, arguments.jobs):
@@ -171,12 +228,7 @@ def main() -> None:
         sweep.add(shape)
         if arguments.json:
             sweep.write(arguments.json)
-    for gemm in spaces:
-        ratios = sweep.ratios(gemm)
-        print(
-            f"{gemm:4} chosen over best of {len(spaces[gemm])} tilings on {len(ratios)} shapes: "
-            f"mean {statistics.mean(ratios):.3f}, worst {max(ratios):.3f}"
-        )
+    print(sweep.summary())
 
 
 if __name__ == "__main__":

@@ -534,32 +534,3 @@ def test_the_validation_script_refuses(flags: list[str], says: str) -> None:
 @pytest.mark.parametrize("script", ["moe-cute.py", "validate.py"])
 def test_a_missing_gpu_is_a_sentence(script: str, impl: str) -> None:
     assert "torch sees no CUDA device" in _refused(script, "--device", "cuda", "--impl", impl)
-
-
-def test_a_sweep_of_all_tilings_times_every_candidate() -> None:
-    from benchmarks.tiles import tilings
-    from kernels_sm90 import BACKEND
-    from kernels_sm90.tiles import supports_config
-    from sonic.runtime.problem import layer_problems
-
-    for problem in layer_problems(ActivationType.SWIGLU, "bfloat16", False, accumulate=True):
-        space = tilings(BACKEND, problem)
-        assert all(supports_config(problem, config) is None for config in space)
-        for rows, k in itertools.product((64, 320, 2048), (512, 2048)):
-            assert set(BACKEND.candidates(problem, rows, k)) <= set(space), (problem.name, rows, k)
-        assert len(set(space)) == len(space) < 120
-
-
-def test_shapes_of_a_sweep_of_tilings_are_drawn_by_a_seed() -> None:
-    from benchmarks.tiles import SEED, drawn_shapes, launches, seconds
-
-    shapes = drawn_shapes(20, SEED)
-    assert len(set(shapes)) == 20 and shapes == drawn_shapes(20, SEED)
-    assert shapes != drawn_shapes(20, SEED + 1)
-    assert all(1e-4 <= seconds(shape) <= 2.5e-3 for shape in shapes)
-    by_gemm = launches(shapes[0])
-    assert [problem.ragged.value for problem, _, _ in by_gemm.values()] == [
-        *["rows"] * 4,
-        *["reduction"] * 2,
-    ]
-    assert by_gemm["dw1"][0].gated_rows and by_gemm["dh"][0].activation is not None

@@ -13,7 +13,7 @@ ROOT = Path(sonic.__file__).parents[1]
 
 # Upper rooms first; a module may import rooms below its own, and its own room.
 ROOMS = [
-    ("sonic.__main__", "sonic.cli"),
+    ("sonic.__main__", "sonic.cli", "sonic.tune"),
     ("sonic.integrations",),
     ("sonic.nn",),
     ("sonic.parallel",),
@@ -27,7 +27,7 @@ ROOMS = [
     ("sonic.testing",),
     ("sonic.reference",),
     ("sonic.triton",),
-    ("sonic.runtime.backend", "sonic.runtime.launch"),
+    ("sonic.runtime.backend", "sonic.runtime.launch", "sonic.runtime.tuning"),
     ("kernels_sm90", "kernels_sm100", "kernels_sm120"),
     ("sonic.device",),
     ("sonic.checks",),
