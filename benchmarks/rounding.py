@@ -29,7 +29,6 @@ PLAN_FIELDS = (
     "slot_by_row",
     "row_by_slot",
     "offset_by_token",
-    "slot_by_position",
 )
 _REPEATS = 10  # of a routing pass in one CUDA graph
 

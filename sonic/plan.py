@@ -45,7 +45,7 @@ class RoutingPlan:
             ``t * top_k`` to ``(t + 1) * top_k``.
         slot_by_position: (R,) general routing only: slots in ascending order of (token, slot),
             those of an expert out of range included; -1 behind the last slot whose token is in
-            range.
+            range. None there too where every position is its slot: slots lie by token.
         top_k: experts per token, 0 in general routing.
         num_tokens: T.
     """

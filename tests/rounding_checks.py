@@ -16,6 +16,7 @@ from sonic.routing.token_rounding import (
     _forward_torch,
     _winner_softmax_grad_torch,
     _winner_softmax_torch,
+    flat_plan,
     round_winners,
     winners_of,
 )
@@ -85,7 +86,7 @@ def uniform_of(case: Case, seed: int = 0, device: torch.device | str = "cpu") ->
 
 
 def plan_of(outputs: tuple[Tensor, ...], num_tokens: int) -> RoutingPlan:
-    return RoutingPlan(*outputs[3:], top_k=0, num_tokens=num_tokens)
+    return flat_plan(outputs[3:], num_tokens)
 
 
 def pairs_of(plan: RoutingPlan) -> tuple[Tensor, Tensor]:
@@ -104,7 +105,7 @@ def pairs_of(plan: RoutingPlan) -> tuple[Tensor, Tensor]:
 
 
 def assert_equals_oracle(outputs: tuple[Tensor, ...], case: Case, scores: Tensor, uniform: Tensor):
-    """Pairs, weights, tail and plan of the operator's nine outputs, exactly."""
+    """Pairs, weights, tail and plan of the operator's eight outputs, exactly."""
     weights, token_ids, expert_ids = outputs[:3]
     expected = token_rounding_oracle(scores, case.top_k, case.tile, case.rule, uniform)
     kept = expected[0].shape[0]
@@ -119,9 +120,9 @@ def assert_equals_oracle(outputs: tuple[Tensor, ...], case: Case, scores: Tensor
 
 
 def assert_equals_twin(outputs: tuple[Tensor, ...], case: Case, scores: Tensor, uniform: Tensor):
-    """All nine outputs equal those of the torch twin on the same device."""
+    """All eight outputs equal those of the torch twin on the same device."""
     expected = _forward_torch(scores, uniform, case.top_k, case.tile, case.rule)
-    assert len(outputs) == len(expected) == 9
+    assert len(outputs) == len(expected) == 8
     for index, (actual, wanted) in enumerate(zip(outputs, expected, strict=True)):
         assert actual.dtype == wanted.dtype and torch.equal(actual, wanted), f"output {index}"
 

@@ -38,6 +38,10 @@ def expert_ids(shape, num_experts: int, kind: str, device, dtype=torch.int32) ->
 def assert_same_plan(actual, expected) -> None:
     for name in PLAN_TENSORS:
         ours, theirs = getattr(actual, name), getattr(expected, name)
+        if name == "slot_by_position" and ours is None and theirs is not None:
+            # Slots lie by token: then the list says nothing.
+            ours = torch.arange(theirs.shape[0], dtype=torch.int32, device=theirs.device)
+            ours = torch.where(ours < expected.offset_by_token[-1], ours, -1)
         if theirs is None:
             assert ours is None, name
             continue

@@ -131,7 +131,8 @@ def combine(
         scores: R in slot order, in any shape, or ``None`` for a plain sum.
         offset_by_token: (T + 1,) int32, or ``None`` if token t owns ``top_k`` slots from
             ``t * top_k``.
-        slot_by_position: (R,) int32, slots grouped by token; ``None`` with ``offset_by_token``.
+        slot_by_position: (R,) int32, slots grouped by token; ``None`` with ``offset_by_token``,
+            or where slots lie by token.
         num_tokens: T.
         top_k: slots per token; not read when ``offset_by_token`` is given.
         out: (T, H) to write into, or ``None`` for a new tensor.
@@ -143,9 +144,10 @@ def combine(
     total = torch.zeros((num_tokens, rows.shape[1]), dtype=acc, device=rows.device)
     if num_tokens == 0 or row_by_slot.shape[0] == 0:
         return total.to(rows.dtype) if out is None else out.copy_(total)
-    if offset_by_token is None or slot_by_position is None:
-        slot_by_position = torch.arange(num_tokens * top_k, device=rows.device)
+    if offset_by_token is None:
         offset_by_token = torch.arange(num_tokens + 1, device=rows.device) * top_k
+    if slot_by_position is None:
+        slot_by_position = torch.arange(row_by_slot.shape[0], device=rows.device)
     last = slot_by_position.shape[0] - 1
     begin, end = offset_by_token[:-1], offset_by_token[1:]
     for step in range(int((end - begin).max())):

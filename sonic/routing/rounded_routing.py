@@ -15,6 +15,7 @@ from sonic import checks
 from sonic.enums import ScoreOrder
 from sonic.plan import RoutingPlan
 from sonic.routing.token_rounding import (
+    check_generator,
     check_rounding,
     draw_uniform,
     flat_plan,
@@ -25,7 +26,8 @@ from sonic.routing.token_rounding import (
     weight_dtype,
     winners_of,
 )
-from sonic.runtime.derivatives import differentiable_function, register_gradient
+from sonic.runtime.derivatives import call_eagerly, differentiable_function, register_gradient
+from sonic.runtime.eager import needs_dispatcher, remembered
 
 _OP = "rounded_routing"
 
@@ -64,14 +66,24 @@ def rounded_routing(
         ids of the winners and a logsumexp (8 T top_k + 4 T bytes), and the logits for
         ``topk_over_softmax``.
     """
-    tile = resolve_tile(_OP, tile)
-    check_rounding(_OP, "logits", logits, top_k, tile, rule, generator)
-    order = checks.choice(_OP, "order", order, ScoreOrder)
-    full = order is ScoreOrder.TOPK_OVER_SOFTMAX
+    tile, full = _checked(logits, top_k, tile, rule, order)
+    check_generator(_OP, "logits", logits, generator)
     uniform = draw_uniform(logits, rule, generator)
-    outputs = torch.ops.sonic.rounded_routing(logits, uniform, top_k, tile, rule, full)
-    weights, _, *plan = outputs[:8]
+    inputs = (logits, uniform, top_k, tile, rule, full)
+    outputs = call_eagerly(_ROUNDED_ROUTING, _Function, _forward, inputs)
+    weights, _, *plan = outputs[:7]
     return weights, flat_plan(plan, logits.shape[0])
+
+
+@remembered
+def _checked(
+    logits: Tensor, top_k: int, tile: int | str, rule: str, order: ScoreOrder | str
+) -> tuple[int, bool]:
+    """Rows of a tile, and whether scores are over all experts, if the arguments are right."""
+    rows = resolve_tile(_OP, tile)
+    check_rounding(_OP, "logits", logits, top_k, rows, rule)
+    order = checks.choice(_OP, "order", order, ScoreOrder)
+    return rows, order is ScoreOrder.TOPK_OVER_SOFTMAX
 
 
 # ------------------------------------------------------------------------------ in torch
@@ -133,6 +145,10 @@ def _forward_cuda(
     return weights, expert_ids, *plan, *winners
 
 
+def _forward(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return (_forward_cuda if logits.is_cuda else _forward_torch)(logits, *options)
+
+
 def _backward(dweights: Tensor, *saved: Any) -> Tensor:
     dtype = saved[-1]
     if not dweights.is_cuda or dtype == torch.float64:
@@ -147,7 +163,7 @@ def _forward_fake(
 ) -> tuple[Tensor, ...]:
     num_tokens, num_experts = logits.shape
     num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
-    sizes = [num_slots, num_experts + 1, *[num_slots] * 3, num_tokens + 1, num_slots]
+    sizes = [num_slots, num_experts + 1, *[num_slots] * 3, num_tokens + 1]
     weights = logits.new_empty(num_slots, dtype=weight_dtype(logits.dtype))
     integers = [logits.new_empty(size, dtype=torch.int32) for size in sizes]
     winner_scores = weights.new_empty(num_tokens, top_k)
@@ -164,6 +180,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     logits, *_, full = inputs
     weights, expert_ids, *plan, winner_scores, winner_ids, lse = output
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     offset_by_token = plan[4]
     ctx.save_for_backward(
         weights, expert_ids, offset_by_token, winner_scores, winner_ids, lse,
@@ -172,17 +189,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.num_experts, ctx.dtype = logits.shape[1], logits.dtype
 
 
-def _autograd(ctx: Any, dweights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    dlogits = torch.ops.sonic.rounded_routing_backward(
-        dweights, *ctx.saved_tensors, ctx.num_experts, ctx.dtype
-    )
+def _autograd(ctx: Any, dweights: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    dlogits = None
+    if dweights is not None:
+        tensors = (dweights, *ctx.saved_tensors)
+        through = torch.is_grad_enabled() or needs_dispatcher(tensors)
+        run = torch.ops.sonic.rounded_routing_backward if through else _backward
+        dlogits = run(*tensors, ctx.num_experts, ctx.dtype)
     return dlogits, None, None, None, None, None
 
 
 _LIBRARY = torch.library.Library("sonic", "FRAGMENT")
 _LIBRARY.define(
     "rounded_routing(Tensor logits, Tensor? uniform, int top_k, int tile, str rule, bool full)"
-    f" -> ({', '.join(['Tensor'] * 11)})",
+    f" -> ({', '.join(['Tensor'] * 10)})",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
@@ -191,16 +211,17 @@ _LIBRARY.define(
     " Tensor? logits, SymInt num_experts, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_LIBRARY.impl("rounded_routing", _forward_torch, "CPU")
-_LIBRARY.impl("rounded_routing", _forward_cuda, "CUDA")
+_LIBRARY.impl("rounded_routing", _forward, "CPU")
+_LIBRARY.impl("rounded_routing", _forward, "CUDA")
 _LIBRARY.impl("rounded_routing_backward", _backward, "CPU")
 _LIBRARY.impl("rounded_routing_backward", _backward, "CUDA")
 torch.library.register_fake("sonic::rounded_routing", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("sonic::rounded_routing_backward", _backward_fake, lib=_LIBRARY)
 _ROUNDED_ROUTING = torch.ops.sonic.rounded_routing.default
+_Function = differentiable_function(_ROUNDED_ROUTING, _autograd, _setup_context, _forward)
 register_gradient(
     _LIBRARY,
     _ROUNDED_ROUTING,
-    differentiable_function(_ROUNDED_ROUTING, _autograd, _setup_context),
+    _Function,
     "sonic.routing.rounding_scores and a gather of the weights, in torch",
 )

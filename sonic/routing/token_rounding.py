@@ -117,7 +117,8 @@ def token_rounding_plan(
         scores, top_k, tile, rule, generator: as in :func:`token_rounding`.
 
     Returns:
-        ``weights`` (S,), and the plan that :func:`sonic.build_plan_flat` makes of the two lists.
+        ``weights`` (S,), and the plan that :func:`sonic.build_plan_flat` makes of the two lists,
+        without ``slot_by_position``: slots lie by token.
 
     Raises:
         As :func:`token_rounding`.
@@ -127,15 +128,15 @@ def token_rounding_plan(
 
 
 def flat_plan(tensors: Sequence[Tensor], num_tokens: int) -> RoutingPlan:
-    """A plan of general routing from its six tensors, in its order."""
-    by_expert, token_by_row, slot_by_row, row_by_slot, by_token, slot_by_position = tensors
+    """A plan of slots that lie by token, from its five tensors, in its order."""
+    by_expert, token_by_row, slot_by_row, row_by_slot, by_token = tensors
     return RoutingPlan(
         by_expert,
         token_by_row,
         slot_by_row,
         row_by_slot,
         offset_by_token=by_token,
-        slot_by_position=slot_by_position,
+        slot_by_position=None,
         top_k=0,
         num_tokens=num_tokens,
     )
@@ -192,7 +193,8 @@ def _token_rounding(
     scores: Tensor, top_k: int, tile: int | str, rule: str, generator: torch.Generator | None
 ) -> tuple[Tensor, ...]:
     tile = resolve_tile("token_rounding", tile)
-    check_rounding("token_rounding", "scores", scores, top_k, tile, rule, generator)
+    check_rounding("token_rounding", "scores", scores, top_k, tile, rule)
+    check_generator("token_rounding", "scores", scores, generator)
     uniform = draw_uniform(scores, rule, generator)
     outputs: tuple[Tensor, ...] = torch.ops.sonic.token_rounding(scores, uniform, top_k, tile, rule)
     return outputs
@@ -214,7 +216,6 @@ def check_rounding(
     top_k: int,
     tile: int,
     rule: str,
-    generator: torch.Generator | None,
 ) -> None:
     """Raise what :func:`token_rounding` lists unless the arguments, ``table`` by this name, fit."""
     _check_table(op, name, table, top_k)
@@ -227,6 +228,10 @@ def check_rounding(
             f"{op}: {num_tokens} tokens, top_k={top_k} and {num_experts} experts with tile={tile} "
             f"may keep more than {MAX_SLOTS} pairs, and rows are int32. Split the tokens."
         )
+
+
+def check_generator(op: str, name: str, table: Tensor, generator: torch.Generator | None) -> None:
+    """Raise DeviceError unless the generator is of the kind of device of ``table``."""
     if generator is not None and generator.device.type != table.device.type:
         raise DeviceError(
             f"{op}: generator is on {generator.device} and {name} on {table.device}; both must be "
@@ -371,7 +376,10 @@ def round_winners(
     token_ids = listed(pair // num_experts, num_tokens, torch.int32)
     expert_ids = listed(pair % num_experts, num_experts, torch.int32)
     weights = listed(scores.reshape(-1), 0, weight_dtype(scores.dtype))
-    plan = torch.ops.sonic.build_plan_flat(token_ids, expert_ids, num_tokens, num_experts, "torch")
+    # The last of the plan's tensors would say that slots lie by token already.
+    *plan, _ = torch.ops.sonic.build_plan_flat(
+        token_ids, expert_ids, num_tokens, num_experts, "torch"
+    )
     return weights, token_ids, expert_ids, *plan
 
 
@@ -483,7 +491,7 @@ def _forward_fake(
 ) -> tuple[Tensor, ...]:
     num_tokens, num_experts = scores.shape
     num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
-    sizes = [num_slots] * 2 + [num_experts + 1] + [num_slots] * 3 + [num_tokens + 1, num_slots]
+    sizes = [num_slots] * 2 + [num_experts + 1] + [num_slots] * 3 + [num_tokens + 1]
     token_ids, expert_ids, *plan = (scores.new_empty(size, dtype=torch.int32) for size in sizes)
     weights = scores.new_empty(num_slots, dtype=weight_dtype(scores.dtype))
     return weights, token_ids, expert_ids, *plan
@@ -520,7 +528,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 _LIBRARY = torch.library.Library("sonic", "FRAGMENT")
 _LIBRARY.define(
     "token_rounding(Tensor scores, Tensor? uniform, int top_k, int tile, str rule)"
-    f" -> ({', '.join(['Tensor'] * 9)})",
+    f" -> ({', '.join(['Tensor'] * 8)})",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sonic.runtime.eager import needs_dispatcher
 from sonic.runtime.errors import UnsupportedError
 
 
@@ -24,13 +25,20 @@ def differentiable_function(
     op: Any,
     backward: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
+    implementation: Callable[..., Any] | None = None,
 ) -> type[torch.autograd.Function]:
-    """``op`` as an autograd function, from the pair that ``register_autograd`` would take."""
+    """``op`` as an autograd function, from the pair that ``register_autograd`` would take.
+
+    ``implementation`` is what ``op`` runs, called past the dispatcher where that is the same.
+    """
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            output = below_autograd(op, inputs)
+            if implementation is None or needs_dispatcher(inputs):
+                output = below_autograd(op, inputs)
+            else:
+                output = implementation(*inputs)
             if setup_context is not None:
                 setup_context(ctx, inputs, output)
             return output
@@ -40,6 +48,21 @@ def differentiable_function(
             return backward(ctx, *gradients)
 
     return Differentiable
+
+
+def call_eagerly(
+    op: Any,
+    function: type[torch.autograd.Function],
+    implementation: Callable[..., Any],
+    inputs: tuple[Any, ...],
+) -> Any:
+    """``op(*inputs)``, past the dispatcher where that is the same; ``function`` differentiates it
+    in its first input, the only one."""
+    if needs_dispatcher(inputs):
+        return op(*inputs)
+    if torch.is_grad_enabled() and inputs[0].requires_grad:
+        return function.apply(*inputs)
+    return implementation(*inputs)
 
 
 def register_gradient(

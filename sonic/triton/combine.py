@@ -27,7 +27,7 @@ from sonic.triton.launch import Launcher
 
 # Rows of a token whose loads are in flight together.
 _MAX_UNROLL = 16
-_RAGGED_UNROLL = 4
+_MIN_RAGGED_UNROLL, _MAX_RAGGED_UNROLL = 4, 8
 
 
 @triton.jit
@@ -99,7 +99,9 @@ def _combine_ragged_kernel(
         for step in tl.static_range(UNROLL):
             inside = start + step < count
             position = first.to(tl.int64) + start + step
-            slot = tl.load(slot_by_position + position, mask=inside, other=0)
+            slot = position
+            if slot_by_position is not None:
+                slot = tl.load(slot_by_position + position, mask=inside, other=0)
             row = tl.load(row_by_slot + slot, mask=inside, other=-1)
             value = _load_row(rows, row, column, hidden_size, stride)
             if HAS_SCORES:
@@ -125,6 +127,12 @@ def _shape_of_program(hidden_size: int, element_size: int, top_k: int) -> tuple[
     return block_h, num_warps, next(n for n in range(_MAX_UNROLL, 0, -1) if top_k % n == 0)
 
 
+def _ragged_unroll(num_slots: int, num_tokens: int) -> int:
+    """Most tokens have no more than the mean number of slots, to the next power of two."""
+    mean = power_of_2(max(1, num_slots // num_tokens))
+    return min(max(mean, _MIN_RAGGED_UNROLL), _MAX_RAGGED_UNROLL)
+
+
 def combine(
     rows: torch.Tensor,
     row_by_slot: torch.Tensor,
@@ -142,8 +150,8 @@ def combine(
         rows: (R, H) bf16, fp16 or fp32. Rows of no slot are never read.
         row_by_slot: (S,) int32, -1 where the slot is dropped.
         scores: S fp32 weights of the slots, in any shape, or None: all one.
-        offset_by_token, slot_by_position: (T+1,) and (S,) int32 of general routing, or None for
-            fixed top-k.
+        offset_by_token: (T+1,) int32 of general routing, or None for fixed top-k.
+        slot_by_position: (S,) int32 of general routing, or None: every position is its slot.
         num_tokens: T.
         top_k: slots per token; not read in general routing.
         out: (T, H) of ``rows.dtype`` to write into, with rows of any stride; None for a new one.
@@ -198,7 +206,7 @@ def combine(
                 hidden_size,
                 rows.stride(0),
                 out.stride(0),
-                UNROLL=_RAGGED_UNROLL,
+                UNROLL=_ragged_unroll(row_by_slot.shape[0], num_tokens),
                 **common,
             )
     return out

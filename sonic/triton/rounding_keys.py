@@ -35,8 +35,8 @@ from sonic.triton.topk import (
 )
 
 MAX_BLOCK_E = 4096  # experts of a token in one block
-_ELEMENTS = 4096  # of a block
-_ELEMENTS_PER_WARP = 256
+_ELEMENTS = 4096  # of a block, or those of one token
+_ELEMENTS_PER_WARP = 1024  # where tokens choose
 
 
 @triton.jit
@@ -169,9 +169,11 @@ def _keys_kernel(
 _logit_scores = Launcher(_logit_scores_kernel)
 
 
-def rows_of(block_e: int) -> int:
-    """Tokens of a block of so many experts."""
-    return min(64, max(1, _ELEMENTS // block_e))
+def _rows_and_warps(block_e: int) -> tuple[int, int]:
+    """Tokens and warps of a block that chooses. Up to 512 experts one warp holds whole tokens, so
+    that no reduction leaves it; eight tokens of an expert fill a sector of the keys."""
+    rows = min(32, max(8, _ELEMENTS_PER_WARP // block_e))
+    return rows, max(1, rows * block_e // _ELEMENTS_PER_WARP)
 
 
 def _key_stride(num_tokens: int) -> int:
@@ -184,7 +186,7 @@ def _launch(
 ) -> None:
     num_tokens, num_experts = logits.shape
     block_e = power_of_2(num_experts)
-    rows = rows_of(block_e)
+    rows, num_warps = _rows_and_warps(block_e)
     stride = _key_stride(num_tokens)
     _logit_scores(
         cdiv(stride, rows),
@@ -200,7 +202,7 @@ def _launch(
         FULL=full,
         ROWS=rows,
         BLOCK_E=block_e,
-        num_warps=max(1, rows * block_e // _ELEMENTS_PER_WARP),
+        num_warps=num_warps,
     )
 
 
@@ -237,7 +239,7 @@ def keys_of_scores(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     if block_e > MAX_BLOCK_E:
         _, ids = topk_scores(scores.clamp(min=0), top_k, ScoreOrder.SOFTMAX_OVER_TOPK)
         block_e = 128
-    rows = min(64, max(1, 4096 // block_e))
+    rows = min(64, max(1, _ELEMENTS // block_e))
     _keys_kernel[(cdiv(stride, rows), cdiv(num_experts, block_e))](
         scores,
         ids,
@@ -313,7 +315,7 @@ def winner_softmax_grad(
     if num_tokens == 0:
         return dlogits
     block_e = power_of_2(num_experts)
-    rows = min(64, max(1, 4096 // block_e))
+    rows = min(64, max(1, _ELEMENTS // block_e))
     with device_of(scores):
         _winner_softmax_grad(
             cdiv(num_tokens, rows),

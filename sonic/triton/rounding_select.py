@@ -20,10 +20,11 @@ from sonic.triton.rounding_keys import _score_of
 from sonic.triton.topk import HIGHEST, LOWEST
 
 GROUP = tl.constexpr(32)  # tokens whose verdicts share a word
+BAND = tl.constexpr(128)  # undecided tokens that are compared each with each
 
 _MAX_HELD = 32768  # keys of a column in registers
 _MAX_CHUNK_T = 16384
-_KEYS_PER_WARP = 512
+_KEYS_PER_WARP = 1024
 _BALANCE_BLOCK = 1024  # experts whose running error is found at once
 
 
@@ -77,26 +78,122 @@ def _bracket(held, in_chosen, num_tokens, BLOCK: tl.constexpr, HELD: tl.constexp
 
 
 @triton.jit
-def _threshold(
-    column, held, want, frequency, num_tokens, length, BLOCK: tl.constexpr, HELD: tl.constexpr
+def _tie_limit(column, held, threshold, ties, length, BLOCK: tl.constexpr, HELD: tl.constexpr):
+    """The token below which ``ties`` keys, one or more, equal the threshold; bisected as well."""
+    low = 0
+    high = length
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if HELD:
+            token = tl.arange(0, BLOCK)
+            count = tl.sum(((held == threshold) & (token < middle)).to(tl.int32), axis=0)
+        else:
+            count = 0
+            for start in range(0, length, BLOCK):
+                key = _load_keys(column, start, length, BLOCK)
+                token = start + tl.arange(0, BLOCK)
+                count += tl.sum(((key == threshold) & (token < middle)).to(tl.int32), axis=0)
+        low = tl.where(count >= ties, low, middle)
+        high = tl.where(count >= ties, middle, high)
+    return high
+
+
+@triton.jit
+def _words(flags, CHUNK: tl.constexpr):
+    """(CHUNK / 32,) int32 of as many tokens' flags, the first in the lowest bit."""
+    bits = tl.reshape(flags.to(tl.int32), [CHUNK // GROUP, GROUP])
+    return tl.sum(bits << tl.arange(0, GROUP)[None, :], axis=1)
+
+
+@triton.jit
+def popcount(word):
+    """Ones in each int32."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word = word + (word >> 8)
+    return (word + (word >> 16)) & 0x3F
+
+
+@triton.jit
+def _list_band(
+    column, held, low, high, band, num_tokens, length, BLOCK: tl.constexpr, HELD: tl.constexpr
 ):
-    """``(v, n)``: the first ``want`` tokens are those with keys above v, and the first n equal to
-    v."""
+    """band (BAND,): the tokens with keys from ``low`` to below ``high``, ascending; there must be
+    no more of them."""
+    before = 0
+    for start in range(0, length, BLOCK):
+        key = held
+        if not HELD:
+            key = _load_keys(column, start, length, BLOCK)
+        token = start + tl.arange(0, BLOCK)
+        word = _words((key >= low) & (key < high) & (token < num_tokens), BLOCK)
+        size = popcount(word)
+        place = before + tl.cumsum(size, axis=0) - size
+        group = start + GROUP * tl.arange(0, BLOCK // GROUP)
+        for step in range(0, tl.max(size, axis=0)):
+            lowest = popcount((word & -word) - 1)
+            tl.store(band + place + step, group + lowest, mask=step < size)
+            word = word & (word - 1)
+        before += tl.sum(size, axis=0)
+
+
+@triton.jit
+def _at_rank(column, band, size, rank):
+    """Key and token of the listed one that as many others precede: those of greater keys, and of
+    equal keys and lower tokens."""
+    entry = tl.arange(0, BAND)
+    token = tl.load(band + entry, mask=entry < size, other=0)
+    key = tl.load(column + token, mask=entry < size, other=LOWEST)
+    # The same again by the other axis.
+    other = tl.load(band + entry[None, :], mask=entry[None, :] < size, other=0)
+    other = tl.load(column + other, mask=entry[None, :] < size, other=LOWEST)
+    ahead = (other > key[:, None]) | ((other == key[:, None]) & (entry[None, :] < entry[:, None]))
+    here = tl.sum(ahead.to(tl.int32), axis=1) == rank
+    return tl.sum(tl.where(here, key, 0), axis=0), tl.sum(tl.where(here, token, 0), axis=0)
+
+
+@triton.jit
+def _threshold(
+    column,
+    held,
+    band,
+    want,
+    frequency,
+    num_tokens,
+    length,
+    BLOCK: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """``(v, t)``: the first ``want`` tokens are those with keys above v, and with keys equal to v
+    those below t."""
     in_chosen = want <= frequency
-    beyond = tl.where(in_chosen, 0, frequency)
-    exact = want == frequency
     # At least `want` keys reach `low`, and `beyond`, of which there are at most as many, `high`.
+    beyond = tl.where(in_chosen, 0, frequency)
+    reach = tl.where(in_chosen, frequency, num_tokens)
     low, high = _bracket(held, in_chosen, num_tokens, BLOCK, HELD)
-    low = tl.where(exact, 0, low)
-    while (high - low > 1) & (exact == 0):
+    while (high - low > 1) & (reach - beyond > BAND) & (reach > want) & (beyond < want):
         middle = (low + high) >> 1
         count = _count_from(column, held, middle.to(tl.int32), length, BLOCK, HELD)
         enough = count >= want
-        exact = count == want
         low = tl.where(enough, middle, low)
+        reach = tl.where(enough, count, reach)
         high = tl.where(enough, high, middle)
         beyond = tl.where(enough, beyond, count)
-    return tl.where(exact, low - 1, low).to(tl.int32), tl.where(exact, 0, want - beyond)
+    threshold, tie_limit = low.to(tl.int32), num_tokens
+    if reach > want:
+        if beyond == want:
+            threshold, tie_limit = (high - 1).to(tl.int32), 0
+        elif reach - beyond <= BAND:
+            # Few are left: what there was to halve goes by comparing each with each.
+            _list_band(column, held, low, high, band, num_tokens, length, BLOCK, HELD)
+            # Orders the list, which other threads wrote, before the loads.
+            tl.debug_barrier()
+            threshold, last = _at_rank(column, band, reach - beyond, want - beyond - 1)
+            tie_limit = last + 1
+        else:
+            tie_limit = _tie_limit(column, held, threshold, want - beyond, length, BLOCK, HELD)
+    return threshold, tie_limit
 
 
 @triton.jit
@@ -129,27 +226,6 @@ def _reachable(frequency, num_tokens, tile):
 
 
 @triton.jit
-def _tie_limit(column, held, threshold, ties, length, BLOCK: tl.constexpr, HELD: tl.constexpr):
-    """The token below which ``ties`` keys equal the threshold; bisected, like the threshold."""
-    low = 0
-    high = tl.where(ties > 0, length, 0)
-    while high - low > 1:
-        middle = (low + high) >> 1
-        if HELD:
-            token = tl.arange(0, BLOCK)
-            count = tl.sum(((held == threshold) & (token < middle)).to(tl.int32), axis=0)
-        else:
-            count = 0
-            for start in range(0, length, BLOCK):
-                key = _load_keys(column, start, length, BLOCK)
-                token = start + tl.arange(0, BLOCK)
-                count += tl.sum(((key == threshold) & (token < middle)).to(tl.int32), axis=0)
-        low = tl.where(count >= ties, low, middle)
-        high = tl.where(count >= ties, middle, high)
-    return high
-
-
-@triton.jit
 def _store_verdicts(
     words,
     counts_before,
@@ -165,10 +241,8 @@ def _store_verdicts(
 ):
     """Words and counts of the chunk of the column from token ``first`` on; how many it keeps."""
     tied = (key == threshold) & (first + tl.arange(0, CHUNK) < tie_limit)
-    keep = (key > threshold) | tied
-    bits = tl.reshape(keep.to(tl.int32), [CHUNK // GROUP, GROUP])
-    size = tl.sum(bits, axis=1)
-    word = tl.sum(bits << tl.arange(0, GROUP)[None, :], axis=1)
+    word = _words((key > threshold) | tied, CHUNK)
+    size = popcount(word)
     group = first // GROUP + tl.arange(0, CHUNK // GROUP)
     offset = group.to(tl.int64) * num_experts + expert
     inside = group < num_groups
@@ -184,6 +258,7 @@ def _select_kernel(
     count_by_expert,
     words,
     counts_before,
+    bands,
     num_tokens,
     num_experts,
     num_groups,
@@ -198,15 +273,18 @@ def _select_kernel(
     the count is read instead of written. HELD: one block holds the column."""
     expert = tl.program_id(0)
     column = keys + expert.to(tl.int64) * key_stride
+    band = bands + expert * BAND
     held = _load_keys(column, 0, key_stride, BLOCK)
     frequency = _count_from(column, held, 0, key_stride, BLOCK, HELD)
     lower, upper = _reachable(frequency, num_tokens, tile)
     if RULE == "nr-s":
-        below, ties_below = _threshold(
-            column, held, lower, frequency, num_tokens, key_stride, BLOCK, HELD
+        below, limit_below = _threshold(
+            column, held, band, lower, frequency, num_tokens, key_stride, BLOCK, HELD
         )
-        above, ties_above = _threshold(
-            column, held, upper, frequency, num_tokens, key_stride, BLOCK, HELD
+        # Orders the loads of the list before it is written anew.
+        tl.debug_barrier()
+        above, limit_above = _threshold(
+            column, held, band, upper, frequency, num_tokens, key_stride, BLOCK, HELD
         )
         last = _mass_to_the_threshold(
             column, -1, below, below, frequency - lower, key_stride, BLOCK
@@ -217,7 +295,7 @@ def _select_kernel(
         goes_up = tl.load(uniform + expert).to(tl.float64) * (last + added) < last
         count = tl.where(goes_up, upper, lower)
         threshold = tl.where(goes_up, above, below)
-        ties = tl.where(goes_up, ties_above, ties_below)
+        tie_limit = tl.where(goes_up, limit_above, limit_below)
     else:
         if RULE == "given":
             count = tl.load(count_by_expert + expert)
@@ -233,13 +311,12 @@ def _select_kernel(
             draw = tl.load(uniform + expert).to(tl.float64)
             goes_up = draw * (upper - lower).to(tl.float64) < (frequency - lower).to(tl.float64)
             count = tl.where(goes_up, upper, lower)
-        threshold, ties = _threshold(
-            column, held, count, frequency, num_tokens, key_stride, BLOCK, HELD
+        threshold, tie_limit = _threshold(
+            column, held, band, count, frequency, num_tokens, key_stride, BLOCK, HELD
         )
     if RULE != "given":
         tl.store(count_by_expert + expert, count)
 
-    tie_limit = _tie_limit(column, held, threshold, ties, key_stride, BLOCK, HELD)
     # A longer column is read again, in pieces: its keys and their verdicts need too many registers.
     if HELD and CHUNK == BLOCK:
         _store_verdicts(
@@ -350,6 +427,7 @@ def decide(
     keys: torch.Tensor,
     uniform: torch.Tensor | None,
     decisions: Decisions,
+    bands: torch.Tensor,
     num_tokens: int,
     tile: int,
     rule: str,
@@ -359,6 +437,7 @@ def decide(
     Args:
         keys: (E, stride) int32 of :mod:`sonic.triton.rounding_keys`.
         uniform: (E,) fp32 in [0, 1), for ``"sr"`` and ``"nr-s"``.
+        bands: (E, BAND) int32, overwritten.
         num_tokens: T, at least 1. tile: M. rule: see :mod:`sonic.routing.token_rounding`.
     """
     num_experts, key_stride = keys.shape
@@ -374,6 +453,7 @@ def decide(
         decisions.counts,
         decisions.words,
         decisions.counts_before,
+        bands,
         num_tokens,
         num_experts,
         decisions.words.shape[0],

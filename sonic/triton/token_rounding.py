@@ -28,14 +28,11 @@ from sonic.triton.common import (
 )
 from sonic.triton.launch import Launcher
 from sonic.triton.rounding_keys import _score_of, keys_of_logits, keys_of_scores
-from sonic.triton.rounding_select import GROUP, Decisions, decide
+from sonic.triton.rounding_select import BAND, GROUP, Decisions, decide, popcount
 
-# With E <= 2^16 an expert and a token of a group share an int32.
-EXPERT_BITS = tl.constexpr(16)
-EXPERT_MASK = tl.constexpr(2**16 - 1)
-TAIL_BLOCKS = tl.constexpr(4)  # that a program clears
-
-_MAX_BLOCK_E = 128
+_TAIL = 1024  # slots that a program clears
+_MAX_BLOCK_E = 512
+_EXPERTS_PER_WARP = 64
 
 
 class Rounded(NamedTuple):
@@ -52,20 +49,9 @@ class Rounded(NamedTuple):
     slot_by_row: torch.Tensor
     row_by_slot: torch.Tensor
     offset_by_token: torch.Tensor
-    slot_by_position: torch.Tensor
 
 
 # --- pairs, slots and rows ------------------------------------------------------------------------
-
-
-@triton.jit
-def _popcount(word):
-    """Ones in each int32."""
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    word = word + (word >> 8)
-    return (word + (word >> 16)) & 0x3F
 
 
 @triton.jit
@@ -82,7 +68,6 @@ def _write_first_rows(
 ):
     """first_rows[expert]: row of the expert's first pair in this group. Returns the pairs of each
     of the group's tokens, and those of all earlier tokens."""
-    lane = tl.arange(0, GROUP)
     block = tl.arange(0, BLOCK_E)
     size = tl.zeros([GROUP], tl.int32)
     before = 0
@@ -91,13 +76,12 @@ def _write_first_rows(
     for start in range(0, num_experts, BLOCK_E):
         expert = start + block
         inside = expert < num_experts
-        word = tl.load(words + line + expert, mask=inside, other=0)
         earlier = tl.load(counts_before + line + expert, mask=inside, other=0)
         count = tl.load(counts + expert, mask=inside, other=0)
         offset = first_row + tl.cumsum(count, axis=0) - count
         tl.store(first_rows + line + expert, offset + earlier, mask=inside)
         tl.store(offset_by_expert + expert, offset, mask=expert < offset_limit)
-        size += tl.sum((word[:, None] >> lane[None, :]) & 1, axis=0)
+        size += tl.sum(popcount(_words_by_token(words + line, start, num_experts, BLOCK_E)), axis=0)
         before += tl.sum(earlier, axis=0)
         first_row += tl.sum(count, axis=0)
     one = tl.arange(0, 1)
@@ -106,28 +90,24 @@ def _write_first_rows(
 
 
 @triton.jit
-def _write_codes(codes, words, line, slot, num_experts, BLOCK_E: tl.constexpr):
-    """codes[s]: token of the group and expert of slot s."""
-    lane = tl.arange(0, GROUP)
-    for start in range(0, num_experts, BLOCK_E):
-        expert = start + tl.arange(0, BLOCK_E)
-        word = tl.load(words + line + expert, mask=expert < num_experts, other=0)
-        # Lanes along the tokens: sums and prefixes over experts then stay inside a thread.
-        bit = (word[:, None] >> lane[None, :]) & 1
-        position = slot[None, :] + tl.cumsum(bit, axis=0) - bit
-        tl.store(codes + position, (lane[None, :] << EXPERT_BITS) | expert[:, None], mask=bit > 0)
-        slot += tl.sum(bit, axis=0)
+def _words_by_token(words, start, num_experts, BLOCK_E: tl.constexpr):
+    """(BLOCK_E / 32, GROUP) int32: bit i of a word is whether expert i of the 32 keeps the token.
+    The verdicts' words have a bit for each token instead."""
+    expert = start + tl.arange(0, BLOCK_E)
+    word = tl.load(words + expert, mask=expert < num_experts, other=0)
+    bit = (word[:, None] >> tl.arange(0, GROUP)[None, :]) & 1
+    bit = tl.reshape(bit, [BLOCK_E // 32, 32, GROUP])
+    return tl.sum(bit << tl.arange(0, 32)[None, :, None], axis=1)
 
 
 @triton.jit
-def _store_slots(weights, token_ids, expert_ids, row_by_slot, slot_by_position, slot, values, mask):
-    weight, token, expert, row, position = values
+def _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, mask):
+    weight, token, expert, row = values
     tl.store(weights + slot, weight, mask=mask)
     if token_ids is not None:
         tl.store(token_ids + slot, token, mask=mask)
     tl.store(expert_ids + slot, expert, mask=mask)
     tl.store(row_by_slot + slot, row, mask=mask)
-    tl.store(slot_by_position + slot, position, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_groups", "num_slots"])
@@ -136,7 +116,6 @@ def _emit_kernel(
     counts_before,
     counts,
     first_rows,
-    codes,
     keys,
     scores,
     weights,
@@ -147,14 +126,13 @@ def _emit_kernel(
     slot_by_row,
     row_by_slot,
     offset_by_token,
-    slot_by_position,
     num_tokens,
     num_experts,
     num_groups,
     num_slots,
     stride,
     BLOCK_E: tl.constexpr,
-    PAIRS: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """The first ``num_groups`` programs write a group of tokens each, the others what lies behind
     the last pair. ``stride`` is that of the scores, or without scores that of the keys."""
@@ -172,55 +150,51 @@ def _emit_kernel(
             pid == 0,
             BLOCK_E,
         )
-        token = pid * GROUP + tl.arange(0, GROUP)
+        lane = tl.arange(0, GROUP)
+        token = pid * GROUP + lane
         # Pairs of earlier groups have lower tokens, and so lower slots, whatever their expert.
-        first_slot = before + tl.cumsum(size, axis=0) - size
-        tl.store(offset_by_token + token, first_slot, mask=token < num_tokens)
-        tl.store(offset_by_token + token + 1, first_slot + size, mask=token == num_tokens - 1)
-        _write_codes(codes, words, line, first_slot, num_experts, BLOCK_E)
-        # Few of a token's experts keep it, so that the rest goes by pair, not by token and expert.
-        # Orders the codes and first rows that other threads wrote before the loads below.
+        slot_by_token = before + tl.cumsum(size, axis=0) - size
+        tl.store(offset_by_token + token, slot_by_token, mask=token < num_tokens)
+        tl.store(offset_by_token + token + 1, slot_by_token + size, mask=token == num_tokens - 1)
+        # Orders the first rows that other threads wrote before the loads below.
         tl.debug_barrier()
-        total = tl.sum(size, axis=0)
-        for start in range(0, total, PAIRS):
-            index = start + tl.arange(0, PAIRS)
-            live = index < total
-            slot = before + index
-            code = tl.load(codes + slot, mask=live, other=0)
-            expert = code & EXPERT_MASK
-            lane = code >> EXPERT_BITS
-            kept_by = pid * GROUP + lane
-            word = tl.load(words + line + expert, mask=live, other=0)
-            row = tl.load(first_rows + line + expert, mask=live, other=0)
-            row += _popcount(word & ((1 << lane) - 1))
-            if scores is not None:
-                address = scores + kept_by.to(tl.int64) * stride + expert
-                weight = tl.load(address, mask=live, other=0.0).to(tl.float32)
-            else:
-                address = keys + expert.to(tl.int64) * stride + kept_by
-                weight = _score_of(tl.load(address, mask=live, other=0))
-            values = weight, kept_by, expert, row, slot
-            _store_slots(
-                weights, token_ids, expert_ids, row_by_slot, slot_by_position, slot, values, live
-            )
-            tl.store(token_by_row + row, kept_by, mask=live)
-            tl.store(slot_by_row + row, slot, mask=live)
+        for start in range(0, num_experts, BLOCK_E):
+            left = _words_by_token(words + line, start, num_experts, BLOCK_E)
+            number = popcount(left)
+            slot = slot_by_token[None, :] + tl.cumsum(number, axis=0) - number
+            slot_by_token += tl.sum(number, axis=0)
+            first = start + 32 * tl.arange(0, BLOCK_E // 32)[:, None]
+            # Few of a token's experts keep it, so that these go one by one.
+            for _ in range(0, tl.max(tl.max(number, axis=0), axis=0)):
+                live = left != 0
+                expert = first + popcount((left & -left) - 1)
+                word = tl.load(words + line + expert, mask=live, other=0)
+                row = tl.load(first_rows + line + expert, mask=live, other=0)
+                row += popcount(word & ((1 << lane) - 1)[None, :])
+                if scores is not None:
+                    address = scores + token.to(tl.int64)[None, :] * stride + expert
+                    weight = tl.load(address, mask=live, other=0.0).to(tl.float32)
+                else:
+                    address = keys + expert.to(tl.int64) * stride + token[None, :]
+                    weight = _score_of(tl.load(address, mask=live, other=0))
+                values = weight, token[None, :], expert, row
+                _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, live)
+                tl.store(token_by_row + row, token[None, :], mask=live)
+                tl.store(slot_by_row + row, slot, mask=live)
+                left = left & (left - 1)
+                slot += 1
     else:
         total = 0
         for start in range(0, num_experts, BLOCK_E):
             expert = start + tl.arange(0, BLOCK_E)
             count = tl.load(counts + expert, mask=expert < num_experts, other=0)
             total += tl.sum(count, axis=0)
-        first = (pid - num_groups).to(tl.int64) * TAIL_BLOCKS * PAIRS
-        for part in range(TAIL_BLOCKS):
-            index = first + part * PAIRS + tl.arange(0, PAIRS)
-            dead = (index >= total) & (index < num_slots)
-            values = 0.0, num_tokens, num_experts, -1, -1
-            _store_slots(
-                weights, token_ids, expert_ids, row_by_slot, slot_by_position, index, values, dead
-            )
-            tl.store(token_by_row + index, -1, mask=dead)
-            tl.store(slot_by_row + index, -1, mask=dead)
+        index = (pid - num_groups).to(tl.int64) * TAIL + tl.arange(0, TAIL)
+        dead = (index >= total) & (index < num_slots)
+        values = 0.0, num_tokens, num_experts, -1
+        _store_slots(weights, token_ids, expert_ids, row_by_slot, index, values, dead)
+        tl.store(token_by_row + index, -1, mask=dead)
+        tl.store(slot_by_row + index, -1, mask=dead)
 
 
 # --- gradients ------------------------------------------------------------------------------------
@@ -367,15 +341,14 @@ def _emit(
     num_groups = cdiv(num_tokens, GROUP.value)
     options: dict[str, Any] = {"dtype": torch.int32, "device": device}
     table = num_groups * num_experts
-    scratch = torch.empty(3 * table + num_slots + num_experts, **options)
-    words, before, first_rows, codes, counts = scratch.split(
-        [table, table, table, num_slots, num_experts]
-    )
+    sizes = [table, table, table, BAND.value * num_experts, num_experts]
+    words, before, first_rows, bands, counts = torch.empty(sum(sizes), **options).split(sizes)
     shape = num_groups, num_experts
     decide(
         keys,
         uniform,
         Decisions(words.view(shape), before.view(shape), counts),
+        bands,
         num_tokens,
         tile,
         rule,
@@ -389,18 +362,14 @@ def _emit(
         slot_by_row=torch.empty(num_slots, **options),
         row_by_slot=torch.empty(num_slots, **options),
         offset_by_token=torch.empty(num_tokens + 1, **options),
-        slot_by_position=torch.empty(num_slots, **options),
     )
-    block_e = min(_MAX_BLOCK_E, max(16, power_of_2(num_experts)))
-    num_warps = 4
-    pairs = 32 * num_warps
+    block_e = min(_MAX_BLOCK_E, max(32, power_of_2(num_experts)))
     _emit_pairs(
-        num_groups + cdiv(num_slots, TAIL_BLOCKS.value * pairs),
+        num_groups + cdiv(num_slots, _TAIL),
         words,
         before,
         counts,
         first_rows,
-        codes,
         keys,
         scores,
         *rounded,
@@ -410,8 +379,8 @@ def _emit(
         num_slots,
         keys.shape[1] if scores is None else scores.stride(0),
         BLOCK_E=block_e,
-        PAIRS=pairs,
-        num_warps=num_warps,
+        TAIL=_TAIL,
+        num_warps=max(2, block_e // _EXPERTS_PER_WARP),
     )
     return rounded
 
@@ -433,8 +402,8 @@ def round_tokens(
         num_slots: S, a bound on the pairs that are kept.
 
     Returns:
-        ``weights`` (S,) fp32, ``token_ids`` and ``expert_ids`` (S,) int32, then the six tensors of
-        a :class:`sonic.RoutingPlan` in its order.
+        ``weights`` (S,) fp32, ``token_ids`` and ``expert_ids`` (S,) int32, then the five tensors of
+        a :class:`sonic.RoutingPlan` in its order: its slots lie by token.
     """
     check_float("token_rounding", scores=scores)
     _check_uniform(scores, uniform)

@@ -81,16 +81,20 @@ def _select_best(
         LOW: tl.constexpr = (1 << BITS) - 1
         key = tl.where(key == LOWEST, LOWEST, (key | LOW) - index)
         lane = tl.arange(0, K_PAD)
-        best = tl.full([ROWS, K_PAD], LOWEST, tl.int32)
-        for rank in range(TOP_K):
-            top = tl.max(key, axis=1)
+        top = tl.max(key, axis=1)
+        best = tl.where(lane[None, :] == 0, top[:, None], LOWEST)
+        for rank in range(1, TOP_K):
+            # Counted upwards from `top` and around, the farthest key is the next one below it.
+            distance = tl.max((key - top[:, None]).to(tl.uint32, bitcast=True), axis=1)
+            below = top + distance.to(tl.int32, bitcast=True)
+            top = tl.where(top == LOWEST, LOWEST, below)
             best = tl.where(lane[None, :] == rank, top[:, None], best)
-            key = tl.where(key == top[:, None], LOWEST, key)
+        left = tl.where(key >= top[:, None], LOWEST, key)
         # The key of a negative value ends in ones, that of any other in zeros.
         best_key = tl.where(best < 0, best | LOW, best & ~LOW)
         none = best == LOWEST
         best_key = tl.where(none, LOWEST, best_key)
-        return best_key, tl.where(none, 0, LOW - (best & LOW)), key
+        return best_key, tl.where(none, 0, LOW - (best & LOW)), left
 
 
 @triton.jit

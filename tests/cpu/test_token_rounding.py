@@ -413,7 +413,7 @@ def test_one_operator_gradcheck_and_opcheck(order):
     assert gradient.dtype == torch.bfloat16 and gradient.any()
     op = torch.ops.sonic.rounded_routing.default
     torch.library.opcheck(op, (logits, None, 2, 4, "nr", full))
-    weights, experts, _, _, _, _, by_token, _, *winners = op(logits, None, 2, 4, "nr", full)
+    weights, experts, _, _, _, _, by_token, *winners = op(logits, None, 2, 4, "nr", full)
     saved = (weights, experts, by_token, *winners, logits if full else None)
     torch.library.opcheck(
         torch.ops.sonic.rounded_routing_backward.default,
