@@ -13,7 +13,7 @@ kept between forward/backward     bytes           read by
 ``row_by_slot`` int32             4R              dx gather-sum, dscores
 ``offset_by_expert`` int32        4(E + 1)        row range of each expert
 ``offset_by_token`` int32         4(T + 1)        dx gather-sum; flat routing only
-``slot_by_position`` int32        4R              dx gather-sum; flat routing only
+``slot_by_position`` int32        4R              dx gather-sum; flat routing only, not rounding
 ``w1``, ``w2``, ``b2``            by reference    dx; dout @ w2; the bias term of dscores
 ================================  ==============  ==================================================
 

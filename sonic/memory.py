@@ -81,7 +81,9 @@ def saved_bytes(
     score_bytes = 8 if dtype == torch.float64 else _FP32
     total += rows * (score_bytes + 3 * _INT32) + (num_experts + 1) * _INT32
     if top_k is None or rounding is not None:
-        total += (num_tokens + 1 + rows) * _INT32
+        total += (num_tokens + 1) * _INT32
+    if top_k is None:  # the pairs of token rounding lie by token
+        total += rows * _INT32
     return total
 
 
