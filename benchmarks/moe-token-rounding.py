@@ -5,8 +5,10 @@
 
 The timed region is the whole layer: router GEMM, scores, selection, plan and experts; all routings
 of a size, and at the sizes ``benchmarks.rounding.BAR_SIZES`` SonicMoE's top-k layer if it can be
-imported, take turns in one process. What lies between router GEMM and experts is timed besides, as
-a CUDA graph, and its launches are counted. FLOPs are those of the pairs that are routed. Output and
+imported, take turns in one process. On a GPU the routings take turns once more as CUDA graphs: with
+small layers an eager call may be the host's time, a replay is the device's. What lies between
+router GEMM and experts is timed besides, also as a graph and as a share of the graphs' times, and
+its launches are counted. FLOPs are those of the pairs that are routed. Output and
 every gradient are compared first, in a sweep the pairs only; after a failed check nothing is timed
 and the exit status is 1. Without a supported GPU, and with no size asked for, a small layer runs
 through the reference.
@@ -41,6 +43,7 @@ from benchmarks.rounding import (
     check_pairs,
     check_rounded_layer,
     load_of,
+    race_graphs,
     race_layers,
     routing_functions,
     routing_times,
@@ -189,7 +192,7 @@ def pass_flops(shape: Shape, load: Load, name: str) -> float:
 class Report:
     """Figures of one size, printed as a table and added to a result."""
 
-    header = ("routing", "pass", "ms", "TFLOPS", "of which routing ms", "%")
+    header = ("routing", "pass", "ms", "TFLOPS", "as graph ms", "of which routing ms", "%")
 
     def __init__(self, result: Result, size: RoundedShape) -> None:
         self.result, self.size = result, size
@@ -199,17 +202,27 @@ class Report:
         self.result.add(metric, value, unit, self.size.shape.problem, provider)
 
     def layer(
-        self, routing: str, load: Load, times: dict[str, float], own: dict[str, float]
+        self,
+        routing: str,
+        load: Load,
+        times: dict[str, float],
+        replayed: dict[str, float] | None,
+        own: dict[str, float],
     ) -> None:
+        """``times`` and those as a graph, and what of them is ``own``, the routing's."""
         metric = f"token rounding/{routing}/q{self.size.tile}"
         for name in PASSES:
             ms = times[name]
+            device_ms = replayed[name] if replayed else ms
             tflops = pass_flops(self.size.shape, load, name) / ms * 1e-9
-            share = 100 * own[name] / ms
-            figures = f"{ms:.3f}", f"{tflops:.4g}", f"{own[name]:.4f}", f"{share:.1f}"
+            share = 100 * own[name] / device_ms
+            graph = f"{device_ms:.3f}" if replayed else ""
+            figures = f"{ms:.3f}", f"{tflops:.4g}", graph, f"{own[name]:.4f}", f"{share:.1f}"
             self.rows.append((routing, name, *figures))
             self.add(f"{metric}/{name}", ms, "ms")
             self.add(f"{metric}/{name}", tflops, "TFLOPS")
+            if replayed:
+                self.add(f"{metric}/{name}/graph", device_ms, "ms")
             self.add(f"{metric}/{name}/routing", own[name], "ms")
             self.add(f"{metric}/{name}/routing", share, "% of the pass")
         self.add(f"{metric}/routed pairs", load.routed, "count")
@@ -220,7 +233,7 @@ class Report:
         load = Load(self.size.shape.rows, self.size.shape.rows)
         for name in PASSES:
             tflops = pass_flops(self.size.shape, load, name) / times[name] * 1e-9
-            self.rows.append((PEER, name, f"{times[name]:.3f}", f"{tflops:.4g}", "", ""))
+            self.rows.append((PEER, name, f"{times[name]:.3f}", f"{tflops:.4g}", "", "", ""))
             self.add(f"token rounding/top_k/{name}", times[name], "ms", PEER)
             self.add(f"token rounding/top_k/{name}", tflops, "TFLOPS", PEER)
 
@@ -264,11 +277,13 @@ def run_size(
     with_peer = peer_takes_part(arguments, size, options.impl)
     seconds = arguments.rep / 1e3
     times = race_layers(layer, right, with_peer, seconds)
+    replayed = race_graphs(layer, right, seconds) if device.type == "cuda" else {}
     report, loads = Report(result, size), {}
     for rounding in right:
         loads[rounding.name] = load_of(layer, rounding)
         own = routing_times(layer, rounding, seconds)
-        report.layer(rounding.name, loads[rounding.name], times[rounding.name], own)
+        name = rounding.name
+        report.layer(name, loads[name], times[name], replayed.get(name), own)
     if with_peer:
         report.peer(times[PEER])
     report.print(loads)

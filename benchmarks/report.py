@@ -254,24 +254,25 @@ def rounding_table(figures: Figures) -> str:
     """Token rounding beside plain top-k, router GEMM and routing included."""
     rows = []
     for problem in figures.problems("token rounding/nr/q128/forward"):
+
+        def ms(metric: str, provider: str = OURS, problem: list[int] = problem) -> float | None:
+            return figures.get(f"token rounding/{metric}", "ms", problem, provider)
+
         cells = [", ".join(map(str, problem))]
         for name in ("forward", "forward + backward"):
-            nr, top_k = (
-                figures.get(f"token rounding/{rule}/q128/{name}", "ms", problem)
-                for rule in ("nr", "top_k")
-            )
-            peer = figures.get(f"token rounding/top_k/{name}", "ms", problem, "sonicmoe")
-            cells += [_cell(nr, ".3f"), _cell(top_k, ".3f"), _cell(peer, ".3f")]
-            if name == "forward":
-                routing = figures.get(f"token rounding/nr/q128/{name}/routing", "ms", problem)
-                share = 100 * routing / nr if routing and nr else None
-                cells.append(_cell(share, ".1f"))
-        rows.append(cells)
+            for suffix in ("/graph", ""):
+                pair = (ms(f"nr/q128/{name}{suffix}"), ms(f"top_k/q128/{name}{suffix}"))
+                cells.append(" / ".join(_cell(value, ".3f") for value in pair))
+            cells.append(_cell(ms(f"top_k/{name}", "sonicmoe"), ".3f"))
+        routing, whole = ms("nr/q128/forward/routing"), ms("nr/q128/forward/graph")
+        share = 100 * routing / whole if routing and whole else None
+        rows.append([*cells, _cell(share, ".1f")])
     if not rows:
         return "No figures of token rounding have been committed yet."
-    header = ["T, H, I, E, top_k", "forward: nr ms", "top-k ms", "SonicMoE top-k ms"]
-    header += ["routing, % of nr", "forward + backward: nr ms", "top-k ms", "SonicMoE top-k ms"]
-    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+    header = ["T, H, I, E, top_k"]
+    for name in ("forward", "forward + backward"):
+        header += [f"{name}, graph: nr / top-k ms", "eager ms", "SonicMoE top-k ms"]
+    return f"{markdown_table([*header, 'routing, % of forward'], rows)}\n\n{figures.sources()}"
 
 
 def accuracy_table(figures: Figures) -> str:

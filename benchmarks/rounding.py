@@ -89,19 +89,22 @@ class Load:
 
 @dataclass(frozen=True)
 class Rounding:
-    """A routing of ``ROUTINGS`` on tile q; random rules draw the same numbers at every call."""
+    """A routing of ``ROUTINGS`` on tile q; with a generator random rules draw the same numbers at
+    every call."""
 
     name: str
     tile: int
-    generator: torch.Generator
+    generator: torch.Generator | None
 
     @classmethod
     def make(cls, name: str, tile: int, device: torch.device) -> "Rounding":
         return cls(name, tile, torch.Generator(device=device))
 
     def seeded(self) -> torch.Generator | None:
-        """For the rules that draw."""
-        return self.generator.manual_seed(_SEED) if self.name in RANDOM else None
+        """For the rules that draw; None for the device's default generator."""
+        if self.generator is None or self.name not in RANDOM:
+            return None
+        return self.generator.manual_seed(_SEED)
 
 
 def moe_forward(layer: Layer, rounding: Rounding) -> torch.Tensor:
@@ -336,6 +339,40 @@ def race_layers(
     medians = take_turns(turns, layer.options.device, timed_seconds=seconds)
     passes = ("forward", "backward", "forward + backward")
     return {name: dict(zip(passes, times, strict=True)) for name, times in medians.items()}
+
+
+def race_graphs(
+    layer: Layer, roundings: Sequence[Rounding], seconds: float
+) -> dict[str, dict[str, float]]:
+    """:func:`race_layers` of CUDA graphs, whose replays wait for no host: the device's time.
+
+    Random rules draw from the default generator, which CUDA graphs know.
+    """
+    leaves = tuple(gradient_inputs(layer, with_router=True).values())
+
+    def turn_of(rounding: Rounding) -> Callable[[_Clock], tuple]:
+        drawing = replace(rounding, generator=None)
+        forward = functools.partial(moe_forward, layer, drawing)
+        replays = (
+            captured(forward),
+            captured(lambda: torch.autograd.grad(forward(), leaves, layer.dout)),
+        )
+
+        def turn(clock: _Clock) -> tuple:
+            marks = [clock.mark()]
+            for replay in replays:
+                replay()
+                marks.append(clock.mark())
+            return tuple(marks)
+
+        return turn
+
+    turns = {rounding.name: turn_of(rounding) for rounding in roundings}
+    medians = take_turns(turns, layer.options.device, timed_seconds=seconds)
+    return {
+        name: {"forward": forward, "backward": both - forward, "forward + backward": both}
+        for name, (forward, both, _) in medians.items()
+    }
 
 
 def routing_functions(layer: Layer, rounding: Rounding) -> dict[str, Callable[[], object]]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.contest import take_turns
+from benchmarks.launches import captured
 from benchmarks.layer import Layer
 from benchmarks.measure import synchronize
 from benchmarks.peers import FORWARD_ONLY, Contender
@@ -95,18 +96,11 @@ def _with_layer(contender: Contender, layer: Layer) -> Contender:
 
 
 def _capture(contenders: list[Contender]) -> Callable[[], None]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    def all_of_them() -> None:
         for contender in contenders:
             contender.inference()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for contender in contenders:
-            contender.inference()
-    replay: Callable[[], None] = graph.replay
-    return replay
+
+    return captured(all_of_them)
 
 
 def host_microseconds(function: Callable[[], object], device: torch.device) -> float:

@@ -6,17 +6,22 @@
 A decoder of bytes reads the source files of Python's standard library. Every run sees the same
 batches in the same order; runs of one routing differ in the seed of their initialisation only, and
 say how far apart equal models end by chance. Validation text is in files of its own, and is always
-routed by top-k, as token rounding is for training only. Without a supported GPU a tiny model trains
-through the reference; its curves say nothing about the full one.
+routed by top-k, as token rounding is for training only. An expert receives four tiles of tokens on
+average, as in the SonicMoE paper's experiments: with one, rounding would be a gross distortion.
+Without a supported GPU a tiny model trains through the reference; its curves say nothing about the
+full one.
 """
 
 import argparse
 import math
+import multiprocessing
+import statistics
 import sys
 import sysconfig
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -36,7 +41,8 @@ UNIT = "nats per byte"
 VOCABULARY = 256
 VALIDATION_SHARE = 20  # one file in so many is held out
 AUX_LOSS = 0.01
-LEARNING_RATE, WARMUP, WEIGHT_DECAY = 1e-3, 50, 0.1
+LEARNING_RATE, WARMUP, WEIGHT_DECAY = 2e-3, 100, 0.1
+ROTARY_BASE = 10_000.0
 
 
 @dataclass(frozen=True)
@@ -44,17 +50,17 @@ class Config:
     """Sizes of model and run. ``tile`` is that of token rounding."""
 
     layers: int = 4
-    hidden: int = 512
-    heads: int = 8
+    hidden: int = 384
+    heads: int = 6
     intermediate: int = 256
     experts: int = 64
     top_k: int = 4
     length: int = 512
     sequences: int = 16
     tile: int | str = "auto"
-    steps: int = 1000
-    every: int = 100  # steps between two validations
-    batches: int = 16  # of a validation
+    steps: int = 2000
+    every: int = 200  # steps between two validations
+    batches: int = 32  # of a validation
 
     @property
     def problem(self) -> list[int]:
@@ -98,6 +104,19 @@ def batches(text: Tensor, config: Config, count: int, seed: int, device: torch.d
 # --- model ----------------------------------------------------------------------------------------
 
 
+def turns_of(length: int, width: int, device: torch.device) -> Tensor:
+    """(length, width / 2) angles of the rotary embedding."""
+    rates = ROTARY_BASE ** -torch.arange(0, 1, 2 / width, device=device)
+    return torch.arange(length, device=device)[:, None] * rates
+
+
+def rotated(heads: Tensor, turns: Tensor) -> Tensor:
+    """(..., length, width) with its two halves as pairs turned by the angles of their position."""
+    sine, cosine = turns.sin().to(heads.dtype), turns.cos().to(heads.dtype)
+    left, right = heads.chunk(2, dim=-1)
+    return torch.cat((left * cosine - right * sine, right * cosine + left * sine), dim=-1)
+
+
 class Block(nn.Module):
     """Causal attention and a mixture of experts, each behind a norm and beside the stream."""
 
@@ -116,16 +135,19 @@ class Block(nn.Module):
             config.intermediate,
             "swiglu",
             False,
-            0.02,
+            config.hidden**-0.5,
             routing="token_rounding" if rounds else "top_k",
             rounding=routing if rounds else "nr",
             tile=config.tile,
         )
 
-    def forward(self, stream: Tensor, backend: KernelBackendMoE) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, stream: Tensor, turns: Tensor, backend: KernelBackendMoE
+    ) -> tuple[Tensor, Tensor]:
         shape = (*stream.shape[:2], 3, self.heads, -1)
         qkv = self.qkv(self.attention_norm(stream)).view(shape)
         query, key, value = qkv.transpose(1, 3).unbind(dim=2)
+        query, key = rotated(query, turns), rotated(key, turns)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         stream = stream + self.projection(mixed.transpose(1, 2).flatten(2))
         out, loss = self.moe(self.moe_norm(stream), backend)
@@ -137,19 +159,18 @@ class Model(nn.Module):
 
     def __init__(self, config: Config, routing: str) -> None:
         super().__init__()
+        self.width = config.hidden // config.heads
         self.tokens = nn.Embedding(VOCABULARY, config.hidden)
-        self.positions = nn.Embedding(config.length, config.hidden)
         self.blocks = nn.ModuleList(Block(config, routing) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden)
         self.head = nn.Linear(config.hidden, VOCABULARY, bias=False)
-        for embedding in (self.tokens, self.positions):
-            nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, ids: Tensor, backend: KernelBackendMoE) -> tuple[Tensor, Tensor]:
-        stream = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
+        stream = self.tokens(ids)
+        turns = turns_of(ids.shape[1], self.width, ids.device)
         total = stream.new_zeros(())
         for block in self.blocks:
-            stream, loss = block(stream, backend)
+            stream, loss = block(stream, turns, backend)
             total = total + loss
         return self.head(self.norm(stream)), total
 
@@ -225,6 +246,26 @@ def train(
     return Curve(routing, seed, torch.stack(losses).tolist(), validation)
 
 
+def train_all(
+    config: Config,
+    runs: Sequence[tuple[str, int]],
+    texts: tuple[Tensor, Tensor],
+    device: torch.device,
+    jobs: int,
+) -> Iterator[Curve]:
+    """The curves of some (routing, seed), as they end; with ``jobs`` above 1 in processes that
+    share the device."""
+    if jobs == 1:
+        for routing, seed in runs:
+            yield train(config, routing, seed, texts, device)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        futures = [pool.submit(train, config, *run, texts, device) for run in runs]
+        for done in as_completed(futures):
+            yield done.result()
+
+
 # --- results --------------------------------------------------------------------------------------
 
 
@@ -239,19 +280,41 @@ def record(result: Result, config: Config, curve: Curve) -> None:
         before = step
 
 
-def summary(curves: Sequence[Curve]) -> tuple[list[list[str]], float, float]:
-    """A table of the ends, the largest distance of the routings' means, and of equal models."""
-    by_routing: dict[str, list[float]] = {}
+@dataclass(frozen=True)
+class Summary:
+    """Ends by routing and seed; ``between`` the largest distance of two routings' means, ``error``
+    that distance's standard error (0 with one seed), ``within`` the largest distance of the ends of
+    models that differ in their seed."""
+
+    rows: list[list[str]]
+    between: float
+    error: float
+    within: float
+
+
+def summary(curves: Sequence[Curve]) -> Summary:
+    """Where the routings end, and how far apart equal models do."""
+    by_routing: dict[str, dict[int, float]] = {}
     for curve in curves:
-        by_routing.setdefault(curve.routing, []).append(curve.final)
-    means = {routing: sum(ends) / len(ends) for routing, ends in by_routing.items()}
+        by_routing.setdefault(curve.routing, {})[curve.seed] = curve.final
+    ends = {routing: [ends[seed] for seed in sorted(ends)] for routing, ends in by_routing.items()}
     rows = [
-        [routing, *(f"{end:.4f}" for end in ends), f"{means[routing]:.4f}"]
-        for routing, ends in by_routing.items()
+        [routing, *(f"{end:.4f}" for end in values), f"{statistics.fmean(values):.4f}"]
+        for routing, values in ends.items()
     ]
-    between = max((abs(a - b) for a, b in combinations(means.values(), 2)), default=0.0)
-    within = max((max(ends) - min(ends) for ends in by_routing.values()), default=0.0)
-    return rows, between, within
+    distances = [
+        (abs(statistics.fmean(one) - statistics.fmean(other)), _error_of_mean(one, other))
+        for one, other in combinations(ends.values(), 2)
+    ]
+    between, error = max(distances, default=(0.0, 0.0))
+    within = max((max(values) - min(values) for values in ends.values()), default=0.0)
+    return Summary(rows, between, error, within)
+
+
+def _error_of_mean(*samples: list[float]) -> float:
+    """Standard error of the difference of the samples' means."""
+    parts = [statistics.variance(values) / len(values) for values in samples if len(values) > 1]
+    return math.sqrt(sum(parts))
 
 
 def read_curves(path: Path) -> dict[tuple[str, str, str], tuple[list[int], list[float]]]:
@@ -298,7 +361,8 @@ def plot(source: Path, target: Path) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--routings", nargs="+", default=["top_k", "nr"], metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, a process each")
     parser.add_argument("--steps", type=int, help="of each run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a result file")
     parser.add_argument(
@@ -321,28 +385,34 @@ def main(argv: list[str] | None = None) -> int:
         every = max(1, arguments.steps // 10)
         config = replace(config, steps=arguments.steps, every=every)
     texts = standard_library()
-    print(f"{texts[0].numel():,} bytes to train on, {texts[1].numel():,} held out")
+    print(f"{texts[0].numel():,} bytes to train on, {texts[1].numel():,} held out", flush=True)
     provider = provider_of("auto" if available.ok else "reference")
     result = Result(environment(device), provider=provider)
+    runs = [(routing, seed) for seed in arguments.seeds for routing in arguments.routings]
     curves = []
-    for seed in arguments.seeds:
-        for routing in arguments.routings:
-            start = time.perf_counter()
-            curves.append(train(config, routing, seed, texts, device))
-            record(result, config, curves[-1])
-            seconds = time.perf_counter() - start
-            print(
-                f"{routing}, seed {seed}: {curves[-1].final:.4f} {UNIT}, {seconds:.0f} s",
-                flush=True,
-            )
-            if arguments.json:
-                result.write(arguments.json)
-    rows, between, within = summary(curves)
-    seeds = [f"seed {seed}" for seed in arguments.seeds]
-    print(text_table(["routing", *seeds, "mean"], rows))
-    print(f"largest distance of two means {between:.4f}, of equal models' ends {within:.4f}")
-    result.add("lm/distance of means", between, UNIT, config.problem)
-    result.add("lm/distance of seeds", within, UNIT, config.problem)
+    start = time.perf_counter()
+    for curve in train_all(config, runs, texts, device, arguments.jobs):
+        curves.append(curve)
+        record(result, config, curve)
+        seconds = time.perf_counter() - start
+        end = f"{curve.final:.4f} {UNIT}, after {seconds:.0f} s"
+        print(f"{curve.routing}, seed {curve.seed}: {end}", flush=True)
+        if arguments.json:
+            result.write(arguments.json)
+    curves.sort(key=lambda curve: runs.index((curve.routing, curve.seed)))
+    found = summary(curves)
+    seeds = [f"seed {seed}" for seed in sorted(arguments.seeds)]
+    print(text_table(["routing", *seeds, "mean"], found.rows))
+    print(
+        f"largest distance of two means {found.between:.4f}, its standard error {found.error:.4f}; "
+        f"largest distance of equal models' ends {found.within:.4f}"
+    )
+    for name, value in (
+        ("distance of means", found.between),
+        ("standard error of the distance", found.error),
+        ("distance of seeds", found.within),
+    ):
+        result.add(f"lm/{name}", value, UNIT, config.problem)
     if arguments.json:
         result.write(arguments.json)
     return 0

@@ -151,7 +151,7 @@ def check_logits(logits: Tensor, uniform: Tensor, case: Case, full: bool) -> Non
     from sonic.triton.token_rounding import round_logits, round_logits_grad
 
     options = (case.top_k, case.tile, case.rule, case.num_pairs, full)
-    rounded, winner_scores, winner_ids, lse = round_logits(logits, uniform, *options)
+    rounded, load, winner_scores, winner_ids, lse = round_logits(logits, uniform, *options)
     keys, *_ = keys_of_logits(logits, case.top_k, full)
     scores = (keys[:, : case.tokens] & (2**31 - 1)).view(torch.float32).t().contiguous()
     exact, low = (
@@ -161,6 +161,7 @@ def check_logits(logits: Tensor, uniform: Tensor, case: Case, full: bool) -> Non
 
     winners = winners_of(logits.float(), case.top_k)
     assert torch.equal(winner_ids.long(), winners)
+    assert torch.equal(load.long(), winners.flatten().bincount(minlength=case.experts))
     torch.testing.assert_close(winner_scores, scores.gather(1, winners), rtol=1e-5, atol=0)
     expected = round_winners(scores, winners, uniform, case.tile, case.rule)
     assert rounded.token_ids is None

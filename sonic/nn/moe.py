@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from sonic import checks
 from sonic.enums import ActivationType, GateUpLayout, KernelBackendMoE, ScoreOrder
 from sonic.flops import register_if_counting
-from sonic.functional import experts, experts_planned, grouped_mm, moe
+from sonic.functional import experts, experts_planned, grouped_mm
 from sonic.plan import RoutingPlan
 from sonic.reference.routing import load_balancing_loss
 from sonic.routing.logits import router_logits
+from sonic.routing.rounded_routing import rounded_routing_and_load
 from sonic.routing.route import plan_of, route
 from sonic.routing.token_rounding import RULES as ROUNDING_RULES
 from sonic.runtime.errors import ArgumentError, DeviceError, ShapeError, UnsupportedError
@@ -285,8 +286,8 @@ class MoE(_ExpertsBase):
         Returns:
             The output, shaped like ``hidden_states``, and the load-balancing loss, a float32 scalar
             that is 1 for an even load (over the tokens of this process), or None in inference mode.
-            The load is that of the rows that the experts receive, after any rounding. With a
-            ``router``, the loss is its ``aux_loss``.
+            The load is that of the tokens' choices, before any rounding, which would hide from the
+            loss what is below half a tile. With a ``router``, the loss is its ``aux_loss``.
 
         Raises:
             DeviceError: ``sonicmoe`` with a tensor that is not on a CUDA device.
@@ -312,22 +313,17 @@ class MoE(_ExpertsBase):
         weight = cast(Tensor, self.router.weight)
         rounds = self.routing == "token_rounding" and self.training and not is_inference_mode
         weights = self.c_fc.weight, self.c_proj.weight
-        if rounds:
-            out, logits, frequency = moe(
-                tokens,
-                weight,
-                *weights,
-                top_k=self.top_k,
-                score_order=self.score_order,
-                rounding=self.rounding,
-                tile=self.tile,
-                **self._options(impl),
-            )
-            return out, load_balancing_loss(logits, frequency)
-        # The loss comes from the kernels that route, not from a softmax of its own.
         checks.check_router("MoE", tokens, weight, self.num_experts, self.top_k, impl)
+        logits = router_logits(tokens, weight)
+        if rounds:
+            scores, plan, load = rounded_routing_and_load(
+                logits, self.top_k, self.tile, self.rounding, None, self.score_order
+            )
+            out = experts_planned(tokens, scores, plan, *weights, **self._options(impl))
+            return out, load_balancing_loss(logits, load)
+        # The loss comes from the kernels that route, not from a softmax of its own.
         routed = route(
-            router_logits(tokens, weight),
+            logits,
             self.top_k,
             renormalize=self.score_order is not ScoreOrder.TOPK_OVER_SOFTMAX,
             num_experts=self.num_experts,

@@ -66,13 +66,27 @@ def rounded_routing(
         ids of the winners and a logsumexp (8 T top_k + 4 T bytes), and the logits for
         ``topk_over_softmax``.
     """
+    weights, plan, _ = rounded_routing_and_load(logits, top_k, tile, rule, generator, order)
+    return weights, plan
+
+
+def rounded_routing_and_load(
+    logits: Tensor,
+    top_k: int,
+    tile: int | str,
+    rule: str,
+    generator: torch.Generator | None,
+    order: ScoreOrder | str,
+) -> tuple[Tensor, RoutingPlan, Tensor]:
+    """:func:`rounded_routing`, and before any rounding how many tokens chose each expert: (E,)
+    int32, what a balancing loss counts."""
     tile, full = _checked(logits, top_k, tile, rule, order)
     check_generator(_OP, "logits", logits, generator)
     uniform = draw_uniform(logits, rule, generator)
     inputs = (logits, uniform, top_k, tile, rule, full)
     outputs = call_eagerly(_ROUNDED_ROUTING, _Function, _forward, inputs)
-    weights, _, *plan = outputs[:7]
-    return weights, flat_plan(plan, logits.shape[0])
+    weights, _, *plan, load = outputs[:8]
+    return weights, flat_plan(plan, logits.shape[0]), load
 
 
 @remembered
@@ -98,7 +112,10 @@ def _forward_torch(
     lse = (value if full else best).logsumexp(dim=1)
     scores = torch.exp(value - lse[:, None])
     weights, _, expert_ids, *plan = round_winners(scores, winners, uniform, tile, rule)
-    return weights, expert_ids, *plan, scores.gather(1, winners), winners.int(), lse
+    load = torch.zeros(logits.shape[1], dtype=torch.int32, device=logits.device)
+    flat = winners.flatten()
+    load.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
+    return weights, expert_ids, *plan, load, scores.gather(1, winners), winners.int(), lse
 
 
 def _backward_torch(
@@ -140,9 +157,9 @@ def _forward_cuda(
     if logits.dtype == torch.float64 or num_tokens == 0 or num_experts > keys.MAX_BLOCK_E:
         return _forward_torch(logits, uniform, top_k, tile, rule, full)
     num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
-    rounded, *winners = kernels.round_logits(logits, uniform, top_k, tile, rule, num_slots, full)
+    rounded, *rest = kernels.round_logits(logits, uniform, top_k, tile, rule, num_slots, full)
     weights, _, expert_ids, *plan = rounded
-    return weights, expert_ids, *plan, *winners
+    return weights, expert_ids, *plan, *rest
 
 
 def _forward(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
@@ -168,7 +185,8 @@ def _forward_fake(
     integers = [logits.new_empty(size, dtype=torch.int32) for size in sizes]
     winner_scores = weights.new_empty(num_tokens, top_k)
     winner_ids = logits.new_empty((num_tokens, top_k), dtype=torch.int32)
-    return weights, *integers, winner_scores, winner_ids, weights.new_empty(num_tokens)
+    load = logits.new_empty(num_experts, dtype=torch.int32)
+    return weights, *integers, load, winner_scores, winner_ids, weights.new_empty(num_tokens)
 
 
 def _backward_fake(dweights: Tensor, *saved: Any) -> Tensor:
@@ -178,7 +196,7 @@ def _backward_fake(dweights: Tensor, *saved: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, *_, full = inputs
-    weights, expert_ids, *plan, winner_scores, winner_ids, lse = output
+    weights, expert_ids, *plan, _, winner_scores, winner_ids, lse = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     offset_by_token = plan[4]
@@ -202,7 +220,7 @@ def _autograd(ctx: Any, dweights: Tensor | None, *_: Any) -> tuple[Tensor | None
 _LIBRARY = torch.library.Library("sonic", "FRAGMENT")
 _LIBRARY.define(
     "rounded_routing(Tensor logits, Tensor? uniform, int top_k, int tile, str rule, bool full)"
-    f" -> ({', '.join(['Tensor'] * 10)})",
+    f" -> ({', '.join(['Tensor'] * 11)})",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(

@@ -25,17 +25,19 @@ BAND = tl.constexpr(128)  # undecided tokens that are compared each with each
 _MAX_HELD = 32768  # keys of a column in registers
 _MAX_CHUNK_T = 16384
 _KEYS_PER_WARP = 1024
+_CROWD, _CROWD_REGISTERS = 132, 64
 _BALANCE_BLOCK = 1024  # experts whose running error is found at once
 
 
 class Decisions(NamedTuple):
     """``words`` and ``counts_before`` (groups, E): bit i of a word is the verdict on token i of the
     group, ``counts_before`` the expert's kept tokens in earlier groups. ``counts`` (E,): tokens the
-    expert keeps. All int32."""
+    expert keeps, ``load`` (E,): those that chose it. All int32."""
 
     words: torch.Tensor
     counts_before: torch.Tensor
     counts: torch.Tensor
+    load: torch.Tensor
 
 
 # --- one expert's column --------------------------------------------------------------------------
@@ -256,6 +258,7 @@ def _select_kernel(
     keys,
     uniform,
     count_by_expert,
+    load,
     words,
     counts_before,
     bands,
@@ -276,6 +279,7 @@ def _select_kernel(
     band = bands + expert * BAND
     held = _load_keys(column, 0, key_stride, BLOCK)
     frequency = _count_from(column, held, 0, key_stride, BLOCK, HELD)
+    tl.store(load + expert, frequency)
     lower, upper = _reachable(frequency, num_tokens, tile)
     if RULE == "nr-s":
         below, limit_below = _threshold(
@@ -412,15 +416,13 @@ _balance = Launcher(_balance_kernel)
 
 
 def _balanced_counts(
-    keys: torch.Tensor, counts: torch.Tensor, num_tokens: int, tile: int, block: int
+    keys: torch.Tensor, decisions: Decisions, num_tokens: int, tile: int, block: int
 ) -> None:
     num_experts, key_stride = keys.shape
-    frequency = torch.empty_like(counts)
-    _frequency(
-        num_experts, keys, frequency, key_stride, BLOCK=block, num_warps=max(4, block // 1024)
-    )
+    load, counts = decisions.load, decisions.counts
+    _frequency(num_experts, keys, load, key_stride, BLOCK=block, num_warps=max(4, block // 1024))
     block = min(power_of_2(num_experts), _BALANCE_BLOCK)
-    _balance(1, frequency, counts, num_tokens, num_experts, tile, BLOCK=block, num_warps=4)
+    _balance(1, load, counts, num_tokens, num_experts, tile, BLOCK=block, num_warps=4)
 
 
 def decide(
@@ -443,14 +445,18 @@ def decide(
     num_experts, key_stride = keys.shape
     block = max(1024, power_of_2(num_tokens))
     block = block if block <= _MAX_HELD else _MAX_CHUNK_T
+    # A column is a chain of short steps: where there are more columns than SMs, registers are
+    # limited so that two of them share an SM.
+    crowd = {"maxnreg": _CROWD_REGISTERS} if num_experts > _CROWD else {}
     balanced = rule == "balance-f"
     if balanced:
-        _balanced_counts(keys, decisions.counts, num_tokens, tile, block)
+        _balanced_counts(keys, decisions, num_tokens, tile, block)
     _select(
         num_experts,
         keys,
         uniform,
         decisions.counts,
+        decisions.load,
         decisions.words,
         decisions.counts_before,
         bands,
@@ -464,4 +470,5 @@ def decide(
         CHUNK=min(block, _MAX_CHUNK_T),
         HELD=num_tokens <= block,
         num_warps=max(4, min(32, block // _KEYS_PER_WARP)),
+        **crowd,
     )

@@ -32,7 +32,7 @@ from sonic.triton.rounding_select import BAND, GROUP, Decisions, decide, popcoun
 
 _TAIL = 1024  # slots that a program clears
 _MAX_BLOCK_E = 512
-_EXPERTS_PER_WARP = 64
+_PARTS = 16  # of a block of experts
 
 
 class Rounded(NamedTuple):
@@ -65,6 +65,7 @@ def _write_first_rows(
     num_experts,
     is_first,
     BLOCK_E: tl.constexpr,
+    PART: tl.constexpr,
 ):
     """first_rows[expert]: row of the expert's first pair in this group. Returns the pairs of each
     of the group's tokens, and those of all earlier tokens."""
@@ -81,7 +82,8 @@ def _write_first_rows(
         offset = first_row + tl.cumsum(count, axis=0) - count
         tl.store(first_rows + line + expert, offset + earlier, mask=inside)
         tl.store(offset_by_expert + expert, offset, mask=expert < offset_limit)
-        size += tl.sum(popcount(_words_by_token(words + line, start, num_experts, BLOCK_E)), axis=0)
+        kept = _words_by_token(words + line, start, num_experts, BLOCK_E, PART)
+        size += tl.sum(popcount(kept), axis=0)
         before += tl.sum(earlier, axis=0)
         first_row += tl.sum(count, axis=0)
     one = tl.arange(0, 1)
@@ -90,14 +92,15 @@ def _write_first_rows(
 
 
 @triton.jit
-def _words_by_token(words, start, num_experts, BLOCK_E: tl.constexpr):
-    """(BLOCK_E / 32, GROUP) int32: bit i of a word is whether expert i of the 32 keeps the token.
-    The verdicts' words have a bit for each token instead."""
-    expert = start + tl.arange(0, BLOCK_E)
+def _words_by_token(words, start, num_experts, BLOCK_E: tl.constexpr, PART: tl.constexpr):
+    """(BLOCK_E / PART, GROUP) int32: bit i of a word is whether expert i of the part keeps the
+    token. The verdicts' words have a bit for each token instead."""
+    member = tl.arange(0, PART)
+    expert = start + PART * tl.arange(0, BLOCK_E // PART)[None, :] + member[:, None]
     word = tl.load(words + expert, mask=expert < num_experts, other=0)
-    bit = (word[:, None] >> tl.arange(0, GROUP)[None, :]) & 1
-    bit = tl.reshape(bit, [BLOCK_E // 32, 32, GROUP])
-    return tl.sum(bit << tl.arange(0, 32)[None, :, None], axis=1)
+    # A warp for each part, so that sums over its experts stay inside a thread.
+    bit = (word[:, :, None] >> tl.arange(0, GROUP)[None, None, :]) & 1
+    return tl.sum(bit << member[:, None, None], axis=0)
 
 
 @triton.jit
@@ -132,6 +135,7 @@ def _emit_kernel(
     num_slots,
     stride,
     BLOCK_E: tl.constexpr,
+    PART: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """The first ``num_groups`` programs write a group of tokens each, the others what lies behind
@@ -149,6 +153,7 @@ def _emit_kernel(
             num_experts,
             pid == 0,
             BLOCK_E,
+            PART,
         )
         lane = tl.arange(0, GROUP)
         token = pid * GROUP + lane
@@ -159,12 +164,12 @@ def _emit_kernel(
         # Orders the first rows that other threads wrote before the loads below.
         tl.debug_barrier()
         for start in range(0, num_experts, BLOCK_E):
-            left = _words_by_token(words + line, start, num_experts, BLOCK_E)
+            left = _words_by_token(words + line, start, num_experts, BLOCK_E, PART)
             number = popcount(left)
             slot = slot_by_token[None, :] + tl.cumsum(number, axis=0) - number
             slot_by_token += tl.sum(number, axis=0)
-            first = start + 32 * tl.arange(0, BLOCK_E // 32)[:, None]
-            # Few of a token's experts keep it, so that these go one by one.
+            first = start + PART * tl.arange(0, BLOCK_E // PART)[:, None]
+            # Few experts of a part keep a token, so that these go one by one.
             for _ in range(0, tl.max(tl.max(number, axis=0), axis=0)):
                 live = left != 0
                 expert = first + popcount((left & -left) - 1)
@@ -335,7 +340,8 @@ def _emit(
     rule: str,
     num_slots: int,
     with_token_ids: bool,
-) -> Rounded:
+) -> tuple[Rounded, torch.Tensor]:
+    """Pairs and plan of the keys, and how many tokens chose each expert (E,)."""
     num_experts = keys.shape[0]
     device = keys.device
     num_groups = cdiv(num_tokens, GROUP.value)
@@ -344,10 +350,11 @@ def _emit(
     sizes = [table, table, table, BAND.value * num_experts, num_experts]
     words, before, first_rows, bands, counts = torch.empty(sum(sizes), **options).split(sizes)
     shape = num_groups, num_experts
+    load = torch.empty(num_experts, **options)
     decide(
         keys,
         uniform,
-        Decisions(words.view(shape), before.view(shape), counts),
+        Decisions(words.view(shape), before.view(shape), counts, load),
         bands,
         num_tokens,
         tile,
@@ -363,7 +370,7 @@ def _emit(
         row_by_slot=torch.empty(num_slots, **options),
         offset_by_token=torch.empty(num_tokens + 1, **options),
     )
-    block_e = min(_MAX_BLOCK_E, max(32, power_of_2(num_experts)))
+    block_e = min(_MAX_BLOCK_E, max(_PARTS, power_of_2(num_experts)))
     _emit_pairs(
         num_groups + cdiv(num_slots, _TAIL),
         words,
@@ -379,10 +386,11 @@ def _emit(
         num_slots,
         keys.shape[1] if scores is None else scores.stride(0),
         BLOCK_E=block_e,
+        PART=block_e // _PARTS,
         TAIL=_TAIL,
-        num_warps=max(2, block_e // _EXPERTS_PER_WARP),
+        num_warps=4,
     )
-    return rounded
+    return rounded, load
 
 
 def round_tokens(
@@ -410,7 +418,7 @@ def round_tokens(
     scores = row_major(scores)
     with device_of(scores):
         keys = keys_of_scores(scores, top_k)
-        return _emit(keys, scores, uniform, scores.shape[0], tile, rule, num_slots, True)
+        return _emit(keys, scores, uniform, scores.shape[0], tile, rule, num_slots, True)[0]
 
 
 def round_logits(
@@ -421,7 +429,7 @@ def round_logits(
     rule: str,
     num_slots: int,
     full: bool,
-) -> tuple[Rounded, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Rounded, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`round_tokens` of the scores that the logits give, which are never in memory.
 
     Args:
@@ -430,16 +438,17 @@ def round_logits(
         full: scores are a softmax over all experts, not over the winners.
 
     Returns:
-        The pairs and their plan without ``token_ids``, then ``winner_scores (T, top_k)``,
-        ``winner_ids (T, top_k)`` and ``lse (T,)`` for :func:`round_logits_grad`.
+        The pairs and their plan without ``token_ids``, ``load (E,)`` int32: tokens that chose the
+        expert, then ``winner_scores (T, top_k)``, ``winner_ids (T, top_k)`` and ``lse (T,)`` for
+        :func:`round_logits_grad`.
     """
     check_float("token_rounding", logits=logits)
     _check_uniform(logits, uniform)
     logits = row_major(logits)
     with device_of(logits):
         keys, *winners = keys_of_logits(logits, top_k, full)
-        rounded = _emit(keys, None, uniform, logits.shape[0], tile, rule, num_slots, False)
-    return rounded, winners[0], winners[1], winners[2]
+        rounded, load = _emit(keys, None, uniform, logits.shape[0], tile, rule, num_slots, False)
+    return rounded, load, winners[0], winners[1], winners[2]
 
 
 def _check_uniform(table: torch.Tensor, uniform: torch.Tensor | None) -> None:

@@ -413,7 +413,7 @@ def test_one_operator_gradcheck_and_opcheck(order):
     assert gradient.dtype == torch.bfloat16 and gradient.any()
     op = torch.ops.sonic.rounded_routing.default
     torch.library.opcheck(op, (logits, None, 2, 4, "nr", full))
-    weights, experts, _, _, _, _, by_token, *winners = op(logits, None, 2, 4, "nr", full)
+    weights, experts, _, _, _, _, by_token, _, *winners = op(logits, None, 2, 4, "nr", full)
     saved = (weights, experts, by_token, *winners, logits if full else None)
     torch.library.opcheck(
         torch.ops.sonic.rounded_routing_backward.default,
@@ -479,7 +479,10 @@ def test_module_in_training_equals_the_oracle_layer(rule):
     frequency = torch.bincount(expert_ids, minlength=6)
     assert (frequency % 8 == 0).all() and frequency.sum() != 100
     torch.testing.assert_close(out, expected)
-    expected_loss = load_balancing_loss(logits, frequency)
+    # The loss counts what the tokens chose.
+    chosen = torch.bincount(logits.topk(2).indices.flatten(), minlength=6)
+    assert not torch.equal(chosen, frequency)
+    expected_loss = load_balancing_loss(logits, chosen)
     torch.testing.assert_close(loss, expected_loss)
     actual = torch.autograd.grad(out.sin().sum() + loss, leaves)
     wanted = torch.autograd.grad(expected.sin().sum() + expected_loss, leaves)

@@ -43,7 +43,7 @@ def _round(tokens, experts, top_k, rule, dtype=torch.float32):
 def _round_logits(tokens, experts, top_k, rule, dtype=torch.bfloat16, full=False):
     slots = max_pairs(tokens, experts, top_k, 128, rule)
     logits, uniform = torch.zeros(tokens, experts, dtype=dtype), torch.zeros(experts)
-    rounded, *winners = kernels.round_logits(logits, uniform, top_k, 128, rule, slots, full)
+    rounded, _, *winners = kernels.round_logits(logits, uniform, top_k, 128, rule, slots, full)
     kernels.round_logits_grad(
         rounded.weights,
         rounded.weights,

@@ -59,9 +59,24 @@ def test_summary_compares_means_with_seeds():
         for routing, pair in ends.items()
         for seed, end in enumerate(pair)
     ]
-    rows, between, within = summary(curves)
-    assert rows == [["top_k", "2.0000", "2.2000", "2.1000"], ["nr", "2.1000", "2.2000", "2.1500"]]
-    assert between == pytest.approx(0.05) and within == pytest.approx(0.2)
+    found = summary(curves[::-1])
+    assert found.rows == [
+        ["nr", "2.1000", "2.2000", "2.1500"],
+        ["top_k", "2.0000", "2.2000", "2.1000"],
+    ]
+    assert found.between == pytest.approx(0.05) and found.within == pytest.approx(0.2)
+    # Variances 0.02 and 0.005 of two seeds each.
+    assert found.error == pytest.approx(0.0125**0.5)
+    assert summary(curves[:1]) == train_lm.Summary([["top_k", "2.0000", "2.0000"]], 0.0, 0.0, 0.0)
+
+
+def test_runs_in_processes_equal_runs_in_turns(texts):
+    config = replace(CONFIG, steps=2, every=1)
+    runs = [("top_k", 0), ("nr", 1)]
+    small = texts[0][:9_999], texts[1][:9_999]
+    alone = list(train_lm.train_all(config, runs, small, CPU, 1))
+    together = list(train_lm.train_all(config, runs, small, CPU, 2))
+    assert sorted(together, key=lambda curve: curve.seed) == alone
 
 
 def test_the_script_writes_curves(tmp_path, monkeypatch, capsys):

@@ -4,23 +4,10 @@ import pytest
 import torch
 
 import sonic
+from tests.graphs import capture
 from tests.layers import DEVICE, IMPL, PROBLEM, assert_same_bits, call, gradients, leaves_of, step
 
 pytestmark = pytest.mark.gpu
-
-
-def capture(function):
-    """A graph of ``function`` and the tensors that a replay writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function()
-    return graph, results
 
 
 def routings():

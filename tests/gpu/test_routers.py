@@ -25,6 +25,7 @@ from sonic.routing.route import route
 from sonic.testing import assert_close
 from sonic.triton import router as router_module
 from tests import router_checks as checks
+from tests.graphs import record, warm_up
 
 CUDA = torch.device("cuda")
 every_dtype = pytest.mark.parametrize(
@@ -249,22 +250,22 @@ def test_graph_capture_leaves_the_bias_alone_and_replays_count():
     router.correction_bias.uniform_(-0.01, 0.01)
     before = router.correction_bias.clone()
     x = torch.randn(512, 128, device=CUDA).bfloat16()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            out, loss = layer(x)
-            (out.float().sum() + loss).backward()
-    torch.cuda.current_stream().wait_stream(stream)
-    eager = out.clone()
-    update_balance(layer, rate=0.0)
-    layer.zero_grad(set_to_none=False)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def step():
         out, loss = layer(x)
         (out.float().sum() + loss).backward()
+        return out
+
+    def captured_step():
+        out = step()
         with pytest.raises(NotImplementedError, match="captured"):
             update_balance(layer)
+        return out
+
+    eager = warm_up(step, times=3).clone()
+    update_balance(layer, rate=0.0)
+    layer.zero_grad(set_to_none=False)
+    graph, out = record(captured_step)
     assert torch.equal(router.correction_bias, before) and not router.step_load.any()
     for replay in range(1, 4):
         graph.replay()

@@ -19,6 +19,7 @@ from sonic.triton.combine import combine
 from sonic.triton.score_grad import gather_scores, score_grad
 from sonic.triton.topk import topk_scores
 from tests import routing_checks as checks
+from tests.graphs import capture
 
 CUDA = torch.device("cuda")
 every_order = pytest.mark.parametrize("order", ScoreOrder, ids=lambda o: o.value)
@@ -257,14 +258,7 @@ def test_no_host_synchronization(poisoned):
 def test_cuda_graph():
     """Captured once, replayed on other logits: nothing about the routing is baked in."""
     logits, hidden = _inputs()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        _everything(logits, hidden)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = _everything(logits, hidden)
+    graph, captured = capture(lambda: _everything(logits, hidden))
     for skew in (0.0, 8.0):
         logits.copy_(torch.randn_like(logits))
         logits[:, 3] += skew

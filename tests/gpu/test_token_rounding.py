@@ -17,6 +17,7 @@ from sonic.plan import build_plan_flat
 from sonic.routing import rounded_routing, rounding_scores, token_rounding, token_rounding_plan
 from sonic.routing.token_rounding import RULES
 from tests import rounding_checks as checks
+from tests.graphs import capture
 from tests.rounding_checks import Case
 from tests.routing_checks import PLAN_TENSORS, assert_same_plan
 
@@ -184,14 +185,7 @@ def test_no_host_synchronization(rule, poisoned):
 def test_cuda_graph(rule):
     """Captured once, replayed on other logits; random rules draw anew at every replay."""
     logits = _logits()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        _everything(logits, rule)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = _everything(logits, rule)
+    graph, captured = capture(lambda: _everything(logits, rule))
     for skew in (0.0, 4.0):
         logits.copy_(torch.randn_like(logits))
         logits[:, 3] += skew
