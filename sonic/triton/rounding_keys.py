@@ -97,7 +97,7 @@ def _logit_scores_kernel(
     pair of pointers may be missing; ``lse_by_token`` is the logarithm of the scores' divisor.
 
     Blocks are WIDE, see ``_select``."""
-    LANES: tl.constexpr = min(32, BLOCK_E)
+    LANES: tl.constexpr = BLOCK_E if BLOCK_E < 32 else 32
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = LANES * tl.arange(0, BLOCK_E // LANES)[:, None, None]
     expert = expert + tl.arange(0, LANES)[None, None, :]
