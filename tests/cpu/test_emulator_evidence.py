@@ -21,13 +21,27 @@ def test_an_unknown_configuration_is_refused(monkeypatch, capsys):
 
 def test_evidence_of_no_kernel_leaves_the_file_alone(monkeypatch, tmp_path):
     path = tmp_path / "result.json"
-    path.write_text(json.dumps({"architectures": {"sm_90a": 1}}))
+    path.write_text(json.dumps({"commit": "1", "architectures": {}}))
     before = path.read_text()
     monkeypatch.setattr(evidence, "subjects", lambda arch: [])
     monkeypatch.setattr("sys.argv", ["evidence", "--only", "nosuch", "--json", str(path)])
     with pytest.raises(SystemExit, match="--only nosuch: no kernel of sm_90a"):
         evidence.main()
     assert path.read_text() == before
+
+
+def test_evidence_keeps_entries_with_their_commit_and_new_explanations(tmp_path, monkeypatch):
+    names = {"arch": "sm_90a", "kernel": "up", "kind": "k", "detail": "", "ptx": "p"}
+    mutants = [{**names, "caught": "race", "seeds": 1}, {**names, "caught": "missed", "seeds": 6}]
+    entry = {"summary": {"places": 2}, "mutants": mutants}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({"commit": "1", "architectures": {"sm_90a": entry}}))
+    said = {evidence.key_of(mutants[1]): "No effect: because"}
+    monkeypatch.setattr(evidence, "explanations", lambda: said)
+    kept = evidence.earlier(path)["sm_90a"]
+    assert kept["commit"] == "1" and kept["mutants"][1]["explanation"] == "No effect: because"
+    assert kept["summary"]["places"] == 2 and kept["summary"]["without_effect"] == 1
+    assert kept["summary"]["share_caught"] == 0.5
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}"])
