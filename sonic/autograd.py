@@ -57,15 +57,19 @@ _NUM_DIFFERENTIABLE = 6  # x, w1, b1, w2, b2, scores: the first inputs of sonic:
 def experts_forward(*inputs: Any) -> Tensor:
     """``torch.ops.sonic.experts_forward(*inputs)[0]``, past the dispatcher where that is the
     same."""
-    out: Tensor
     if needs_dispatcher(inputs):
-        out = torch.ops.sonic.experts_forward(*inputs)[0]
-    elif torch.is_grad_enabled() and any_requires_grad(inputs[:_NUM_DIFFERENTIABLE]):
+        out: Tensor = torch.ops.sonic.experts_forward(*inputs)[0]
+        return out
+    return experts_direct(*inputs)
+
+
+def experts_direct(*inputs: Any) -> Tensor:
+    """:func:`experts_forward` where that needs no dispatcher."""
+    if torch.is_grad_enabled() and any_requires_grad(inputs[:_NUM_DIFFERENTIABLE]):
         # One argument for all that has no gradient: autograd takes time for each.
-        out = _Experts.apply(*inputs[:_NUM_DIFFERENTIABLE], inputs[_NUM_DIFFERENTIABLE:])
-    else:
-        out = ops.experts_output(*inputs)[0]
-    return out
+        out: Tensor = _Experts.apply(*inputs[:_NUM_DIFFERENTIABLE], inputs[_NUM_DIFFERENTIABLE:])
+        return out
+    return ops.experts_output(*inputs)[0]
 
 
 def grouped_mm(*inputs: Any) -> Tensor:

@@ -38,6 +38,8 @@ class ActivationType(str, Enum):
     GELU = "gelu"
     GELU_TANH = "gelu_tanh"
 
+    __hash__ = str.__hash__  # as equality is; that of Enum runs Python at every look-up
+
     @property
     def is_gated(self) -> bool:
         return self in _GATED
@@ -75,6 +77,8 @@ class GateUpLayout(str, Enum):
 
     INTERLEAVED = "interleaved"  # g0 u0 g1 u1 ...
     CONCATENATED = "concatenated"  # g0 .. g(I-1) u0 .. u(I-1), the Hugging Face order
+
+    __hash__ = str.__hash__
 
 
 class ScoreOrder(str, Enum):

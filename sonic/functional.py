@@ -32,11 +32,11 @@ from torch import Tensor
 
 from sonic import autograd, checks
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
-from sonic.plan import RoutingPlan, build_plan, build_plan_flat, plan_of_topk
+from sonic.plan import RoutingPlan, build_plan, build_plan_flat, plan_of_topk, rows_of_topk
 from sonic.routing.logits import router_logits
 from sonic.routing.rounded_routing import rounded_routing
 from sonic.routing.topk import topk_routing
-from sonic.runtime.eager import remembered
+from sonic.runtime.eager import needs_dispatcher, remembered
 from sonic.runtime.errors import ArgumentError, ShapeError, SonicError
 
 MainGrads = tuple[Tensor | None, Tensor | None]
@@ -110,12 +110,16 @@ def experts(
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         impl = _check_experts(hidden_states, *routing, impl)
         operands = _operands(op, hidden_states, *parameters, activation, layout, impl, main_grads)
-    else:  # all checks in one look
-        how = _check_all(hidden_states, *routing, *parameters, activation, layout, impl)
-        operands = (hidden_states, *parameters), how, _main_grads(op, main_grads, w1, w2)
-        impl = how[2]
-    plan = plan_of_topk(topk_ids, w1.shape[0], _PLAN_IMPL[impl])
-    return _run(operands, topk_weights, plan)
+        return _run(operands, topk_weights, plan_of_topk(topk_ids, w1.shape[0], _PLAN_IMPL[impl]))
+    # What most calls are, in one look at the arguments.
+    how = _check_all(hidden_states, *routing, *parameters, activation, layout, impl)
+    tensors, into = (hidden_states, *parameters), _main_grads(op, main_grads, w1, w2)
+    choice = topk_ids, w1.shape[0], _PLAN_IMPL[how[2]]
+    if needs_dispatcher((*tensors, *routing, *into)):
+        return _run((tensors, how, into), topk_weights, plan_of_topk(*choice))
+    differentiable, store_preact = _differentiable(tensors, topk_weights)
+    options = topk_ids.shape[1], *how, store_preact, *into
+    return autograd.experts_direct(*differentiable, *rows_of_topk(*choice), None, None, *options)
 
 
 @remembered
@@ -568,13 +572,17 @@ def _check_operands(
     return act.value, order.value
 
 
+def _differentiable(tensors: tuple[Any, ...], weights: Tensor) -> tuple[tuple[Any, ...], bool]:
+    """(x, w1, b1, w2, b2) and the scores, and whether one of them will want its gradient."""
+    # float64 only in the reference, where it lets gradcheck see the scores exactly.
+    scores = weights.to(torch.float64 if tensors[0].dtype == torch.float64 else torch.float32)
+    differentiable = (*tensors, scores.contiguous())
+    return differentiable, torch.is_grad_enabled() and autograd.any_requires_grad(differentiable)
+
+
 def _run(operands: _Operands, weights: Tensor, plan: RoutingPlan) -> Tensor:
     tensors, options, main_grads = operands
-    x = tensors[0]
-    # float64 only in the reference, where it lets gradcheck see the scores exactly.
-    scores = weights.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    differentiable = (*tensors, scores.contiguous())
-    store_preact = torch.is_grad_enabled() and autograd.any_requires_grad(differentiable)
+    differentiable, store_preact = _differentiable(tensors, weights)
     return autograd.experts_forward(
         *differentiable,
         plan.offset_by_expert,

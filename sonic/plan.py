@@ -111,7 +111,7 @@ def build_plan(topk_ids: torch.Tensor, num_experts: int, impl: str = "auto") -> 
 def plan_of_topk(topk_ids: torch.Tensor, num_experts: int, impl: str) -> RoutingPlan:
     """:func:`build_plan` of arguments that have been checked."""
     inputs = (topk_ids, num_experts, impl)
-    run = torch.ops.sonic.build_plan if needs_dispatcher(inputs) else _build_plan
+    run = torch.ops.sonic.build_plan if needs_dispatcher(inputs) else rows_of_topk
     offset_by_expert, token_by_row, slot_by_row, row_by_slot = run(*inputs)
     num_tokens, top_k = topk_ids.shape
     return RoutingPlan(
@@ -292,7 +292,8 @@ def _group_by_token(token_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Ten
     return offset_by_token, torch.where(key < num_tokens, slot, -1).to(torch.int32)
 
 
-def _build_plan(topk_ids: torch.Tensor, num_experts: int, impl: str) -> tuple[torch.Tensor, ...]:
+def rows_of_topk(topk_ids: torch.Tensor, num_experts: int, impl: str) -> tuple[torch.Tensor, ...]:
+    """The first four fields of :func:`plan_of_topk`, of plain tensors at which nobody looks."""
     num_tokens, top_k = topk_ids.shape
     return _plan_rows(topk_ids.contiguous(), None, num_experts, num_tokens, top_k, impl)
 
@@ -335,7 +336,7 @@ _LIBRARY.define(
     " str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_LIBRARY.impl("build_plan", _build_plan, "CompositeExplicitAutograd")
+_LIBRARY.impl("build_plan", rows_of_topk, "CompositeExplicitAutograd")
 _LIBRARY.impl("build_plan_flat", _build_plan_flat, "CompositeExplicitAutograd")
 torch.library.register_fake("sonic::build_plan", _fake_build_plan, lib=_LIBRARY)
 torch.library.register_fake("sonic::build_plan_flat", _fake_build_plan_flat, lib=_LIBRARY)

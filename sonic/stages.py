@@ -12,7 +12,7 @@ import functools
 import torch
 
 from sonic.enums import ActivationType, GateUpLayout
-from sonic.runtime.launch import config_for, grouped_gemm
+from sonic.runtime.launch import GroupedGemm, config_for, grouped_gemm, prepared
 from sonic.runtime.problem import (
     Operand,
     down_backward_act_problem,
@@ -40,27 +40,21 @@ __all__ = [
 ]
 
 
-# One object for each: a Problem takes longer to make than to look up.
-_up_problem = functools.cache(up_problem)
-_down_problem = functools.cache(down_problem)
-_down_backward_act_problem = functools.cache(down_backward_act_problem)
-_up_backward_act_problem = functools.cache(up_backward_act_problem)
-_weight_grad_problem = functools.cache(weight_grad_problem)
-
-
 @functools.cache
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _row_strides(layout: GateUpLayout, gated: bool, weight: torch.Tensor) -> tuple[int, int]:
+def _row_strides(
+    layout: GateUpLayout, gated: bool, shape: torch.Size, strides: tuple[int, ...]
+) -> tuple[int, int]:
     """Element strides (gate -> up, unit -> next unit) of a gated ``(E, rows, cols)`` weight."""
     if not gated:
         return 0, 0
-    row = weight.stride(1)
+    row = strides[1]
     if layout == GateUpLayout.INTERLEAVED:
         return row, 2 * row
-    return weight.shape[1] // 2 * row, row
+    return shape[1] // 2 * row, row
 
 
 def _with_expert_stride(weight: torch.Tensor) -> torch.Tensor:
@@ -69,6 +63,102 @@ def _with_expert_stride(weight: torch.Tensor) -> torch.Tensor:
         return weight
     row = weight.stride(1)
     return weight.as_strided(weight.shape, (weight.shape[1] * row, row, 1))
+
+
+# Each stage below prepares its GEMM by one of these, from what decides it: how its tensors look.
+
+
+def _up_gemm(
+    activation: ActivationType,
+    layout: GateUpLayout,
+    has_bias: bool,
+    store_preact: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: int,
+    w1_shape: torch.Size,
+    w1_strides: tuple[int, ...],
+) -> GroupedGemm:
+    problem = up_problem(activation, _name(dtype), has_bias, store_preact)
+    experts, width, hidden = w1_shape
+    return grouped_gemm(
+        problem,
+        config_for(problem, device, rows, experts, width, hidden),
+        device,
+        rows=rows,
+        experts=experts,
+        n=width,
+        strides=_row_strides(layout, activation.is_gated, w1_shape, w1_strides),
+    )
+
+
+def _down_gemm(
+    has_bias: bool, dtype: torch.dtype, device: torch.device, rows: int, w2_shape: torch.Size
+) -> GroupedGemm:
+    problem = down_problem(_name(dtype), has_bias)
+    experts, hidden, width = w2_shape
+    config = config_for(problem, device, rows, experts, hidden, width)
+    return grouped_gemm(problem, config, device, rows=rows, experts=experts, n=hidden)
+
+
+def _down_backward_act_gemm(
+    activation: ActivationType,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: int,
+    w2_shape: torch.Size,
+) -> GroupedGemm:
+    problem = down_backward_act_problem(activation, _name(dtype))
+    experts, hidden, width = w2_shape
+    config = config_for(problem, device, rows, experts, width, hidden)
+    return grouped_gemm(problem, config, device, rows=rows, experts=experts, n=width)
+
+
+def _up_backward_act_gemm(
+    layout: GateUpLayout,
+    gated: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: int,
+    w1_shape: torch.Size,
+    w1_strides: tuple[int, ...],
+) -> GroupedGemm:
+    problem = up_backward_act_problem(_name(dtype), gated)
+    experts, width, hidden = w1_shape
+    return grouped_gemm(
+        problem,
+        config_for(problem, device, rows, experts, hidden, width),
+        device,
+        rows=rows,
+        experts=experts,
+        n=hidden,
+        strides=_row_strides(layout, gated, w1_shape, w1_strides),
+    )
+
+
+def _weight_grad_gemm(
+    gather: Operand | None,
+    layout: GateUpLayout,
+    gated: bool,
+    accumulate: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: int,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+) -> GroupedGemm:
+    problem = weight_grad_problem(_name(dtype), gather, gated, accumulate)
+    experts, m, n = shape
+    return grouped_gemm(
+        problem,
+        config_for(problem, device, rows, experts, n, m),
+        device,
+        rows=rows,
+        experts=experts,
+        m=m,
+        n=n,
+        strides=_row_strides(layout, gated, shape, strides),
+    )
 
 
 def up_forward(
@@ -86,16 +176,14 @@ def up_forward(
 
     :returns: ``h (R, 2I | I)``, or None without ``store_preact``, and ``a (R, I)``.
     """
-    rows, (experts, width, hidden) = token_by_row.shape[0], w1.shape
-    gated = activation.is_gated
+    rows, width = token_by_row.shape[0], w1.shape[1]
     h = x.new_empty((rows, width)) if store_preact else None
-    a = x.new_empty((rows, width // 2 if gated else width))
+    a = x.new_empty((rows, width // 2 if activation.is_gated else width))
     if rows == 0:
         return h, a
-    problem = _up_problem(activation, _name(x.dtype), b1 is not None, store_preact)
-    grouped_gemm(
-        problem,
-        config_for(problem, x.device, rows, experts, width, hidden),
+    how = activation, layout, b1 is not None, store_preact
+    gemm = prepared(_up_gemm, *how, x.dtype, x.device, rows, w1.shape, w1.stride())
+    gemm(
         a=x,
         b=_with_expert_stride(w1),
         d=h,
@@ -103,8 +191,6 @@ def up_forward(
         bias=b1,
         gather=token_by_row,
         offset_by_expert=offset_by_expert,
-        rows=rows,
-        strides=_row_strides(layout, gated, w1),
     )
     return h, a
 
@@ -113,21 +199,12 @@ def down_forward(
     a: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor | None, offset_by_expert: torch.Tensor
 ) -> torch.Tensor:
     """``y = a w2_e^T + b2_e``, shape ``(R, H)``."""
-    rows, (experts, hidden, width) = a.shape[0], w2.shape
-    y = a.new_empty((rows, hidden))
+    rows = a.shape[0]
+    y = a.new_empty((rows, w2.shape[1]))
     if rows == 0:
         return y
-    problem = _down_problem(_name(a.dtype), b2 is not None)
-    grouped_gemm(
-        problem,
-        config_for(problem, a.device, rows, experts, hidden, width),
-        a=a,
-        b=_with_expert_stride(w2),
-        d=y,
-        bias=b2,
-        offset_by_expert=offset_by_expert,
-        rows=rows,
-    )
+    gemm = prepared(_down_gemm, b2 is not None, a.dtype, a.device, rows, w2.shape)
+    gemm(a=a, b=_with_expert_stride(w2), d=y, bias=b2, offset_by_expert=offset_by_expert)
     return y
 
 
@@ -151,17 +228,14 @@ def down_backward_act(
 
     :returns: ``dh`` like ``h``, ``a' (R, I)``, partial sums ``(n, R)`` float32.
     """
-    rows, (experts, hidden, width) = h.shape[0], w2.shape
-    problem = _down_backward_act_problem(activation, _name(h.dtype))
+    rows, width = h.shape[0], w2.shape[2]
     dh = h if overwrite_h else torch.empty_like(h)
     a_scaled = h.new_empty((rows, width))
     if rows == 0:
         return dh, a_scaled, h.new_empty((1, 0), dtype=torch.float32)
-    config = config_for(problem, h.device, rows, experts, width, hidden)
-    ds_partial = h.new_empty((-(-width // config.tile_n), rows), dtype=torch.float32)
-    grouped_gemm(
-        problem,
-        config,
+    gemm = prepared(_down_backward_act_gemm, activation, h.dtype, h.device, rows, w2.shape)
+    ds_partial = h.new_empty((-(-width // gemm.config.tile_n), rows), dtype=torch.float32)
+    gemm(
         a=dout,
         b=_with_expert_stride(w2),
         d=dh,
@@ -171,7 +245,6 @@ def down_backward_act(
         row_sum=ds_partial,
         gather=token_by_row,
         offset_by_expert=offset_by_expert,
-        rows=rows,
     )
     return dh, a_scaled, ds_partial
 
@@ -193,18 +266,9 @@ def _weight_grad(
     d = a.new_empty((experts, m, n)) if accumulate_into is None else accumulate_into
     if rows == 0:
         return d if accumulate else d.zero_()
-    problem = _weight_grad_problem(_name(a.dtype), gather, gated, accumulate)
-    grouped_gemm(
-        problem,
-        config_for(problem, a.device, rows, experts, n, m),
-        a=a,
-        b=b,
-        d=_with_expert_stride(d),
-        gather=token_by_row,
-        offset_by_expert=offset_by_expert,
-        rows=rows,
-        strides=_row_strides(layout, gated, d),
-    )
+    out, how = _with_expert_stride(d), (gather, layout, gated, accumulate)
+    gemm = prepared(_weight_grad_gemm, *how, a.dtype, a.device, rows, out.shape, out.stride())
+    gemm(a=a, b=b, d=out, gather=token_by_row, offset_by_expert=offset_by_expert)
     return d
 
 
@@ -239,21 +303,13 @@ def up_backward_act(
     gated: bool,
 ) -> torch.Tensor:
     """``dx_row = dh w1_e``, shape ``(R, H)``, not yet summed over the experts of a token."""
-    rows, (experts, width, hidden) = dh.shape[0], w1.shape
-    dx = dh.new_empty((rows, hidden))
+    rows = dh.shape[0]
+    dx = dh.new_empty((rows, w1.shape[2]))
     if rows == 0:
         return dx
-    problem = _up_backward_act_problem(_name(dh.dtype), gated)
-    grouped_gemm(
-        problem,
-        config_for(problem, dh.device, rows, experts, hidden, width),
-        a=dh,
-        b=_with_expert_stride(w1),
-        d=dx,
-        offset_by_expert=offset_by_expert,
-        rows=rows,
-        strides=_row_strides(layout, gated, w1),
-    )
+    look = dh.dtype, dh.device, rows, w1.shape, w1.stride()
+    gemm = prepared(_up_backward_act_gemm, layout, gated, *look)
+    gemm(a=dh, b=_with_expert_stride(w1), d=dx, offset_by_expert=offset_by_expert)
     return dx
 
 

@@ -26,6 +26,7 @@ def kernels_of_stages(default_config, size, activation, layout, dtype):
 
     :param size: a ``sonic.cli.LayerSize``.
     """
+    from sonic import stages
     from sonic.runtime import launch
 
     asked = []
@@ -43,6 +44,7 @@ def kernels_of_stages(default_config, size, activation, layout, dtype):
         patch.setattr(launch, "kernel_for", kernel_for)
         patch.setattr(launch, "_tuned", lambda backend, device: {})
         patch.setattr(launch, "_multiprocessors", lambda device: 132)
+        patch.setattr(stages, "prepared", launch.prepared.__wrapped__)  # nothing from before
         _run_stages(size, ActivationType(activation), GateUpLayout(layout), dtype)
     return asked
 

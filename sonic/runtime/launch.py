@@ -6,7 +6,8 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,7 +76,6 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.lru_cache(maxsize=4096)
 def _grid(
     problem: Problem, config: TileConfig, rows: int, experts: int, m: int, n: int, sms: int
 ) -> int:
@@ -115,37 +115,63 @@ def _tuned(backend: Backend, device: torch.device) -> Mapping[TunedSize, TileCon
     return tuned_tiles(backend.arch, torch.cuda.get_device_name(device))
 
 
+@dataclass(frozen=True)
+class GroupedGemm:
+    """A compiled kernel and what it is told besides its operands; see ``Problem`` for those."""
+
+    kernel: Any
+    config: TileConfig
+    device: torch.device
+    strides: tuple[int, int]
+    grid: int
+
+    def __call__(
+        self,
+        *,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        offset_by_expert: torch.Tensor,
+        d: torch.Tensor | None = None,
+        aux: torch.Tensor | None = None,
+        c: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        score: torch.Tensor | None = None,
+        row_sum: torch.Tensor | None = None,
+        gather: torch.Tensor | None = None,
+    ) -> None:
+        """Launches it on the current stream."""
+        # A kept counter would outlive the memory pool of a captured graph, or be shared by its
+        # replays.
+        counter = None
+        if self.config.dynamic:
+            counter = torch.zeros(1, dtype=torch.int32, device=self.device)
+        vectors = (bias, score, row_sum, gather, offset_by_expert, counter)
+        self.kernel(a, b, d, aux, c, *vectors, *self.strides, self.grid)
+
+
 def grouped_gemm(
     problem: Problem,
     config: TileConfig,
+    device: torch.device,
     *,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    offset_by_expert: torch.Tensor,
     rows: int,
-    d: torch.Tensor | None = None,
-    aux: torch.Tensor | None = None,
-    c: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    score: torch.Tensor | None = None,
-    row_sum: torch.Tensor | None = None,
-    gather: torch.Tensor | None = None,
+    experts: int,
+    m: int = 0,
+    n: int,
     strides: tuple[int, int] = (0, 0),
-) -> None:
-    """Launches one grouped GEMM on the current stream; see ``Problem`` for the operands.
+) -> GroupedGemm:
+    """The kernel for ``problem``, loaded or compiled, for these sizes.
 
     :param rows: static bound of the routed rows, ``R``.
+    :param m, n: rows of an expert's output, if they are not ragged, and its columns.
     :param strides: element strides of gate -> up and of unit -> next unit, for gated weight rows.
     """
-    device = a.device
     kernel = kernel_for(backend_for(device), problem, config)
-    if problem.ragged is Ragged.ROWS:
-        experts, m = b.shape[0], 0
-        n = b.shape[2] if problem.transposed_weight else b.shape[1]
-    else:
-        experts, m, n = offset_by_expert.shape[0] - 1, a.shape[1], b.shape[1]
     grid = _grid(problem, config, rows, experts, m, n, _multiprocessors(device))
-    # A kept counter would outlive the memory pool of a captured graph, or be shared by its replays.
-    counter = torch.zeros(1, dtype=torch.int32, device=device) if config.dynamic else None
-    vectors = (bias, score, row_sum, gather, offset_by_expert, counter)
-    kernel(a, b, d, aux, c, *vectors, *strides, grid)
+    return GroupedGemm(kernel, config, device, strides, grid)
+
+
+@functools.lru_cache(maxsize=4096)
+def prepared(make: Callable[..., GroupedGemm], *look: Hashable) -> GroupedGemm:
+    """``make(*look)``, made once: most calls of a layer look like one before."""
+    return make(*look)

@@ -51,7 +51,8 @@ class TimedGemm:
         def normal(*size: int) -> torch.Tensor:
             return torch.randn(size, device=self._device, dtype=dtype)
 
-        operands: dict[str, Any] = {"offset_by_expert": offset_by_expert, "rows": self.rows}
+        self._sizes: dict[str, Any] = {"rows": self.rows, "experts": experts, "m": k, "n": n}
+        operands: dict[str, Any] = {"offset_by_expert": offset_by_expert}
         if problem.gather is not None:
             operands["gather"] = token_by_row
         a_rows = num_tokens if problem.gather is Operand.A else self.rows
@@ -67,7 +68,7 @@ class TimedGemm:
                 (experts, k, n), device=self._device, dtype=torch.float32 if accumulates else dtype
             )
         if problem.gated_rows:  # interleaved
-            operands["strides"] = weight.stride(1), 2 * weight.stride(1)
+            self._sizes["strides"] = weight.stride(1), 2 * weight.stride(1)
         self._operands = operands
         # Of the narrowest tile; a launch takes as many rows as its tiles have partial sums.
         self._columns = n
@@ -98,7 +99,7 @@ class TimedGemm:
         if self.problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
             parts = -(-self._columns // config.tile_n)
             operands = operands | {"row_sum": self._row_sums[:parts]}
-        grouped_gemm(self.problem, config, **operands)
+        grouped_gemm(self.problem, config, self._device, **self._sizes)(**operands)
 
     def milliseconds(self, config: TileConfig) -> float:
         """Of one launch, behind another one that hides what the host does."""

@@ -23,7 +23,7 @@ from sonic.triton.common import (
     power_of_2,
     row_major,
 )
-from sonic.triton.launch import Launcher
+from sonic.triton.launch import Bound, Launcher
 
 # Rows of a token whose loads are in flight together.
 _MAX_UNROLL = 16
@@ -119,12 +119,20 @@ _combine_ragged = Launcher(_combine_ragged_kernel)
 
 
 @functools.cache
-def _shape_of_program(hidden_size: int, element_size: int, top_k: int) -> tuple[int, int, int]:
-    """Columns and warps of a program, and how many rows it loads at once for fixed top-k."""
+def _programs(
+    hidden_size: int, element_size: int, has_scores: bool, top_k: int, ragged_unroll: int
+) -> tuple[Bound, int]:
+    """The kernel, of fixed top-k unless that is 0, and how many of its programs serve a token."""
     vector = 16 // element_size
     block_h = min(power_of_2(hidden_size), 128 * vector)
     num_warps = max(1, block_h // (32 * vector))  # one 16-byte load per thread and row
-    return block_h, num_warps, next(n for n in range(_MAX_UNROLL, 0, -1) if top_k % n == 0)
+    options = {"HAS_SCORES": has_scores, "BLOCK_H": block_h, "num_warps": num_warps}
+    if top_k == 0:
+        kernel = _combine_ragged.bind(UNROLL=ragged_unroll, **options)
+    else:
+        unroll = next(n for n in range(_MAX_UNROLL, 0, -1) if top_k % n == 0)
+        kernel = _combine.bind(TOP_K=top_k, UNROLL=unroll, **options)
+    return kernel, cdiv(hidden_size, block_h)
 
 
 def _ragged_unroll(num_slots: int, num_tokens: int) -> int:
@@ -171,42 +179,21 @@ def combine(
     if out.numel() == 0:
         return out
     rows = row_major(rows)
-    block_h, num_warps, unroll = _shape_of_program(hidden_size, rows.element_size(), top_k)
-    programs = num_tokens * cdiv(hidden_size, block_h)
-    common = {"HAS_SCORES": scores is not None, "BLOCK_H": block_h, "num_warps": num_warps}
+    by_token: tuple[torch.Tensor | None, ...] = ()
+    unrolled = top_k, 0
+    if offset_by_token is not None:
+        by_token = offset_by_token, slot_by_position
+        unrolled = 0, _ragged_unroll(row_by_slot.shape[0], num_tokens)
+        check_contiguous(
+            "combine", offset_by_token=offset_by_token, slot_by_position=slot_by_position
+        )
+        check_shape("combine", "offset_by_token", offset_by_token, (num_tokens + 1,))
+    else:
+        check_shape("combine", "row_by_slot", row_by_slot, (num_tokens * top_k,))
+    kernel, programs = _programs(hidden_size, rows.itemsize, scores is not None, *unrolled)
+    strides = rows.stride(0), out.stride(0)
     with device_of(rows):
-        if offset_by_token is None:
-            check_shape("combine", "row_by_slot", row_by_slot, (num_tokens * top_k,))
-            _combine(
-                programs,
-                rows,
-                row_by_slot,
-                scores,
-                out,
-                hidden_size,
-                rows.stride(0),
-                out.stride(0),
-                TOP_K=top_k,
-                UNROLL=unroll,
-                **common,
-            )
-        else:
-            check_contiguous(
-                "combine", offset_by_token=offset_by_token, slot_by_position=slot_by_position
-            )
-            check_shape("combine", "offset_by_token", offset_by_token, (num_tokens + 1,))
-            _combine_ragged(
-                programs,
-                rows,
-                row_by_slot,
-                scores,
-                offset_by_token,
-                slot_by_position,
-                out,
-                hidden_size,
-                rows.stride(0),
-                out.stride(0),
-                UNROLL=_ragged_unroll(row_by_slot.shape[0], num_tokens),
-                **common,
-            )
+        kernel(
+            num_tokens * programs, rows, row_by_slot, scores, *by_token, out, hidden_size, *strides
+        )
     return out

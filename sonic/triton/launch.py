@@ -11,12 +11,14 @@ from typing import Any
 
 import triton
 from torch import Tensor
-from torch.nn import Parameter
 
 from sonic.triton.common import is_interpreted
 
 _REMEMBERED = 1024  # compiled kernels of one Launcher; a training run needs a handful
 _INT32 = 2**31
+
+
+_UNALIGNED = object()
 
 
 class Launcher:
@@ -32,29 +34,51 @@ class Launcher:
 
     def __init__(self, kernel: Any):
         self.kernel = kernel
+        self._bound: dict[tuple, Bound] = {}
         self._compiled: dict[tuple, tuple[Any, tuple]] = {}
         # Interpreted kernels have no parameters to look at, and are never remembered.
         self._by_width = [bool(p.do_not_specialize) for p in getattr(kernel, "params", ())]
 
     def __call__(self, programs: int, *arguments: Any, **constants: Any) -> None:
         """Launch ``programs`` programs on the current stream of the current device."""
+        self.bind(**constants)(programs, *arguments)
+
+    def bind(self, **constants: Any) -> "Bound":
+        """The kernel with these constants, which a hot path keeps: called with the rest, it looks
+        at that only."""
+        key = tuple(constants.items())
+        bound = self._bound.get(key)
+        if bound is None:
+            if len(self._bound) >= _REMEMBERED:
+                self._bound.clear()
+            bound = self._bound[key] = Bound(self, constants)
+        return bound
+
+
+class Bound:
+    """A :class:`Launcher` with its constants, see :meth:`Launcher.bind`."""
+
+    def __init__(self, launcher: Launcher, constants: dict[str, Any]):
+        self._launcher, self._constants = launcher, constants
+
+    def __call__(self, programs: int, *arguments: Any) -> None:
         device = arguments[0].get_device()
-        facts: list[Any] = [device, *constants, *constants.values()]
-        values = []
-        for argument, by_width in zip(arguments, self._by_width, strict=False):
-            kind = type(argument)
-            if kind is Tensor or kind is Parameter:
+        values: list[Any] = []
+        facts: list[Any] = [self, device]
+        for argument, by_width in zip(arguments, self._launcher._by_width, strict=False):
+            if isinstance(argument, Tensor):
                 address = argument.data_ptr()
                 values.append(address)
                 facts.append(argument.dtype)
-                facts.append(address & 15 == 0)
+                if address & 15:
+                    facts.append(_UNALIGNED)
             else:
                 values.append(argument)
                 facts.append(-_INT32 <= argument < _INT32 if by_width else argument)
         key = tuple(facts)
-        found = self._compiled.get(key)
-        if found is None or _is_observed(self.kernel):
-            self._launch_first(key, programs, arguments, constants)
+        found = self._launcher._compiled.get(key)
+        if found is None or _is_observed(self._launcher.kernel):
+            self._launch_first(key, programs, arguments)
             return
         compiled, trailing = found
         stream = triton.runtime.driver.active.get_current_stream(device)
@@ -63,17 +87,19 @@ class Launcher:
             None, None, None, *values, *trailing,
         )  # fmt: skip
 
-    def _launch_first(self, key: tuple, programs: int, arguments: tuple, constants: dict) -> None:
+    def _launch_first(self, key: tuple, programs: int, arguments: tuple) -> None:
         """Let Triton compile and launch, and remember the kernel that it launched."""
-        compiled = self.kernel[(programs,)](*arguments, **constants)
+        kernel, constants = self._launcher.kernel, self._constants
+        compiled = kernel[(programs,)](*arguments, **constants)
         if is_interpreted() or not isinstance(compiled, triton.compiler.CompiledKernel):
             return
-        names = self.kernel.arg_names[len(arguments) :]
+        names = kernel.arg_names[len(arguments) :]
         if any(name not in constants for name in names):
             return  # left to a default: Triton fills it in
-        if len(self._compiled) >= _REMEMBERED:
-            self._compiled.clear()
-        self._compiled[key] = compiled, tuple(constants[name] for name in names)
+        remembered = self._launcher._compiled
+        if len(remembered) >= _REMEMBERED:
+            remembered.clear()
+        remembered[key] = compiled, tuple(constants[name] for name in names)
 
 
 def _is_observed(kernel: Any) -> bool:

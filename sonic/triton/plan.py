@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from sonic.triton.common import cdiv, device_of, power_of_2
-from sonic.triton.launch import Launcher
+from sonic.triton.launch import Bound, Launcher
 
 # A key above every expert id, so that a dropped slot precedes nobody.
 DROPPED = tl.constexpr(2**31 - 1)
@@ -30,6 +30,7 @@ DROPPED = tl.constexpr(2**31 - 1)
 # With E <= 2^16 an expert and a slot share an int32.
 SLOT_BITS = tl.constexpr(12)
 
+_DIRECT_BLOCK = 32
 _DIRECT_MAX_SLOTS = 2**12
 _DIRECT_MAX_PAIRS = 2**25
 _COUNTER_BYTES_PER_TILE_SLOT = 2**17
@@ -215,6 +216,11 @@ _scan_experts = Launcher(_scan_experts_kernel)
 _scatter = Launcher(_scatter_kernel)
 
 
+@functools.cache
+def _direct_of(top_k: int) -> Bound:
+    return _direct.bind(TOP_K=top_k, BLOCK=_DIRECT_BLOCK, BLOCK_KEYS=256, num_warps=4)
+
+
 @functools.lru_cache(maxsize=4096)
 def method_for(num_slots: int, num_experts: int) -> str:
     """Which of ``"empty"``, ``"direct"``, ``"tiled"``, ``"sorted"`` serves this size."""
@@ -274,10 +280,9 @@ def sort_slots_by_expert(
     row_by_slot = outputs[3]
     with device_of(expert_ids):
         if method == "direct":
-            block = 32
-            slot_programs = cdiv(num_slots, block)
-            _direct(
-                slot_programs + cdiv(num_experts + 1, block),
+            slot_programs = cdiv(num_slots, _DIRECT_BLOCK)
+            _direct_of(top_k)(
+                slot_programs + cdiv(num_experts + 1, _DIRECT_BLOCK),
                 expert_ids,
                 token_ids,
                 *outputs,
@@ -285,10 +290,6 @@ def sort_slots_by_expert(
                 num_experts,
                 num_tokens,
                 slot_programs,
-                TOP_K=top_k,
-                BLOCK=block,
-                BLOCK_KEYS=256,
-                num_warps=4,
             )
             return outputs
         tile = _tile_for(num_slots, num_experts)

@@ -155,7 +155,8 @@ def test_a_peer_that_fails_or_hangs_is_left_out(layer: Layer, monkeypatch, capsy
 
 
 def test_host_time_is_that_of_the_call() -> None:
-    assert 900 < small.host_microseconds(lambda: time.sleep(0.001), CPU) < 5000
+    found = small.host_microseconds(lambda: time.sleep(0.001), CPU)
+    assert 900 < found.fast <= found.median < 5000
 
 
 def test_the_profile_names_functions(capsys) -> None:

@@ -126,7 +126,7 @@ def test_results_are_those_of_the_operators(monkeypatch) -> None:
         calls.append(len(inputs))
         return True
 
-    for module in (autograd, sonic.plan):
+    for module in (autograd, functional, sonic.plan):
         monkeypatch.setattr(module, "needs_dispatcher", counting)
     by_operator = _results(layer)
     assert len(calls) >= 4
