@@ -2,7 +2,7 @@
 
 All of them run in one process, one iteration each, round after round, in an order that is drawn
 anew for each round from a fixed seed: clocks, power and temperature are then the same for all, none
-always follows the one that draws the most power, and a ratio is one of equals.
+follows the same one in every round, and a ratio is one of equals.
 The GPU is never idle between the first untimed round and the last timed one.
 """
 
