@@ -35,9 +35,6 @@ class Launcher:
     def __init__(self, kernel: Any):
         self.kernel = kernel
         self._bound: dict[tuple, Bound] = {}
-        self._compiled: dict[tuple, tuple[Any, tuple]] = {}
-        # Interpreted kernels have no parameters to look at, and are never remembered.
-        self._by_width = [bool(p.do_not_specialize) for p in getattr(kernel, "params", ())]
 
     def __call__(self, programs: int, *arguments: Any, **constants: Any) -> None:
         """Launch ``programs`` programs on the current stream of the current device."""
@@ -51,21 +48,25 @@ class Launcher:
         if bound is None:
             if len(self._bound) >= _REMEMBERED:
                 self._bound.clear()
-            bound = self._bound[key] = Bound(self, constants)
+            bound = self._bound[key] = Bound(self.kernel, constants)
         return bound
 
 
 class Bound:
-    """A :class:`Launcher` with its constants, see :meth:`Launcher.bind`."""
+    """A kernel and its constants, see :meth:`Launcher.bind`."""
 
-    def __init__(self, launcher: Launcher, constants: dict[str, Any]):
-        self._launcher, self._constants = launcher, constants
+    def __init__(self, kernel: Any, constants: dict[str, Any]):
+        self._kernel, self._constants = kernel, constants
+        self._compiled: dict[tuple, tuple[Any, tuple]] = {}
+        # Interpreted kernels have no parameters to look at, and are never remembered.
+        self._by_width = [bool(p.do_not_specialize) for p in getattr(kernel, "params", ())]
 
     def __call__(self, programs: int, *arguments: Any) -> None:
+        """As :meth:`Launcher.__call__`."""
         device = arguments[0].get_device()
         values: list[Any] = []
-        facts: list[Any] = [self, device]
-        for argument, by_width in zip(arguments, self._launcher._by_width, strict=False):
+        facts: list[Any] = [device]
+        for argument, by_width in zip(arguments, self._by_width, strict=False):
             if isinstance(argument, Tensor):
                 address = argument.data_ptr()
                 values.append(address)
@@ -76,8 +77,8 @@ class Bound:
                 values.append(argument)
                 facts.append(-_INT32 <= argument < _INT32 if by_width else argument)
         key = tuple(facts)
-        found = self._launcher._compiled.get(key)
-        if found is None or _is_observed(self._launcher.kernel):
+        found = self._compiled.get(key)
+        if found is None or _is_observed(self._kernel):
             self._launch_first(key, programs, arguments)
             return
         compiled, trailing = found
@@ -89,17 +90,16 @@ class Bound:
 
     def _launch_first(self, key: tuple, programs: int, arguments: tuple) -> None:
         """Let Triton compile and launch, and remember the kernel that it launched."""
-        kernel, constants = self._launcher.kernel, self._constants
-        compiled = kernel[(programs,)](*arguments, **constants)
+        constants = self._constants
+        compiled = self._kernel[(programs,)](*arguments, **constants)
         if is_interpreted() or not isinstance(compiled, triton.compiler.CompiledKernel):
             return
-        names = kernel.arg_names[len(arguments) :]
+        names = self._kernel.arg_names[len(arguments) :]
         if any(name not in constants for name in names):
             return  # left to a default: Triton fills it in
-        remembered = self._launcher._compiled
-        if len(remembered) >= _REMEMBERED:
-            remembered.clear()
-        remembered[key] = compiled, tuple(constants[name] for name in names)
+        if len(self._compiled) >= _REMEMBERED:
+            self._compiled.clear()
+        self._compiled[key] = compiled, tuple(constants[name] for name in names)
 
 
 def _is_observed(kernel: Any) -> bool:

@@ -221,7 +221,6 @@ def _direct_of(top_k: int) -> Bound:
     return _direct.bind(TOP_K=top_k, BLOCK=_DIRECT_BLOCK, BLOCK_KEYS=256, num_warps=4)
 
 
-@functools.lru_cache(maxsize=4096)
 def method_for(num_slots: int, num_experts: int) -> str:
     """Which of ``"empty"``, ``"direct"``, ``"tiled"``, ``"sorted"`` serves this size."""
     if num_slots == 0:
