@@ -176,7 +176,7 @@ def test_rotations_name_different_experts(layer: Layer) -> None:
 
 def test_a_whole_run_writes_what_the_plot_reads(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(small, "_HOST_CALLS", 2)
-    monkeypatch.setattr(small, "_HOST_REPEATS", 2)
+    monkeypatch.setattr(small, "_HOST_SECONDS", 0.01)
     path = tmp_path / "compare.json"
     command = ["--device", "cpu", "--thiek", "48,64,32,8,2", "--seconds", "0.01", "--host"]
     assert compare.main([*command, "--peers", "torch,bound", "--json", str(path)]) == 0
