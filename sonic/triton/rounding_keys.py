@@ -73,8 +73,7 @@ def _store_columns(
     tl.store(keys + offset, key, mask=mask)
 
 
-# The stride is not specialised: longer loads would spread a token over several warps.
-@triton.jit(do_not_specialize=["num_tokens", "stride"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def _logit_scores_kernel(
     logits,
     scores,
@@ -94,40 +93,35 @@ def _logit_scores_kernel(
     BLOCK_E: tl.constexpr,
 ):
     """Scores of all experts, as (T, E) or as keys; winners and their scores (T, TOP_K). Either
-    pair of pointers may be missing; ``lse_by_token`` is the logarithm of the scores' divisor.
-
-    Blocks are WIDE, see ``_select``."""
-    LANES: tl.constexpr = BLOCK_E if BLOCK_E < 32 else 32
+    pair of pointers may be missing; ``lse_by_token`` is the logarithm of the scores' divisor."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    expert = LANES * tl.arange(0, BLOCK_E // LANES)[:, None, None]
-    expert = expert + tl.arange(0, LANES)[None, None, :]
+    expert = tl.arange(0, BLOCK_E)
     is_token = token < num_tokens
     is_expert = expert < num_experts
-    row = token[None, :, None]
-    inside = is_token[None, :, None] & is_expert
-    value = tl.load(logits + row.to(tl.int64) * stride + expert, mask=inside, other=0.0)
-    value = value.to(tl.float32)
-    order = tl.where(is_expert, _sortable(value), LOWEST)
-    best, winner, left = _select_best(order, expert, BITS, TOP_K, K_PAD, ROWS, True)
+    inside = is_token[:, None] & is_expert[None, :]
+    offset = token.to(tl.int64)[:, None] * stride + expert[None, :]
+    value = tl.load(logits + offset, mask=inside, other=0.0).to(tl.float32)
+    order = tl.where(is_expert[None, :], _sortable(value), LOWEST)
+    index = tl.broadcast_to(expert[None, :], [ROWS, BLOCK_E])
+    best, winner, left = _select_best(order, index, BITS, TOP_K, K_PAD, ROWS)
 
     lane = tl.arange(0, K_PAD)
     top = _value_of(tl.max(best, axis=1))
-    term = tl.exp(value - top[None, :, None])
+    term = tl.exp(value - top[:, None])
     winner_term = tl.where(lane[None, :] < TOP_K, tl.exp(_value_of(best) - top[:, None]), 0.0)
     if FULL:
-        total = tl.sum(tl.sum(tl.where(is_expert, term, 0.0), axis=0), axis=1)
+        total = tl.sum(tl.where(is_expert[None, :], term, 0.0), axis=1)
     else:
         total = tl.sum(winner_term, axis=1)
     inverse = 1.0 / total
-    score = term * inverse[None, :, None]
+    score = term * inverse[:, None]
     if scores is not None:
-        tl.store(scores + row.to(tl.int64) * num_experts + expert, score, mask=inside)
+        offset = token.to(tl.int64)[:, None] * num_experts + expert[None, :]
+        tl.store(scores + offset, score, mask=inside)
     if keys is not None:
         key = _rank_key(score)
         key = tl.where(left == LOWEST, key, key | LOWEST)
-        key = tl.where(is_token[None, :, None], key, LOWEST)
-        offset = expert.to(tl.int64) * key_stride + row
-        tl.store(keys + offset, key, mask=is_expert & (row < key_stride))
+        _store_columns(keys, key, token, expert, num_tokens, num_experts, key_stride, ROWS)
         tl.store(lse_by_token + token, top + tl.log(total), mask=is_token)
         offset = token.to(tl.int64)[:, None] * TOP_K + lane[None, :]
         is_slot = is_token[:, None] & (lane[None, :] < TOP_K)
@@ -176,10 +170,10 @@ _logit_scores = Launcher(_logit_scores_kernel)
 
 
 def _rows_and_warps(block_e: int) -> tuple[int, int]:
-    """Tokens and warps of a block that chooses. No more warps than tokens; eight tokens of an
-    expert fill a sector of the keys."""
-    rows = min(32, max(8, 2048 // block_e))
-    return rows, max(1, min(rows, rows * block_e // _ELEMENTS_PER_WARP))
+    """Tokens and warps of a block that chooses; eight tokens of an expert fill a sector of the
+    keys."""
+    rows = min(32, max(8, _ELEMENTS_PER_WARP // block_e))
+    return rows, max(1, rows * block_e // _ELEMENTS_PER_WARP)
 
 
 def _key_stride(num_tokens: int) -> int:

@@ -25,7 +25,6 @@ BAND = tl.constexpr(128)  # undecided tokens that are compared each with each
 _MAX_HELD = 32768  # keys of a column in registers
 _MAX_CHUNK_T = 16384
 _KEYS_PER_WARP = 1024
-_CROWD, _CROWD_REGISTERS = 132, 64
 _BALANCE_BLOCK = 1024  # experts whose running error is found at once
 
 
@@ -445,9 +444,6 @@ def decide(
     num_experts, key_stride = keys.shape
     block = max(1024, power_of_2(num_tokens))
     block = block if block <= _MAX_HELD else _MAX_CHUNK_T
-    # A column is a chain of short steps: where there are more columns than SMs, registers are
-    # limited so that two of them share an SM.
-    crowd = {"maxnreg": _CROWD_REGISTERS} if num_experts > _CROWD else {}
     balanced = rule == "balance-f"
     if balanced:
         _balanced_counts(keys, decisions, num_tokens, tile, block)
@@ -470,5 +466,4 @@ def decide(
         CHUNK=min(block, _MAX_CHUNK_T),
         HELD=num_tokens <= block,
         num_warps=max(4, min(32, block // _KEYS_PER_WARP)),
-        **crowd,
     )

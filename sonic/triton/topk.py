@@ -54,76 +54,42 @@ def _value_of(key):
 
 
 @triton.jit
-def _max_of_rows(block, WIDE: tl.constexpr):
-    if WIDE:
-        return tl.max(tl.max(block, axis=0), axis=1)
-    else:
-        return tl.max(block, axis=1)
-
-
-@triton.jit
-def _per_row(vector, WIDE: tl.constexpr):
-    """A value of each row, to compare with a block."""
-    if WIDE:
-        return vector[None, :, None]
-    else:
-        return vector[:, None]
-
-
-@triton.jit
-def _select(
-    key,
-    index,
-    TOP_K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDE: tl.constexpr = False,
-):
+def _select(key, index, TOP_K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr):
     """The TOP_K largest (key, lowest index first) of each row, descending, columns past TOP_K
-    holding LOWEST and index 0; and the keys left over, winners replaced by LOWEST.
-
-    Blocks are (ROWS, columns), or WIDE (columns / 32, ROWS, 32): with a warp for every row no
-    reduction leaves it."""
+    holding LOWEST and index 0; and the keys left over, winners replaced by LOWEST."""
     lane = tl.arange(0, K_PAD)
     best_key = tl.full([ROWS, K_PAD], LOWEST, tl.int32)
     best_index = tl.zeros([ROWS, K_PAD], tl.int32)
     for rank in range(TOP_K):
-        top = _max_of_rows(key, WIDE)
-        tied = tl.where(key == _per_row(top, WIDE), index, HIGHEST)
-        winner = -_max_of_rows(-tied, WIDE)
+        top = tl.max(key, axis=1)
+        winner = tl.min(tl.where(key == top[:, None], index, HIGHEST), axis=1)
         best_key = tl.where(lane[None, :] == rank, top[:, None], best_key)
         best_index = tl.where(lane[None, :] == rank, winner[:, None], best_index)
-        key = tl.where(index == _per_row(winner, WIDE), LOWEST, key)
+        key = tl.where(index == winner[:, None], LOWEST, key)
     return best_key, best_index, key
 
 
 @triton.jit
 def _select_best(
-    key,
-    index,
-    BITS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDE: tl.constexpr = False,
+    key, index, BITS: tl.constexpr, TOP_K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr
 ):
     """As ``_select``, faster where the low BITS of every key carry nothing: with the index in them
     keys are distinct, and one reduction per winner decides value and index at once."""
     if BITS == 0:
-        return _select(key, index, TOP_K, K_PAD, ROWS, WIDE)
+        return _select(key, index, TOP_K, K_PAD, ROWS)
     else:
         LOW: tl.constexpr = (1 << BITS) - 1
         key = tl.where(key == LOWEST, LOWEST, (key | LOW) - index)
         lane = tl.arange(0, K_PAD)
-        top = _max_of_rows(key, WIDE)
+        top = tl.max(key, axis=1)
         best = tl.where(lane[None, :] == 0, top[:, None], LOWEST)
         for rank in range(1, TOP_K):
             # Counted upwards from `top` and around, the farthest key is the next one below it.
-            distance = (key - _per_row(top, WIDE)).to(tl.uint32, bitcast=True)
-            below = top + _max_of_rows(distance, WIDE).to(tl.int32, bitcast=True)
+            distance = tl.max((key - top[:, None]).to(tl.uint32, bitcast=True), axis=1)
+            below = top + distance.to(tl.int32, bitcast=True)
             top = tl.where(top == LOWEST, LOWEST, below)
             best = tl.where(lane[None, :] == rank, top[:, None], best)
-        left = tl.where(key >= _per_row(top, WIDE), LOWEST, key)
+        left = tl.where(key >= top[:, None], LOWEST, key)
         # The key of a negative value ends in ones, that of any other in zeros.
         best_key = tl.where(best < 0, best | LOW, best & ~LOW)
         none = best == LOWEST

@@ -6,6 +6,7 @@ Not collected on its own: ``test_token_rounding_triton.py`` runs it in a process
 
 import pytest
 import torch
+import triton.language as tl
 
 import sonic.triton.rounding_keys as keys
 import sonic.triton.rounding_select as select
@@ -54,6 +55,15 @@ def test_columns_in_chunks(rule, held, guarded, monkeypatch):
     monkeypatch.setattr(select, "_MAX_CHUNK_T", 64)
     for kind in ("softmax", "ties"):
         check(Case(200, 3, 1, 32, rule, kind), guarded)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "ties", "hot"])
+@every_rule
+def test_more_undecided_tokens_than_are_compared_each_with_each(rule, kind, guarded, monkeypatch):
+    """Thresholds are bisected first, and where too many tokens tie, the last tied token as well."""
+    for module in (select, kernels):
+        monkeypatch.setattr(module, "BAND", tl.constexpr(4))
+    check(Case(100, 5, 2, 16, rule, kind), guarded)
 
 
 @pytest.mark.parametrize("kind", ["ties", "negative"])
