@@ -28,7 +28,8 @@ router logits                    belong to the router's own operator
 
 An eager backward pass that does not keep its graph writes ``dh`` over ``h``, if nobody else can
 hold ``h``: :func:`experts_forward` below made it, and no hooks saw it being saved. Compiled graphs,
-checkpointed or offloaded layers and ``retain_graph=True`` get memory of its own for ``dh``. Saved
+checkpointed or offloaded layers, ``retain_graph=True``, and a pass that a CUDA graph captures (a
+graph of the backward pass alone may be replayed twice) get memory of its own for ``dh``. Saved
 tensors that were taken out of a graph by hand (``out.grad_fn.saved_tensors``) are not found out:
 after such a pass they hold ``dh``.
 
@@ -48,7 +49,12 @@ from torch import Tensor
 from sonic import ops
 from sonic.ops import LIBRARY
 from sonic.runtime.derivatives import below_autograd, register_gradient
-from sonic.runtime.eager import graph_is_kept, needs_dispatcher, saved_tensors_are_hooked
+from sonic.runtime.eager import (
+    graph_is_kept,
+    is_being_captured,
+    needs_dispatcher,
+    saved_tensors_are_hooked,
+)
 from sonic.runtime.errors import ArgumentError, UnsupportedError
 
 _NUM_DIFFERENTIABLE = 6  # x, w1, b1, w2, b2, scores: the first inputs of sonic::experts_forward
@@ -155,19 +161,21 @@ def _gradients(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
             "Allowed: store_preact=True where a gradient is needed. Call it so, or through "
             "sonic.experts, which decides this itself."
         )
+    saved = ctx.saved_tensors  # where a pass succeeded before, torch's own error
     if ctx.h_is_used_up:
         raise ArgumentError(
             "experts: backward came to a graph on which it failed before, after the saved "
             "pre-activation was overwritten. Allowed: one attempt without retain_graph. Run "
             "the forward pass again, or pass retain_graph=True to the first attempt."
         )
-    arguments = (dout, *ctx.saved_tensors, *ctx.options, ctx.needs)
+    arguments = (dout, *saved, *ctx.options, ctx.needs)
     w1_main_grad, w2_main_grad = ctx.main_grads
     if not torch.is_grad_enabled() and not needs_dispatcher(arguments):
-        ctx.h_is_used_up = ctx.owns_h and not graph_is_kept()
-        return (
-            ops.experts_gradients(*arguments, w1_main_grad, w2_main_grad, ctx.h_is_used_up) + rest
-        )
+        nobody_reads_h = ctx.owns_h and not graph_is_kept()
+        ctx.h_is_used_up = nobody_reads_h and not is_being_captured()
+        # A capture launches what the same pass did before it: no slices either.
+        how = ctx.h_is_used_up, nobody_reads_h
+        return ops.experts_gradients(*arguments, w1_main_grad, w2_main_grad, *how) + rest
     if w1_main_grad is None and w2_main_grad is None:
         gradients = torch.ops.sonic.experts_backward(*arguments)
     else:

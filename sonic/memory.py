@@ -109,7 +109,8 @@ def memory_estimate(
     the expert outputs live in the forward pass only; the scaled post-activation, and after it the
     rows of ``dx``, in the backward pass. Where ``dh`` has memory of its own, the rows of ``dx`` of
     a large layer are made in slices of columns (:mod:`sonic.runtime.columns`), so that a slice and
-    ``dh`` need no more than all of the rows do alone.
+    ``dh`` need no more than all of the rows do alone; but not in a backward pass that a CUDA graph
+    captures, where ``dh`` comes on top.
 
     Example:
         >>> import sonic

@@ -259,6 +259,7 @@ class _Backward(NamedTuple):
     w1_main_grad: Tensor | None = None
     w2_main_grad: Tensor | None = None
     overwrite_h: bool = False
+    whole_dx: bool = False
 
     def make_gradients(self, make: Callable[..., Tensor]) -> SomeGradients:
         """The six results by ``make`` (``torch.zeros``, ...), None for one not asked for."""
@@ -292,6 +293,7 @@ def experts_gradients(*arguments: Any) -> SomeGradients:
     """What the backward operators compute, with None for what is not asked for.
 
     With ``overwrite_h``, ``h`` is used up: the gradient of the pre-activation takes its memory.
+    With ``whole_dx``, the rows of dX are made at once, however large they are.
     """
     call = _Backward(*arguments)
     needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_scores = call.needs
@@ -351,8 +353,9 @@ def experts_gradients(*arguments: Any) -> SomeGradients:
         if needs_x:
             # Some columns at a time where all of their rows would not fit beside dh.
             num_tokens, hidden_size = dout.shape
-            own_bytes = 0 if call.overwrite_h else dh.nbytes
-            slices = column_slices(dh.shape[0], hidden_size, dh.itemsize, own_bytes)
+            slices: tuple[tuple[int, int], ...] = ((0, hidden_size),)
+            if not call.whole_dx:
+                slices = column_slices(dh.shape[0], hidden_size, dh.itemsize, dh.nbytes)
             dx = None if len(slices) == 1 else dout.new_empty(dout.shape)
             for first, columns in slices:
                 dx_rows = stages.up_backward_act(

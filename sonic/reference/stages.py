@@ -204,7 +204,8 @@ def down_backward_act(
     activation = ActivationType(activation)
     acc = accumulator_dtype(dout.dtype)
     num_rows = token_by_row.shape[0]
-    dh = h if overwrite_h else torch.zeros_like(h)
+    # Unseen by autograd, as a kernel does: who owns h says what a second pass is told.
+    dh = h.data if overwrite_h else torch.zeros_like(h)
     a_scaled = dout.new_zeros((num_rows, w2.shape[2]))
     ds_partial = torch.zeros((1, num_rows), dtype=acc, device=dout.device)
     for expert, rows in _busy_experts(offset_by_expert):

@@ -54,6 +54,11 @@ def graph_is_kept() -> bool:
     return ask is None or bool(ask())
 
 
+def is_being_captured() -> bool:
+    """Whether a CUDA graph records what the current stream is given now."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def remembered(function: Callable[..., _Outcome]) -> Callable[..., _Outcome]:
     """``function``, which reads no more of tensors than what they look like, evaluated once for
     each look: shape, strides, dtype and device.

@@ -116,7 +116,8 @@ def test_slices_make_up_the_whole(monkeypatch, flat):
 
     monkeypatch.setattr(stages, "up_backward_act", recorded)
     monkeypatch.setattr(ops, "column_slices", lambda *_: ((0, 8), (8, 8), (16, 8)))
-    for actual, right in zip([run(**layer), *gradients(layer, run)], expected, strict=True):
+    in_slices = [run(**layer), *gradients(layer, run, retain_graph=True)]
+    for actual, right in zip(in_slices, expected, strict=True):
         torch.testing.assert_close(actual, right, rtol=1e-12, atol=1e-12)
     assert widths == [8] * 3
 
@@ -158,6 +159,32 @@ def test_a_kept_graph_can_run_again(overwritten):
     assert_same_bits(passes[2], passes[0])
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(out, leaves)
+
+
+def test_a_graph_that_was_used_up_gets_the_error_of_torch(overwritten):
+    """With nothing behind the layer, whose own error would come first."""
+    layer = make_layer()
+    out = sonic.experts(**layer)
+    out.backward(torch.ones_like(out))
+    assert overwritten == [True]
+    with pytest.raises(RuntimeError, match="through the graph a second time"):
+        out.backward(torch.ones_like(out))
+
+
+def test_a_captured_pass_overwrites_nothing(overwritten, monkeypatch):
+    """Its replay reads the pre-activation again, whether or not the forward pass is replayed."""
+    layer = make_layer()
+    expected = gradients(layer)
+
+    def slices(*_):
+        raise AssertionError("a capture launched what the pass before it had not")
+
+    monkeypatch.setattr(ops, "column_slices", slices)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for captures in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=captures: c)
+        assert_same_bits(gradients(layer), expected)
+    assert overwritten == [True, False, True]
 
 
 def test_hooks_that_keep_what_is_saved_keep_it_unchanged(overwritten):

@@ -38,6 +38,21 @@ def test_forward_and_backward_replay_with_another_routing():
         assert_same_bits(replayed, step(leaves, ids, dout))
 
 
+def test_the_backward_pass_of_a_graphed_layer_runs_twice():
+    """It is captured without ``retain_graph``, and yet replayed for a graph that is kept."""
+    leaves, inputs = leaves_of(PROBLEM)
+    names, tensors = list(leaves), tuple(leaves.values())
+    expected = step(leaves, inputs.topk_ids, inputs.dout)
+
+    def run(*tensors):
+        return call(dict(zip(names, tensors, strict=True)), inputs.topk_ids)
+
+    out = torch.cuda.make_graphed_callables(run, tensors)(*tensors)
+    for keeps in (True, False):
+        replayed = torch.autograd.grad(out, tensors, inputs.dout, retain_graph=keeps)
+        assert_same_bits([out.detach(), *replayed], expected)
+
+
 def test_replay_with_every_slot_dropped_writes_zeros():
     leaves, inputs = leaves_of(PROBLEM)
     graph, results = capture(lambda: step(leaves, inputs.topk_ids, inputs.dout))
