@@ -30,6 +30,7 @@ def run_with(cache, problem, monkeypatch):
     """Output and gradients of a layer in which no kernel is left from before."""
     monkeypatch.setattr(launch, "kernel_cache", lambda: cache)
     monkeypatch.setattr(launch, "_kernels", {})
+    launch.prepared.cache_clear()
     leaves, inputs = leaves_of(problem)
     options = {"activation": problem.activation, "layout": problem.layout}
     return step(leaves, inputs.topk_ids, inputs.dout, **options), launch._kernels
