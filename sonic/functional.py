@@ -36,7 +36,7 @@ from sonic.plan import RoutingPlan, build_plan, build_plan_flat, plan_of_topk, r
 from sonic.routing.logits import router_logits
 from sonic.routing.rounded_routing import rounded_routing
 from sonic.routing.topk import topk_routing
-from sonic.runtime.eager import needs_dispatcher, remembered
+from sonic.runtime.eager import autocast_may_be_on, needs_dispatcher, remembered
 from sonic.runtime.errors import ArgumentError, ShapeError, SonicError
 
 MainGrads = tuple[Tensor | None, Tensor | None]
@@ -107,7 +107,7 @@ def experts(
         torch.Size([3, 16])
     """
     op, routing, parameters = "experts", (topk_ids, topk_weights), (w1, b1, w2, b2)
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+    if torch.compiler.is_compiling() or autocast_may_be_on():
         impl = _check_experts(hidden_states, *routing, impl)
         operands = _operands(op, hidden_states, *parameters, activation, layout, impl, main_grads)
         return _run(operands, topk_weights, plan_of_topk(topk_ids, w1.shape[0], _PLAN_IMPL[impl]))

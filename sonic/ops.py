@@ -1,9 +1,9 @@
 """The torch.library operators of sonic: schemas, shape functions and dispatch to the stages.
 
-Imports torch and, of this package, its enums, errors and sizes only. The stages themselves
-(``sonic.reference.stages`` in torch, ``sonic.stages`` on CuTe and Triton kernels) are loaded when
-an operator first runs with that ``impl``, so the schemas exist before Dynamo traces and the
-reference works with neither Triton nor CUTLASS installed.
+Imports torch and, of this package, its enums, errors, sizes and orders of rows only. The stages
+themselves (``sonic.reference.stages`` in torch, ``sonic.stages`` on CuTe and Triton kernels) are
+loaded when an operator first runs with that ``impl``, so the schemas exist before Dynamo traces and
+the reference works with neither Triton nor CUTLASS installed.
 
 Every operator runs on the current stream, reads no device value on the host, allocates only what
 the static shapes say, and is deterministic. Formulas for the gradients are in ``sonic.autograd``.
@@ -27,6 +27,7 @@ from torch import Tensor
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.runtime.columns import column_slices
 from sonic.runtime.errors import ArgumentError, LayoutError
+from sonic.runtime.layout import packed_to_rows
 from sonic.runtime.limits import message
 
 LIBRARY = torch.library.Library("sonic", "DEF")
@@ -302,8 +303,6 @@ def experts_gradients(*arguments: Any) -> SomeGradients:
     dout, w1, w2, b2, scores = call.dout, call.w1, call.w2, call.b2, call.scores
     token_by_row, offset_by_expert = call.token_by_row, call.offset_by_expert
     w1_main_grad, w2_main_grad = call.w1_main_grad, call.w2_main_grad
-    from sonic.reference.layout import packed_to_rows
-
     act, order = _ACTIVATIONS[call.activation], _LAYOUTS[call.layout]
     stages = _load_stages(call.impl, dout.device)
     require_aligned(call.impl, w1_main_grad=w1_main_grad, w2_main_grad=w2_main_grad)

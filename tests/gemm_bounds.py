@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sonic.enums import ActivationType
 from sonic.reference import stages as reference
-from sonic.reference.layout import pack_gate_up, split_gate_up
+from sonic.runtime.layout import pack_gate_up, split_gate_up
 from sonic.runtime.problem import Schedule, TileConfig
 from tests.grouped_gemms import DOWN_ACT, EXACT, UP, UP_INFERENCE, GroupedGemm, cast
 

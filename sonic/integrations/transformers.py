@@ -31,8 +31,8 @@ import torch
 
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.reference.activations import SWIGLU_OAI_ALPHA, SWIGLU_OAI_LIMIT, activation_value
-from sonic.reference.layout import merge_gate_up_rows
 from sonic.runtime.errors import ArgumentError, MissingPackageError, ShapeError, UnsupportedError
+from sonic.runtime.layout import merge_gate_up_rows
 
 __all__ = ["experts_forward", "register"]
 

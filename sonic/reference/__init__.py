@@ -11,7 +11,12 @@ from sonic.reference.layer import (
     grouped_mm_reference,
     moe_reference,
 )
-from sonic.reference.layout import (
+from sonic.reference.low_precision import experts_flat_low_precision, experts_low_precision
+from sonic.reference.numerics import accumulator_dtype
+from sonic.reference.plan import PlanTensors, plan_oracle, plan_oracle_flat
+from sonic.reference.routing import load_balancing_loss, scores_of, topk_scores, topk_scores_grad
+from sonic.reference.token_rounding import token_rounding_oracle
+from sonic.runtime.layout import (
     gate_up_rows,
     merge_gate_up_rows,
     pack_gate_up,
@@ -19,11 +24,6 @@ from sonic.reference.layout import (
     rows_to_packed,
     split_gate_up,
 )
-from sonic.reference.low_precision import experts_flat_low_precision, experts_low_precision
-from sonic.reference.numerics import accumulator_dtype
-from sonic.reference.plan import PlanTensors, plan_oracle, plan_oracle_flat
-from sonic.reference.routing import load_balancing_loss, scores_of, topk_scores, topk_scores_grad
-from sonic.reference.token_rounding import token_rounding_oracle
 
 __all__ = [
     "PlanTensors",

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.reference import stages
-from sonic.reference.layout import packed_to_rows
 from sonic.reference.plan import PlanTensors, plan_oracle, plan_oracle_flat
+from sonic.runtime.layout import packed_to_rows
 
 
 def experts_low_precision(

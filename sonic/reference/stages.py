@@ -21,13 +21,13 @@ from torch import Tensor
 
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.reference.activations import activation_grad, activation_value
-from sonic.reference.layout import (
+from sonic.reference.numerics import accumulator_dtype
+from sonic.runtime.layout import (
     gate_up_rows,
     merge_gate_up_rows,
     pack_gate_up,
     split_gate_up,
 )
-from sonic.reference.numerics import accumulator_dtype
 
 
 def _busy_experts(offset_by_expert: Tensor) -> Iterator[tuple[int, slice]]:
@@ -66,7 +66,7 @@ def up_forward(
         store_preact: whether ``h`` is wanted.
 
     Returns:
-        ``h`` (R, 2I) in alternating blocks of eight (:func:`~sonic.reference.layout.pack_gate_up`),
+        ``h`` (R, 2I) in alternating blocks of eight (:func:`~sonic.runtime.layout.pack_gate_up`),
         (R, I) if not gated, None without ``store_preact``; and ``a`` (R, I). Dtype of ``x``.
     """
     activation = ActivationType(activation)
@@ -353,7 +353,7 @@ def bias_grad_rows(
 
     Returns:
         (E, N). Columns stay in the order of ``dh``;
-        :func:`~sonic.reference.layout.packed_to_rows` turns them into that of ``b1``.
+        :func:`~sonic.runtime.layout.packed_to_rows` turns them into that of ``b1``.
     """
     acc = accumulator_dtype(dh.dtype)
     db = torch.zeros(

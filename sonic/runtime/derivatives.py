@@ -95,12 +95,12 @@ def _register(
 ) -> None:
 
     def kernel(*inputs: Any) -> Any:
-        if forward_ad._current_level >= 0:
+        if getattr(forward_ad, "_current_level", 0) >= 0:  # a torch without that name is asked
             _refuse_tangents(name, reference, inputs)
         if torch.is_grad_enabled() and any(
             isinstance(value, Tensor) and value.requires_grad for value in inputs
         ):
-            if torch._C._are_functorch_transforms_active():
+            if getattr(torch._C, "_are_functorch_transforms_active", bool)():
                 raise UnsupportedError(
                     f"{name}: a torch.func transform (grad, vjp, jacrev, hessian) came over one of "
                     "its inputs. Allowed: backward() and torch.autograd.grad. Use one of these, or "

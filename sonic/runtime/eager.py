@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils._device import DeviceContext
 
 _Outcome = TypeVar("_Outcome")
 
@@ -20,18 +21,32 @@ _PLAIN = frozenset({Tensor, Parameter, type(None), int, str, bool, list})
 _REMEMBERED = 4096  # signatures of one function
 
 
+_KNOWN = all(
+    hasattr(place, name)
+    for place, name in (
+        (torch._C, "_len_torch_dispatch_stack"),
+        (torch._C, "_len_torch_function_stack"),
+        (torch._C, "_are_functorch_transforms_active"),
+        (torch._C, "_get_tracing_state"),
+        (torch.autograd, "_profiler_enabled"),
+        (forward_ad, "_current_level"),
+    )
+)
+
+
 def needs_dispatcher(inputs: tuple[Any, ...]) -> bool:
     """Whether a call of an operator with ``inputs``, a tensor first, must go through torch.
 
     It must while it is traced, transformed, differentiated in forward mode or profiled, inside of
-    any mode (fake tensors, counters, checkpointing policies, a default device), and for tensor
-    subclasses and meta tensors.
+    any mode (fake tensors, counters, checkpointing policies) but a default device, for tensor
+    subclasses and meta tensors, and where this torch cannot tell.
     """
     return (
         torch.compiler.is_compiling()
+        or not _KNOWN
         or not _PLAIN.issuperset(map(type, inputs))
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or (torch._C._len_torch_function_stack() > 0 and not _only_default_device())
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.autograd._profiler_enabled()
@@ -40,9 +55,22 @@ def needs_dispatcher(inputs: tuple[Any, ...]) -> bool:
     )
 
 
+def _only_default_device() -> bool:
+    """Whether the modes that are on do no more than to place new tensors: sonic places its own."""
+    modes_of = getattr(torch.overrides, "_get_current_function_mode_stack", None)
+    return modes_of is not None and all(type(mode) is DeviceContext for mode in modes_of())
+
+
+def autocast_may_be_on() -> bool:
+    """Whether a region of autocast, for any kind of device, may enclose the call."""
+    ask = getattr(torch._C, "_is_any_autocast_enabled", None)
+    return ask is None or bool(ask())
+
+
 def saved_tensors_are_hooked() -> bool:
     """Whether hooks see, and may keep, what is saved for a backward pass now."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return ask is None or ask(True) is not None
 
 
 def graph_is_kept() -> bool:

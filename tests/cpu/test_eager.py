@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +21,11 @@ T, H, I, E, TOP_K = 6, 16, 8, 3, 2  # noqa: E741
 
 class _Subclass(Tensor):
     pass
+
+
+class _FunctionMode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
 
 
 def _layer(requires_grad: bool = True) -> dict[str, Tensor]:
@@ -101,20 +107,29 @@ def _traced() -> bool:
         lambda: _mode(FakeTensorMode()),
         lambda: _mode(FlopCounterMode(display=False)),
         lambda: _mode(profile()),
-        lambda: _mode(torch.device("cpu")),
+        lambda: _mode(_FunctionMode()),
         lambda: _inside(torch.vmap),
         lambda: _inside(torch.func.grad),
         _forward_mode,
         _traced,
     ],
     ids=[
-        "subclass", "meta", "other type", "fake", "flop counter", "profiler", "default device",
+        "subclass", "meta", "other type", "fake", "flop counter", "profiler", "function mode",
         "vmap", "func.grad", "forward mode", "jit.trace",
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_whoever_looks_gets_the_dispatcher(is_needed) -> None:
     assert is_needed()
+
+
+def test_a_torch_that_cannot_tell_gets_the_dispatcher(monkeypatch) -> None:
+    monkeypatch.setattr(eager, "_KNOWN", False)
+    assert needs_dispatcher((torch.zeros(2),))
+    monkeypatch.delattr(torch._C, "_is_any_autocast_enabled")
+    monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    assert eager.autocast_may_be_on() and eager.saved_tensors_are_hooked()
+    _results(_layer())
 
 
 def test_results_are_those_of_the_operators(monkeypatch) -> None:
@@ -131,6 +146,16 @@ def test_results_are_those_of_the_operators(monkeypatch) -> None:
     by_operator = _results(layer)
     assert len(calls) >= 4
     for ours, theirs in zip(direct, by_operator, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_default_device_needs_no_dispatcher_and_changes_nothing() -> None:
+    layer = _layer()
+    expected = _results(layer)
+    with torch.device("meta"):
+        assert torch.zeros(1).is_meta and not needs_dispatcher((layer["w1"],))
+        found = _results(layer)
+    for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
 
 

@@ -137,6 +137,31 @@ def test_a_remembered_launch_does_not_ask_triton(driver: _Driver, monkeypatch) -
         launcher(9, *CALLS["absent"][0], **_constants({}))
 
 
+def test_sizes_that_triton_does_not_tell_apart_are_one_entry(driver: _Driver) -> None:
+    launcher = Launcher(_scale_kernel)
+    source, other, target, _, size = CALLS["plain"][0]
+    for strides, entries in (((3, 5, 7), 1), ((1, 1), 2), ((16, 32), 3), ((2**40, 2**41 + 16), 5)):
+        for stride in strides:
+            launcher(5, source, other, target, stride, size, **_constants({}))
+            (bound,) = launcher._bound.values()
+        assert len(bound._compiled) <= entries
+    assert len({launch[2] for launch in driver.launches}) == len(bound._compiled)
+
+
+def test_constants_of_other_types_are_other_kernels() -> None:
+    launcher = Launcher(_scale_kernel)
+    assert len({id(launcher.bind(FACTOR=factor)) for factor in (1, 1.0, True, 1)}) == 3
+
+
+def test_another_triton_launches_its_own_way(driver: _Driver, monkeypatch) -> None:
+    monkeypatch.setitem(Launcher.__call__.__globals__, "_TAKES_ADDRESSES", False)
+    launcher = Launcher(_scale_kernel)
+    arguments, _ = CALLS["plain"]
+    for _ in range(2):
+        launcher(5, *arguments, **_constants({}))
+        assert any(argument is arguments[0] for argument in driver.launches[-1][3])
+
+
 def test_hooks_of_triton_still_run(driver: _Driver, monkeypatch) -> None:
     launcher = Launcher(_scale_kernel)
     arguments, _ = CALLS["plain"]
