@@ -14,6 +14,9 @@ class _Backend:
     def supports(self, problem: Problem) -> Unsupported | None:
         return tiles.supports(problem)
 
+    def supports_config(self, problem: Problem, config: TileConfig) -> Unsupported | None:
+        return tiles.supports_config(problem, config)
+
     def default_config(self, problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
         return tiles.default_config(problem, rows_per_expert, n, k)
 

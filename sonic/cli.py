@@ -81,6 +81,14 @@ def layer_launches(
     return launches
 
 
+def all_launches(
+    size: LayerSize, activation: ActivationType, dtype: str, add_bias: bool
+) -> list[tuple[Problem, int, int]]:
+    """:func:`layer_launches` and those of slices of columns, each once."""
+    launches = layer_launches(size, activation, dtype, add_bias)
+    return list(dict.fromkeys(launches + _sliced_launches(size, activation, dtype)))
+
+
 def layer_kernels(
     default_config: Callable[[Problem, int, int, int], TileConfig],
     size: LayerSize,
@@ -89,11 +97,11 @@ def layer_kernels(
     add_bias: bool,
 ) -> list[tuple[Problem, TileConfig]]:
     """The same with the tiles of each, slices of columns included."""
-    launches = layer_launches(size, activation, dtype, add_bias)
-    launches += _sliced_launches(size, activation, dtype)
     rows = size.rows_per_expert
-    launches = list(dict.fromkeys(launches))
-    return [(problem, default_config(problem, rows, n, k)) for problem, n, k in launches]
+    return [
+        (problem, default_config(problem, rows, n, k))
+        for problem, n, k in all_launches(size, activation, dtype, add_bias)
+    ]
 
 
 def _sliced_launches(

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from sonic.cli import LayerSize, compile_kernels, folder_to_fill, layer_launches
+from sonic.cli import LayerSize, all_launches, compile_kernels, folder_to_fill
 from sonic.enums import ActivationType
 from sonic.plan import build_plan
 from sonic.runtime.backend import Backend, backend_for
 from sonic.runtime.errors import ArgumentError
+from sonic.runtime.launch import forget_tiles
 from sonic.runtime.problem import TileConfig
 from sonic.runtime.tuned import TunedSize, keep_tuned, tuned_file, tuned_tiles
 from sonic.runtime.tuning import TimedGemm, search
 
+_log = logging.getLogger("sonic")
 _LEAST_GAIN = 1.01  # what two runs of one kernel may differ by
 
 
@@ -54,7 +57,7 @@ def run(parsed: argparse.Namespace) -> int:
         raise ArgumentError("the cache cannot be used, see the warning above: repair it first")
     if parsed.clear:
         path.unlink(missing_ok=True)
-        tuned_tiles.cache_clear()
+        forget_tiles()
         print(f"no tuned sizes for {gpu}")
         return 0
     sizes = list(dict.fromkeys(parsed.thiek))
@@ -62,7 +65,7 @@ def run(parsed: argparse.Namespace) -> int:
     kernels = {
         (problem, config): None
         for size in sizes
-        for problem, n, k in layer_launches(size, *options)
+        for problem, n, k in all_launches(size, *options)
         for config in (
             backend.default_config(problem, size.rows_per_expert, n, k),
             *backend.search_space(problem),
@@ -82,6 +85,7 @@ def run(parsed: argparse.Namespace) -> int:
             gains = result.gain >= _LEAST_GAIN
             found[result.size] = result.best if gains else result.default
         keep_tuned(path, found)
+        forget_tiles()
     print(f"kept in {path}")
     return 0
 
@@ -93,14 +97,29 @@ def _search_layer(
     device: torch.device,
 ) -> Iterator[_Result]:
     routing = _routing(size, device)
-    for problem, n, k in layer_launches(size, *options):
+    for problem, n, k in all_launches(size, *options):
         tuned = TunedSize(problem, size.rows_per_expert, n, k)
         default = backend.default_config(*tuned)
         gemm = TimedGemm(problem, *routing, size.tokens, n, k)
         gemm.warm_up(default)
         times = search(default, backend.search_space(problem), gemm.milliseconds)
-        best = min(times, key=times.__getitem__)
+        best = _fastest_right(gemm, tuned, default, times)
+        del gemm  # its operands, before the next ones are made
         yield _Result(tuned, default, times[default], best, times[best])
+
+
+def _fastest_right(
+    gemm: TimedGemm, size: TunedSize, default: TileConfig, times: dict[TileConfig, float]
+) -> TileConfig:
+    """The fastest tiles that compute what the default ones do; the others are logged."""
+    for config in sorted(times, key=times.__getitem__):
+        difference = None if config == default else gemm.difference(default, config)
+        if difference is None:
+            return config
+        _log.warning(
+            "refused tiles with another result: %s: %s", _describe(size, config), difference
+        )
+    return default
 
 
 def _routing(size: LayerSize, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

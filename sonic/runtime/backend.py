@@ -30,6 +30,9 @@ class Backend(Protocol):
     def supports(self, problem: Problem) -> Unsupported | None:
         """Why ``problem`` cannot run, or ``None``."""
 
+    def supports_config(self, problem: Problem, config: TileConfig) -> Unsupported | None:
+        """Why ``problem`` cannot run with these tiles, or ``None``."""
+
     def default_config(self, problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
         """Tiles for an output of ``n`` columns, ``k`` the weight's other axis; pure, no GPU."""
 

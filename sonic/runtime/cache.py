@@ -131,7 +131,7 @@ class KernelCache:
         folder = self.folder(key.arch, create=True) if keeps else None
         if folder is None:
             return compile_kernel()
-        with _turn(folder / f".{key.stem}.lock"):
+        with turn(folder / f".{key.stem}.lock"):
             kernel = self.load(key)
             return self._keep(folder, key, compile_kernel()) if kernel is None else kernel
 
@@ -265,7 +265,7 @@ def kernel_cache() -> KernelCache:
 
 
 @contextlib.contextmanager
-def _turn(path: Path) -> Iterator[None]:
+def turn(path: Path) -> Iterator[None]:
     """Waits until no other process is in a block with the same path."""
     import filelock
 
@@ -273,7 +273,7 @@ def _turn(path: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except (OSError, NotImplementedError) as error:  # a time-out is an OSError
-        _log.warning("compiling without waiting for other processes: %s", error)
+        _log.warning("went on without waiting for other processes: %s", error)
         yield
         return
     try:

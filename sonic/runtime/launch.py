@@ -16,7 +16,7 @@ from sonic.runtime.backend import Backend, backend_for
 from sonic.runtime.cache import KernelKey, kernel_cache
 from sonic.runtime.errors import CompileError, SonicError, UnsupportedError
 from sonic.runtime.problem import Problem, Ragged, TileConfig
-from sonic.runtime.tuned import TunedSize, tuned_tiles
+from sonic.runtime.tuned import TunedSize, tuned_file, tuned_tiles
 
 _log = logging.getLogger("sonic")
 _kernels: dict[tuple[Backend, Problem, TileConfig], Any] = {}
@@ -108,7 +108,21 @@ def _config(
     k: int,
 ) -> TileConfig:
     size = TunedSize(problem, rows_per_expert, n, k)
-    return _tuned(backend, device).get(size) or backend.default_config(*size)
+    tuned = _tuned(backend, device).get(size)
+    refusal = None if tuned is None else backend.supports_config(problem, tuned)
+    if tuned is not None and refusal is None:
+        return tuned
+    if tuned is not None and refusal is not None:  # a file that somebody edited
+        path = tuned_file(backend.arch, torch.cuda.get_device_name(device))
+        what = tuned.name, problem.name, path, refusal.reason
+        _log.warning("did not use the tuned tiles %s of %s in %s: %s", *what)
+    return backend.default_config(*size)
+
+
+def forget_tiles() -> None:
+    """What is chosen next is read from the file of tuned tiles again."""
+    tuned_tiles.cache_clear()
+    _config.cache_clear()
 
 
 def _tuned(backend: Backend, device: torch.device) -> Mapping[TunedSize, TileConfig]:

@@ -7,6 +7,7 @@ that is not in it gets the tiles that its extents call for.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sonic.enums import ActivationType
-from sonic.runtime.cache import kernel_cache, read_own
+from sonic.runtime.cache import kernel_cache, read_own, turn
 from sonic.runtime.problem import (
     Arch,
     EpilogueKind,
@@ -70,20 +71,37 @@ def tuned_file(arch: Arch, gpu: str) -> Path | None:
 
 
 def keep_tuned(path: Path, found: Mapping[TunedSize, TileConfig]) -> None:
-    """Write ``found`` over what the file has for these sizes, in one step."""
-    try:
-        entries = _read(path) | dict(found)
-    except (OSError, ValueError, TypeError, KeyError):  # missing or damaged: begin anew
-        entries = dict(found)
+    """Write ``found`` over what the file has for these sizes, in one step.
+
+    Processes take turns, so that none loses what another one found. Who keeps tiles calls
+    :func:`sonic.runtime.launch.forget_tiles` then.
+
+    :raises OSError: the file cannot be read or written.
+    """
+    with turn(path.with_name(f".{path.stem}.lock")):
+        try:
+            earlier = _read(path)
+        except FileNotFoundError:
+            earlier = {}
+        except (ValueError, TypeError, KeyError) as error:
+            _log.warning("begins anew the tuned tiles in %s: %s", path, error)
+            earlier = {}
+        _write(path, earlier | dict(found))
+
+
+def _write(path: Path, entries: Mapping[TunedSize, TileConfig]) -> None:
     lines = [
         json.dumps({**size._asdict(), "problem": asdict(size.problem), "tiles": asdict(config)})
         for size, config in entries.items()
     ]
     descriptor, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)
-    with os.fdopen(descriptor, "w") as file:
-        file.write("[\n" + ",\n".join(lines) + "\n]\n")
-    os.replace(name, path)
-    tuned_tiles.cache_clear()
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write("[\n" + ",\n".join(lines) + "\n]\n")
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # renamed
+            os.unlink(name)
 
 
 def _read(path: Path) -> dict[TunedSize, TileConfig]:

@@ -22,6 +22,7 @@ _FINALISTS = 8
 _WITHIN = 1.08  # of the fastest of the screening, for a finalist
 _LOAD_SECONDS = 0.1
 _LEAST_TILE = 64
+_COPY = 2.0**-11  # unit roundoff of half precision, in which a schedule may keep an accumulator
 
 Measure = Callable[[TileConfig], float]
 
@@ -100,6 +101,44 @@ class TimedGemm:
             parts = -(-self._columns // config.tile_n)
             operands = operands | {"row_sum": self._row_sums[:parts]}
         grouped_gemm(self.problem, config, self._device, **self._sizes)(**operands)
+
+    def difference(self, config: TileConfig, other: TileConfig) -> str | None:
+        """Which result of ``other`` is not that of ``config``, or ``None`` if all are."""
+        expected, found = self._results(config), self._results(other)
+        for name, right in expected.items():
+            if not self._agree(name, found[name], right):
+                return f"{name} differs from that of {config.name}"
+        return None
+
+    def _results(self, config: TileConfig) -> dict[str, torch.Tensor]:
+        """What one launch writes, of memory that held NaN before."""
+        names = [name for name in self._operands if name in ("d", "aux")]
+        outputs = {name: self._operands[name] for name in names}
+        accumulates = self.problem.epilogue is EpilogueKind.ACCUMULATE
+        for tensor in (*outputs.values(), self._row_sums):
+            tensor.fill_(0.0 if accumulates else float("nan"))
+        self.run(config)
+        results = {name: tensor.clone() for name, tensor in outputs.items()}
+        if self.problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
+            parts = -(-self._columns // config.tile_n)
+            results["row_sum"] = self._row_sums[:parts].sum(0)
+        return results
+
+    def _agree(self, name: str, found: torch.Tensor, expected: torch.Tensor) -> bool:
+        """Bit for bit where an accumulator is only stored or added. An activation may see it
+        rounded to half precision, or not: ``_COPY`` of a value, which its derivative passes on."""
+        if self.problem.epilogue in (EpilogueKind.LINEAR, EpilogueKind.ACCUMULATE):
+            return torch.equal(found, expected)
+        largest = expected.abs().amax().float() if expected.numel() else 0.0
+        if name == "row_sum":
+            # Of n products of either sign, whose magnitudes sum to sqrt(n) times as much.
+            each = _COPY + self._columns * torch.finfo(torch.float32).eps
+            bound = each * self._columns**0.5 * largest
+        else:
+            # Two factors of a product at most, of which either may be the larger one.
+            rounding = 2 * torch.finfo(expected.dtype).eps
+            bound = rounding * expected.abs().float() + 4 * _COPY * largest
+        return bool(((found.float() - expected.float()).abs() <= bound).all())
 
     def milliseconds(self, config: TileConfig) -> float:
         """Of one launch, behind another one that hides what the host does."""

@@ -2,16 +2,25 @@
 
 import json
 
+import filelock
 import pytest
 import torch
 
 from sonic import cli, tune
 from sonic.enums import ActivationType
-from sonic.runtime import launch
+from sonic.runtime import launch, tuned, tuning
 from sonic.runtime.cache import kernel_cache
-from sonic.runtime.problem import TileConfig
-from sonic.runtime.tuned import TunedSize, tuned_file, tuned_tiles
-from sonic.runtime.tuning import search
+from sonic.runtime.problem import (
+    EpilogueKind,
+    Operand,
+    Schedule,
+    TileConfig,
+    down_backward_act_problem,
+    down_problem,
+    weight_grad_problem,
+)
+from sonic.runtime.tuned import TunedSize, keep_tuned, tuned_file, tuned_tiles
+from sonic.runtime.tuning import TimedGemm, search
 
 pytest.importorskip("cutlass")
 
@@ -23,10 +32,13 @@ GPU = "NVIDIA Test 200"
 
 
 class Times:
-    """Stands for the GPU: milliseconds by tiling, one where nothing else is said."""
+    """Stands for the GPU: milliseconds by tiling, one where nothing else is said, and the tilings
+    whose results are wrong."""
 
     def __init__(self):
         self.by_tiling = {}
+        self.wrong = set()
+        self.alive = 0
         self.measured = []
 
     def gemm(self, problem, *_):
@@ -36,6 +48,15 @@ class Times:
 class _TimedGemm:
     def __init__(self, times, problem):
         self.times, self.problem = times, problem
+        assert times.alive == 0, "the operands of the GEMM before are still there"
+        times.alive += 1
+
+    def __del__(self):
+        self.times.alive -= 1
+
+    def difference(self, config, other):
+        assert config not in self.times.wrong
+        return "d differs" if other in self.times.wrong else None
 
     def warm_up(self, config):
         pass
@@ -66,13 +87,13 @@ def times(tmp_path, monkeypatch):
 def _forget():
     """As in a new process."""
     kernel_cache.cache_clear()
-    tuned_tiles.cache_clear()
-    launch._config.cache_clear()
+    launch.forget_tiles()
 
 
-def chosen(size=SIZE):
-    """The tiles that a layer of this size would be launched with."""
-    _forget()
+def chosen(size=SIZE, anew=True):
+    """The tiles that a layer of this size would be launched with, ``anew`` in a new process."""
+    if anew:
+        _forget()
     rows = size.tokens * size.top_k
     return [
         launch.config_for(problem, torch.device("cuda"), rows, size.experts, n, k)
@@ -87,14 +108,14 @@ def by_size(size=SIZE):
     return [config for _, config in kernels]
 
 
-def a_tiling_of_all():
-    """One that every problem of the layer can have, and none has by its size."""
+def a_tiling_of_all(index=0):
+    """One of those that every problem of the layer can have, and none has by its size."""
     spaces = [
         set(BACKEND.search_space(problem))
         for problem, _, _ in cli.layer_launches(SIZE, ActivationType.SWIGLU, "bfloat16", False)
     ]
     common = set.intersection(*spaces) - set(by_size())
-    return min(common, key=lambda config: (config.name, config.raster_along_m))
+    return sorted(common, key=lambda config: (config.name, config.raster_along_m))[index]
 
 
 def test_what_is_faster_is_used_from_then_on(times, capsys):
@@ -115,6 +136,83 @@ def test_every_legal_tiling_and_the_default_are_tried(times):
         default = BACKEND.default_config(problem, SIZE.rows_per_expert, n, k)
         tried = {config for measured, config in times.measured if measured == problem}
         assert tried == {default, *BACKEND.search_space(problem)}
+
+
+def test_slices_of_columns_are_tuned_too(times):
+    large = cli.LayerSize(32768, 2048, 768, 128, 8)
+    times.by_tiling[a_tiling_of_all()] = 0.5
+    assert cli.main(["tune", "--thiek", "32768,2048,768,128,8"]) == 0
+    (dx,) = {p for p, n, _ in cli._sliced_launches(large, ActivationType.SWIGLU, "bfloat16")}
+    sizes = tuned_tiles(BACKEND.arch, GPU)
+    assert {size.n for size in sizes if size.problem == dx} == {512, 2048}
+
+
+def test_a_tiling_with_another_result_is_refused(times, caplog):
+    wrong, slower = a_tiling_of_all(), a_tiling_of_all(1)
+    times.by_tiling |= {wrong: 0.25, slower: 0.5}
+    times.wrong.add(wrong)
+    assert cli.main(["tune", *THIEK]) == 0
+    assert chosen() == [slower] * 9
+    assert caplog.text.count("refused tiles with another result") == 9
+    assert wrong.name in caplog.text
+
+
+def test_this_process_uses_what_was_found_and_cleared(times):
+    best = a_tiling_of_all()
+    times.by_tiling[best] = 0.5
+    assert chosen() == by_size()
+    cli.main(["tune", *THIEK])
+    assert chosen(anew=False) == [best] * 9
+    cli.main(["tune", "--clear"])
+    assert chosen(anew=False) == by_size()
+
+
+def test_tiles_that_no_kernel_can_have_are_skipped(times, caplog):
+    best = a_tiling_of_all()
+    times.by_tiling[best] = 0.5
+    cli.main(["tune", *THIEK])
+    path = tuned_file(BACKEND.arch, GPU)
+    entries = json.loads(path.read_text())
+    entries[0]["tiles"]["tile_m"] = 100
+    path.write_text(json.dumps(entries))
+    assert chosen() == [by_size()[0]] + [best] * 8
+    assert "tile_m=100" in caplog.text and str(path) in caplog.text
+
+
+def test_a_file_that_cannot_be_read_or_written_is_left_alone(times, monkeypatch):
+    times.by_tiling[a_tiling_of_all()] = 0.5
+    cli.main(["tune", *THIEK])
+    path = tuned_file(BACKEND.arch, GPU)
+    before = path.read_bytes()
+
+    def refuse(*_):
+        raise PermissionError("not yours")
+
+    for name in ("read_own", "os.replace"):
+        with monkeypatch.context() as patch, pytest.raises(PermissionError):
+            patch.setattr(f"sonic.runtime.tuned.{name}", refuse)
+            keep_tuned(path, {})
+        assert path.read_bytes() == before
+        assert not list(path.parent.glob(".new-*"))
+
+
+def test_processes_that_keep_tiles_take_turns(times, monkeypatch):
+    times.by_tiling[a_tiling_of_all()] = 0.5
+    cli.main(["tune", *THIEK])
+    path = tuned_file(BACKEND.arch, GPU)
+    entries, held = dict(tuned._read(path)), []
+    write = tuned._write
+
+    def locked(*arguments):
+        lock = filelock.FileLock(path.with_name(f".{path.stem}.lock"), timeout=0)
+        with pytest.raises(filelock.Timeout):
+            lock.acquire()
+        held.append(True)
+        write(*arguments)
+
+    monkeypatch.setattr(tuned, "_write", locked)
+    keep_tuned(path, entries)
+    assert held and tuned._read(path) == entries
 
 
 def test_a_difference_of_chance_changes_nothing(times):
@@ -237,3 +335,52 @@ def test_clocks_that_fall_reach_all_tilings_alike():
     clock = iter(range(10**6))
     found = search(configs[3], configs, lambda config: seconds[config] * (1 + next(clock) / 1000))
     assert sorted(found, key=found.__getitem__) == configs
+
+
+# --- what it computes -----------------------------------------------------------------------------
+
+NARROW, WIDE = TileConfig(128, 64), TileConfig(128, 128, schedule=Schedule.OVERLAPPED)
+
+
+@pytest.mark.parametrize("harm", [None, "d", "aux", "row_sum", "unwritten"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        down_problem("bfloat16", True),
+        down_backward_act_problem(ActivationType.SWIGLU, "bfloat16"),
+        weight_grad_problem("bfloat16", Operand.B, False, True),
+    ],
+    ids=["linear", "gradient", "accumulated"],
+)
+def test_results_are_compared(monkeypatch, problem, harm):
+    """One wrong element of any result is found; what rounding may change is not wrong."""
+    gradient = problem.epilogue is EpilogueKind.ACTIVATION_GRAD
+    values = {}
+
+    def run(problem, config, *, row_sum=None, **operands):
+        for name in ("d", "aux"):
+            if name not in operands:
+                continue
+            output = operands[name]
+            right = values.setdefault(name, torch.randn_like(output))
+            ulp = torch.finfo(output.dtype).eps if gradient and config is WIDE else 0
+            result = right * (1 + ulp)
+            if harm == name and config is WIDE:
+                result[-1, -1] = -result[-1, -1] - 1
+            if problem.epilogue is EpilogueKind.ACCUMULATE:
+                result = output + result
+            output.copy_(result)
+            if harm == "unwritten" and config is WIDE:
+                output[0, 0] = 1e9 if problem.epilogue is EpilogueKind.ACCUMULATE else float("nan")
+        if row_sum is not None:
+            right = values.setdefault("row_sum", torch.randn(row_sum.shape[1]))
+            row_sum.copy_(right.expand_as(row_sum) / row_sum.shape[0])
+            if harm == "row_sum" and config is WIDE:
+                row_sum[0, 3] += 2 * right.abs().max()
+
+    monkeypatch.setattr(tuning, "grouped_gemm", run)
+    rows, offsets = torch.arange(24).int() % 8, torch.tensor([0, 10, 24]).int()
+    gemm = TimedGemm(problem, rows, offsets, 8, 128, 32)
+    has = {"d", "unwritten"} | ({"aux", "row_sum"} if gradient else set())
+    found = gemm.difference(NARROW, WIDE)
+    assert (found is not None) == (harm in has), found
