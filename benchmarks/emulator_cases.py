@@ -36,8 +36,6 @@ class Case:
     @property
     def name(self) -> str:
         sizes, parts = self.gemm.sizes, [self.gemm.problem.name, self.config.name]
-        if not self.config.raster_along_m:
-            parts.append("along_n")
         if self.gemm.gated:
             parts.append(self.gemm.layout.value)
         return " ".join([*parts, f"T{sizes.tokens} H{sizes.hidden} I{sizes.width} R{sizes.live}"])

@@ -117,10 +117,10 @@ class Sweep:
         shape, times = self.shapes[index], self.times[gemm][index]
         chosen = self.chosen(gemm, shape)
         best = sorted(times, key=times.__getitem__)[:others]
-        fastest = ", ".join(f"{_name(config)} {times[config]:.3f}" for config in best)
+        fastest = ", ".join(f"{config.name} {times[config]:.3f}" for config in best)
         return (
             f"{shape.problem} {gemm:4} {self.ratio(gemm, index):.3f} times the best: "
-            f"{_name(chosen)} {times[chosen]:.3f} ms; best {fastest}"
+            f"{chosen.name} {times[chosen]:.3f} ms; best {fastest}"
         )
 
     def summary(self) -> str:
@@ -180,10 +180,6 @@ def times_beside(path: Path) -> Path:
 
 def _values(config: TileConfig) -> list[object]:
     return [getattr(value, "value", value) for value in astuple(config)]
-
-
-def _name(config: TileConfig) -> str:
-    return f"{config.name}_{'m' if config.raster_along_m else 'n'}"
 
 
 def review(path: Path) -> None:

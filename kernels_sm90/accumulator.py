@@ -63,6 +63,8 @@ class ScaledHalves:
 
     The scale puts the largest of the thread's values of a row between 2**14 and 2**15. Rounding
     costs 2**-11 of a value, an eighth of what bfloat16 costs, down to 2**-28 of the largest one.
+    An infinity in a row is the largest: its scale flushes the thread's finite values of that row to
+    zero, so that beside an Inf they are not what float32 would give.
     """
 
     words: cute.Tensor

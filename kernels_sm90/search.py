@@ -4,7 +4,6 @@ search, is in ``tiles.candidates``."""
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields
 
 from kernels_sm90.tiles import supports_config
 from sonic.device.blocks import EpilogueBlocks
@@ -12,9 +11,8 @@ from sonic.runtime.problem import Problem, Ragged, Schedule, TileConfig
 
 _TILE_M = (64, 128, 192, 256)
 _TILE_N = (128, 192, 256)
-_CLUSTER = (1, 2, 4)
+_CLUSTER = (1, 2)
 _LEAST_ELEMENTS = 128 * 128  # smaller tiles load more than they multiply
-_FLAGS = tuple(f.name for f in fields(TileConfig) if f.type in (bool, "bool"))
 
 
 def search_space(problem: Problem) -> list[TileConfig]:
@@ -33,9 +31,10 @@ def search_space(problem: Problem) -> list[TileConfig]:
             if schedule is Schedule.COOPERATIVE and _is_legal_overlapped(problem, plain):
                 continue
             for cluster_m, cluster_n in itertools.product(_CLUSTER, _CLUSTER):
-                for flags in itertools.product((False, True), repeat=len(_FLAGS)):
-                    options = dict(zip(_FLAGS, flags, strict=True))
-                    config = TileConfig(m, n, cluster_m, cluster_n, schedule, stages, **options)
+                for along_m, dynamic in itertools.product((False, True), repeat=2):
+                    config = TileConfig(
+                        m, n, cluster_m, cluster_n, schedule, stages, along_m, dynamic
+                    )
                     if supports_config(problem, config) is None:
                         space.append(config)
     return space

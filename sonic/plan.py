@@ -81,7 +81,9 @@ def build_plan(topk_ids: torch.Tensor, num_experts: int, impl: str = "auto") -> 
             least ``num_experts`` drop their slot. A token may name an expert more than once.
         num_experts: E, 1 to 65,536.
         impl: ``"triton"`` (CUDA tensors), ``"torch"`` (any device) or ``"auto"`` (triton on CUDA,
-            else torch). The integers are the same.
+            else torch). The integers are the same. One of the methods of ``"triton"`` is no kernel
+            of its own: where there are so many experts that its counters would not stay small, the
+            slots are ordered by ``torch.sort``, as with ``"torch"``, on the GPU.
 
     Returns:
         A :class:`RoutingPlan`. Nothing waits for the device, and memory depends on shapes only.

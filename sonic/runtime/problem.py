@@ -126,7 +126,8 @@ class TileConfig(_HashedOnce):
     def name(self) -> str:
         return (
             f"{self.tile_m}x{self.tile_n}_{self.cluster_m}x{self.cluster_n}_{self.schedule.value}"
-            f"_e{self.epilogue_stages}{'_dynamic' if self.dynamic else ''}"
+            f"_e{self.epilogue_stages}{'' if self.raster_along_m else '_n'}"
+            f"{'_dynamic' if self.dynamic else ''}"
         )
 
 

@@ -108,3 +108,13 @@ def test_a_refused_problem_is_an_error_that_says_what_to_do():
     problem = Problem(Ragged.ROWS, "float32", EpilogueKind.LINEAR)
     with pytest.raises(UnsupportedError, match='float32.*cast the tensors.*impl="reference"'):
         launch.kernel_for(BACKEND, problem, COOPERATIVE)
+
+
+def test_no_two_tilings_of_a_problem_share_a_name():
+    from kernels_sm90 import BACKEND
+
+    for problem in (DOWN, DX, DW, DH, GATHERED, ACCUMULATE):
+        space = BACKEND.search_space(problem)
+        assert len({config.name for config in space}) == len(space)
+        flags = {(config.raster_along_m, config.dynamic) for config in space}
+        assert flags == {(False, False), (False, True), (True, False), (True, True)}

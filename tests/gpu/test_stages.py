@@ -34,10 +34,6 @@ REDUCTION_TILES = [
 BOUND = 3e-4
 
 
-def tile_id(config):
-    return f"{config.name}_{'m' if config.raster_along_m else 'n'}"
-
-
 @pytest.fixture(params=[GateUpLayout.INTERLEAVED, GateUpLayout.CONCATENATED], ids=lambda p: p.value)
 def case(request):
     """Operands of every stage: an empty expert, dropped slots, NaN where nothing may be read."""
@@ -107,13 +103,13 @@ def check(stage, config, case, monkeypatch):
         assert relative_error(got, want) < BOUND
 
 
-@pytest.mark.parametrize("config", ROW_TILES, ids=tile_id)
+@pytest.mark.parametrize("config", ROW_TILES, ids=lambda config: config.name)
 @pytest.mark.parametrize("stage", ["up", "down", "down_backward_act", "up_backward_act"])
 def test_ragged_rows(stage, config, case, monkeypatch):
     check(stage, config, case, monkeypatch)
 
 
-@pytest.mark.parametrize("config", REDUCTION_TILES, ids=tile_id)
+@pytest.mark.parametrize("config", REDUCTION_TILES, ids=lambda config: config.name)
 @pytest.mark.parametrize("stage", ["down_backward_weight", "up_backward_weight"])
 def test_ragged_reduction(stage, config, case, monkeypatch):
     check(stage, config, case, monkeypatch)
