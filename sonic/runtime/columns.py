@@ -2,11 +2,14 @@
 
 import functools
 
+# Assumed of every GPU, and true of Hopper: tiles of the kernels that make the rows of dX, and SMs.
+# On another one results are right, and slices may be too many or too few.
 _TILE_ROWS = 128
-_TILE_COLUMNS = (256, 192)  # of the kernels that make expert outputs
+_TILE_COLUMNS = (256, 192)
+_SMS = 132
 # A slice is a launch of its own, and ends with SMs that wait for the last tiles: at least eight
-# tiles for each of 132 SMs keep that small.
-_LEAST_TILES = 8 * 132
+# tiles for each SM keep that small.
+_LEAST_TILES = 8 * _SMS
 
 
 @functools.lru_cache(maxsize=4096)
@@ -21,7 +24,7 @@ def column_slices(
     measured.
     """
     room = rows * columns * element_size - other_bytes
-    if other_bytes == 0 or room <= 0:
+    if room <= 0:
         return ((0, columns),)
     tile = min(_TILE_COLUMNS, key=lambda width: (-(-columns // width) * width, -width))
     tiles = -(-columns // tile)

@@ -443,8 +443,13 @@ def test_memory_between_forward_and_backward_is_the_formula():
     formula = sonic.saved_bytes(*sizes, problem.num_experts, problem.top_k)
     new = formula - leaves["hidden_states"].numel() * 2 - 4 * rows  # input and scores are ours
     assert new <= held <= new + 16 * 512  # the allocator rounds each tensor up to 512 bytes
+    # What is asked of the allocator, before it rounds.
+    allocated = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.reset_peak_memory_stats()
     gradients(out, leaves, inputs.dout)
-    peak = torch.cuda.max_memory_allocated() - before - out.numel() * out.itemsize
-    estimate = sonic.memory_estimate(*sizes, problem.num_experts, problem.top_k)
-    assert 0.7 * estimate.backward_peak < peak < 1.1 * estimate.backward_peak
+    more = torch.cuda.memory_stats()["requested_bytes.all.peak"] - allocated
+    estimate = sonic.memory_estimate(*sizes, problem.num_experts, problem.top_k).backward_peak
+    estimate -= formula - leaves["hidden_states"].numel() * 2  # what was kept
+    # The estimate leaves out the gradients of the biases and the counter of dynamic tiles.
+    biases = sum(leaves[name].numel() * leaves[name].itemsize for name in ("b1", "b2"))
+    assert estimate <= more <= estimate + biases + 4
