@@ -110,6 +110,14 @@ def build_plan(topk_ids: torch.Tensor, num_experts: int, impl: str = "auto") -> 
     return plan_of_topk(topk_ids, num_experts, impl)
 
 
+def int32_ids(ids: torch.Tensor) -> torch.Tensor:
+    """``ids`` as int32. One beyond int32 becomes its end, and stays out of every range: a cast
+    alone would wrap it to an expert."""
+    if ids.dtype == torch.int32:
+        return ids
+    return ids.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+
+
 def plan_of_topk(topk_ids: torch.Tensor, num_experts: int, impl: str) -> RoutingPlan:
     """:func:`build_plan` of arguments that have been checked."""
     inputs = (topk_ids, num_experts, impl)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sonic.plan import RoutingPlan, build_plan
+from sonic.plan import RoutingPlan, build_plan, int32_ids
 from sonic.runtime.derivatives import differentiable_function, register_gradient
 from sonic.runtime.errors import (
     ArgumentError,
@@ -103,6 +103,7 @@ def route(
     bias = None if bias is None else bias.detach()
     if mask is not None:
         mask = mask.detach().view(-1, mask.shape[-1])
+    ids = None if ids is None else int32_ids(ids)
     results = torch.ops.sonic.route(logits, bias, mask, ids, *_flat(options))
     return RouteTensors(*results)
 

@@ -134,6 +134,29 @@ def test_recorded_ids_are_weighted_anew():
     assert torch.equal(route(logits, 3, ids=again.ids).scores, again.scores)
 
 
+def test_ids_beyond_int32_are_dropped():
+    """A cast would make experts of them: 2^32 + 1 is 1 in int32."""
+    wide = torch.tensor([[2**32 + 1, 0], [2**31, 2**63 - 1], [-(2**32), -(2**63) + 3]])
+    x, weights = torch.randn(3, H), torch.rand(3, K)
+    out = route(torch.randn(3, E), K, ids=wide, num_experts=E)
+    routed = [
+        (out.ids, out.scores, plan_of(out)),
+        *(
+            (r.topk_ids, r.topk_weights, r.plan)
+            for r in (
+                TopKRouter(H, E, K)(x, ids=wide),
+                PrecomputedRouter(H, E, K)(x, topk_ids=wide, topk_weights=weights),
+            )
+        ),
+    ]
+    for ids, _, plan in routed:
+        inside = (ids >= 0) & (ids < E)
+        assert ids.dtype == torch.int32 and inside.tolist() == [[False, True], *[[False] * 2] * 2]
+        assert plan.offset_by_expert[-1] == 1
+    assert all(scores[0, 1] > 0 and scores.count_nonzero() == 1 for _, scores, _ in routed[:2])
+    assert out.load.sum() == 1
+
+
 def test_null_experts_weigh_nothing_and_are_averaged_in_the_loss():
     logits = torch.randn(64, 12)
     out = route(logits, 4, num_null=4, num_experts=8)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from sonic import checks
 from sonic.nn.routers.base import LossWeights, Router, RouterOutput
-from sonic.plan import build_plan
+from sonic.plan import build_plan, int32_ids
 from sonic.routing.balancing import RoutingStatistics
 
 
@@ -40,6 +40,5 @@ class PrecomputedRouter(Router):
         statistics = None
         if balance:
             statistics = RoutingStatistics(plan.expert_frequency(), None, self.num_experts, plan)
-        return RouterOutput(
-            topk_ids.int(), topk_weights, plan, None, {}, LossWeights(), statistics, None
-        )
+        ids = int32_ids(topk_ids)
+        return RouterOutput(ids, topk_weights, plan, None, {}, LossWeights(), statistics, None)
