@@ -123,6 +123,7 @@ def forget_tiles() -> None:
     """What is chosen next is read from the file of tuned tiles again."""
     tuned_tiles.cache_clear()
     _config.cache_clear()
+    prepared.cache_clear()
 
 
 def _tuned(backend: Backend, device: torch.device) -> Mapping[TunedSize, TileConfig]:
