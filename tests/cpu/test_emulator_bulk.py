@@ -194,3 +194,51 @@ def test_remote_reductions_of_the_same_word(seed):
 def test_what_is_not_there_is_refused_by_name(text):
     with pytest.raises(PtxError, match=text.split(".")[0].split(" ")[0]):
         run_ptx(text, source())
+
+
+TWO_LANES = """
+mov.u32 %r9, dynamic; setp.eq.u32 %p0, %r0, 0; setp.eq.u32 %p1, %r0, {waits};
+@%p0 st.shared.u32 [%r9], 7; @%p0 fence.proxy.async.shared::cta;
+@%p0 cp.async.bulk.global.shared::cta.bulk_group [%d0], [%r9], 128;
+@%p0 cp.async.bulk.commit_group;
+@%p1 cp.async.bulk.wait_group.read 0;
+@%p0 st.shared.u32 [%r9], 8;
+"""
+
+
+@pytest.mark.parametrize("mode", ["eager", "lazy"])
+def test_groups_are_those_of_a_thread(mode):
+    """Lane 1 waits for its own groups, of which it has none, not for the store of lane 0."""
+    place = aligned_words()
+    run_ptx(TWO_LANES.format(waits=0), place, smem=1024, policy=Policy(0, mode))
+    with pytest.raises(
+        Fault, match="race: generic store .* bulk store read|after the read by warp 0"
+    ):
+        run_ptx(TWO_LANES.format(waits=1), place, smem=1024, policy=Policy(0, mode))
+
+
+def aligned_words():
+    store = np.zeros(64, np.uint32)
+    at = -store.ctypes.data % 16 // 4
+    return store[at : at + 32]
+
+
+REUSE = """
+mov.u32 %r9, dynamic; setp.ne.u32 %p0, %r0, 0;
+@!%p0 mbarrier.init.shared::cta.b64 [%r9], 1; fence.mbarrier_init.release.cluster;
+{before} ld.shared.u32 %r4, [%r9+128]; {after} bar.warp.sync -1;
+@!%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r9], 128;
+@!%p0 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes
+    [%r9+128], [%d0], 128, [%r9];
+"""
+
+
+@pytest.mark.parametrize("fence", [FENCE, "fence.proxy.async;"])
+def test_a_copy_over_what_was_read_wants_a_proxy_fence_between(fence):
+    """It is a warning; a fence before the read does not count."""
+    for before, after, warned in (("", fence, False), ("", "", True), (fence, "", True)):
+        body = REUSE.format(before=before, after=after) + WAIT
+        machine = run_ptx(body, aligned_words(), smem=1024, target="sm_100a")
+        warnings = [w for w in machine.warnings if "no fence.proxy.async between the generic" in w]
+        assert bool(warnings) == warned
+        assert all("[%r9+128]" in w and "bulk copy over it" in w for w in warnings)

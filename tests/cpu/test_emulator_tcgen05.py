@@ -245,7 +245,7 @@ RELINQUISH = "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;"
         (allocation(64), r"exits with TMEM still allocated: \{0: 64\}"),
         (
             allocation(512) + allocation(32, 4),
-            r"deadlock[\s\S]*waits for tcgen05.alloc of 32 columns: \{0: 512\} are taken",
+            r"deadlock[\s\S]*waits for tcgen05.alloc of 32 columns: \{0: 512\} of the SM are taken",
         ),
     ],
 )
@@ -270,6 +270,37 @@ def test_allocation_waits_for_room():
     """
     for seed in range(4):
         run_ptx(body, smem=64, block=(64, 1, 1), target="sm_100a", policy=Policy(seed))
+
+
+def test_ctas_of_an_sm_share_its_columns():
+    """They get different ones, and wait for each other; shared memory keeps them apart."""
+    body = f"{ONE_WARP} {allocation(256)} mov.u32 %r1, %ctaid.x; mul.wide.u32 %d8, %r1, 4;"
+    body += f"add.s64 %d8, %d0, %d8; st.global.u32 [%d8], %r10; {freed(256)}"
+    options = {"grid": (6, 1, 1), "target": "sm_100a"}
+    for smem, columns in ((64, {0, 256}), (200_000, {0})):
+        seen = set()
+        for seed in range(4):
+            out = np.zeros(6, np.uint32)
+            run_ptx(body, out, smem=smem, policy=Policy(seed), **options)
+            seen |= set(out.tolist())
+        assert seen == columns
+
+
+def test_a_cta_that_waits_for_one_without_tensor_memory():
+    """CTA 0 holds all columns until CTA 1, on the same SM, has had some."""
+    body = f"""
+    {ONE_WARP} mov.u32 %r1, %ctaid.x; setp.ne.u32 %p1, %r1, 0; @%p1 bra SECOND;
+    {allocation(512)} st.release.gpu.global.u32 [%d0], 1;
+    WAIT: ld.acquire.gpu.global.u32 %r3, [%d0]; setp.ne.u32 %p2, %r3, 2; @%p2 bra WAIT;
+    {freed(512)} bra END;
+    SECOND: ld.acquire.gpu.global.u32 %r3, [%d0]; setp.ne.u32 %p2, %r3, 1; @%p2 bra SECOND;
+    {allocation(32)} st.release.gpu.global.u32 [%d0], 2; {freed(32)}
+    END:
+    """
+    options = {"grid": (2, 1, 1), "target": "sm_100a", "max_steps": 20_000}
+    run_ptx(body, np.zeros(1, np.uint32), smem=200_000, **options)  # an SM each
+    with pytest.raises(Fault, match=r"alloc of 32 columns: \{0: 512\} of the SM are taken"):
+        run_ptx(body, np.zeros(1, np.uint32), smem=64, **options)
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,12 @@ def image(**parts):
     return memory.view(np.uint32)
 
 
-BODY = """
+# Thread 0 is %p1, warp 0 is %p4; array 1 goes to shared memory, from byte 1024 on.
+BEGIN = """
 mov.b32 %r2, dynamic;
 setp.eq.u32 %p1, %r0, 0;
 setp.lt.u32 %p4, %r0, 32;
+{first}
 mov.b32 %r3, %r0;
 FILL: mad.wide.u32 %d8, %r3, 4, %d1;
 ld.global.u32 %r4, [%d8];
@@ -88,10 +90,12 @@ setp.lt.u32 %p6, %r3, 8192;
 @%p1 mbarrier.init.shared::cta.b64 [%r2], 1;
 @%p1 fence.mbarrier_init.release.cluster;
 @!%p4 bra FILLED;
-tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r2+16], 128;
+tcgen05.alloc.cta_group::{ctas}.sync.aligned.shared::cta.b32 [%r2+16], {allocated};
 FILLED:
 fence.proxy.async.shared::cta;
-bar.sync 0;
+"""
+BODY = """
+{begin}bar.sync 0;
 ld.shared.u32 %r6, [%r2+16];
 and.b32 %r7, %r0, 96;
 shl.b32 %r7, %r7, 16;
@@ -129,7 +133,8 @@ def run(issue, memory, before="", columns=N, seed=0, arrays=()):
     out = np.zeros((128, columns), np.uint32)
     save = "".join(f"st.global.u32 [%d9+{4 * i}], %r{20 + i};\n" for i in range(columns))
     body = BODY.format(
-        before=before, issue=issue, columns=columns, registers=names(20, columns),
+        begin=BEGIN.format(first="", ctas=1, allocated=128), before=before, issue=issue,
+        columns=columns, registers=names(20, columns),
         width=4 * columns, save=save,
     )  # fmt: skip
     options = {"block": (128, 1, 1), "smem": SIZE, "target": "sm_100a", "policy": Policy(seed)}
@@ -287,30 +292,14 @@ def test_scale_factors_must_be_in_all_four_partitions():
         run(issue, image(a=abits, b=bbits), before)
 
 
-PAIR = """
+EACH = """
 mov.u32 %r90, %cluster_ctarank;
-mov.b32 %r2, dynamic;
-setp.eq.u32 %p1, %r0, 0;
-setp.lt.u32 %p4, %r0, 32;
 setp.eq.u32 %p7, %r90, 0;
 mad.wide.u32 %d1, %r90, 32768, %d1;
 mad.wide.u32 %d0, %r90, {stride}, %d0;
-mov.b32 %r3, %r0;
-FILL: mad.wide.u32 %d8, %r3, 4, %d1;
-ld.global.u32 %r4, [%d8];
-mad.lo.u32 %r5, %r3, 4, %r2;
-setp.gt.u32 %p5, %r3, 255;
-@%p5 st.shared.u32 [%r5], %r4;
-add.u32 %r3, %r3, 128;
-setp.lt.u32 %p6, %r3, 8192;
-@%p6 bra FILL;
-@%p1 mbarrier.init.shared::cta.b64 [%r2], 1;
-@%p1 fence.mbarrier_init.release.cluster;
-@!%p4 bra FILLED;
-tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%r2+16], 32;
-FILLED:
-fence.proxy.async.shared::cta;
-{meet}
+"""
+PAIR = """
+{begin}{meet}
 ld.shared.u32 %r6, [%r2+16];
 setp.ne.u32 %p3, 0, 0;
 mov.b16 %h1, {mask};
@@ -347,8 +336,10 @@ def run_pair(m, seed=0, meet=MEET, mask=3, wait=WAIT):
         [image(a=abits[m // 2 * i :][: m // 2], b=bbits[16 * i :][:16]) for i in range(2)]
     )
     save = "".join(f"st.global.u32 [%d9+{4 * i}], %r{20 + i};\n" for i in range(columns))
+    each = EACH.format(stride=512 * columns)
     body = PAIR.format(
-        stride=512 * columns, meet=meet, mask=mask, a=A, b=B, shape=idesc(1, 1, m=m, n=32),
+        begin=BEGIN.format(first=each, ctas=2, allocated=32), meet=meet, mask=mask, a=A, b=B,
+        shape=idesc(1, 1, m=m, n=32),
         wait=wait, columns=columns, registers=names(20, columns), width=4 * columns, save=save,
     )  # fmt: skip
     options = {"block": (128, 1, 1), "grid": (2, 1, 1), "cluster": (2, 1, 1), "smem": SIZE}
@@ -441,3 +432,16 @@ def test_shapes_that_do_not_exist(shape, message):
 def test_other_forms_are_refused(text):
     with pytest.raises(PtxError, match="line 12"):
         run_ptx(text, target="sm_100a")
+
+
+@pytest.mark.parametrize(
+    ("a", "message"),
+    [
+        (descriptor(SIZE), r"tcgen05.mma: operand at .* is outside the allocation"),
+        (A | 1 << 53, "bits outside its fields are set"),
+        (A & ~(7 << 46), "version bits are not 0b001"),
+    ],
+)
+def test_descriptors_that_are_not_legal(a, message):
+    with pytest.raises(Fault, match=message):
+        run(multiply("f16", idesc(1, 1), "%p3", a), image())

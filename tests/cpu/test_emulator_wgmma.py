@@ -168,6 +168,38 @@ def test_only_the_newest_groups_are_in_flight():
         result(body + "add.f32 %r20, %r20, %r30;" + WAIT, 8, memory)
 
 
+def warnings_of(body):
+    out, memory = np.zeros(1, np.uint32), np.zeros(SIZE // 4, np.uint32)
+    return run_ptx(FILL + body, out, memory, block=(128, 1, 1), smem=SIZE).warnings
+
+
+def test_accumulators_are_fenced_after_other_accesses():
+    """9.7.15.7.1; none is needed between wgmmas of one shape."""
+    again = multiply("f32", "e4m3", "e4m3", 32, A)
+    read = "add.f32 %r9, %r20, %r21;"
+    assert not warnings_of(FENCE + MMA + WAIT + again + WAIT)
+    assert not warnings_of(FENCE + MMA + WAIT + read + FENCE + again + WAIT)
+    for second in (again, MMA):
+        (warning,) = warnings_of(FENCE + MMA + WAIT + read + second + WAIT)
+        assert warning.startswith("no wgmma.fence between an access to accumulators, PTX line")
+        assert read[:-1] in warning
+
+
+def test_a_wait_orders_the_warp_that_waits_alone():
+    """What warp 1 stored before the wgmma is not ordered before what warp 0 reads after it."""
+    body = "setp.eq.u32 %p7, %r0, 32; @%p7 st.shared.u32 [%r2+16000], 1;" + FENCE + MMA + WAIT
+    body += "{}setp.eq.u32 %p7, %r0, 0; @%p7 ld.shared.u32 %r4, [%r2+16000];"
+    warnings_of(body.format("bar.sync 0;"))
+    with pytest.raises(Fault, match="race: generic load .* write by warp 1 of the cluster"):
+        warnings_of(body.format(""))
+
+
+@pytest.mark.parametrize("bit", [14, 31, 47, 55])
+def test_descriptors_with_bits_outside_their_fields(bit):
+    with pytest.raises(Fault, match="bits outside its fields are set"):
+        warnings_of(FENCE + multiply("f32", "e4m3", "e4m3", 32, A | 1 << bit, "%p3") + WAIT)
+
+
 def form(types, accumulators, tail):
     return f"{types} {names(20, accumulators)}, {A}, {B}, %p2, {tail};"
 

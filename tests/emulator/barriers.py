@@ -2,6 +2,7 @@
 
 from .builder import BLOCK, converged, first, instruction
 from .memory import Fault
+from .ordering import proxy_fence
 from .races import fence as order_fence
 from .races import learn, scope_of
 from .sync import NamedBarrier
@@ -116,13 +117,18 @@ def fence_proxy_async(b, ins):
                 d.flush()
             w.dirty = set()
             publish_inits(w)
+            proxy_fence(w)
         if to_global:
             M.memory.order.add_fence(w, M.memory.order.proxy_fences, ins)
 
     return fence
 
 
-instruction("fence.proxy.async::generic", "*")(lambda b, ins: lambda M, w, frag, m: None)
+@instruction("fence.proxy.async::generic", "*")
+def fence_async_generic(b, ins):
+    """`.release` hands reads over to the async proxy; `.acquire` is that of the other side."""
+    release = "release" in ins.parts
+    return lambda M, w, frag, m: proxy_fence(w) if release else None
 
 
 @instruction("fence.mbarrier_init", "release cluster")

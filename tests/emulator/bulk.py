@@ -27,14 +27,19 @@ TO_SHARED = {
 class BulkStore:
     """A bulk copy out of shared memory: how far it is, and who waits for it.
 
-    `over`: its issuer has waited at least for the read. `event`: its write, in `races`.
+    `lanes` issued it, and `groups` says how many groups each had committed; it is over for others
+    once all of them have waited, as `reading` and `writing` (lanes that have not) say. `event`: its
+    write, in `races`.
     """
 
-    __slots__ = ("access", "event", "read", "written", "over", "waiters")
+    __slots__ = (
+        "access", "event", "lanes", "groups", "reading", "writing", "read", "written", "waiters",
+    )  # fmt: skip
 
-    def __init__(self, access, event):
-        self.access, self.event, self.waiters = access, event, []
-        self.read, self.written, self.over = False, False, False
+    def __init__(self, access, event, lanes, commits):
+        self.access, self.event, self.lanes, self.groups = access, event, lanes, commits[lanes]
+        self.reading, self.writing = (np.ones(len(lanes), bool) for _ in range(2))
+        self.read, self.written, self.waiters = False, False, []
 
     def reached(self, M, state):
         setattr(self, state, True)
@@ -45,39 +50,40 @@ class BulkStore:
 
 @instruction("cp.async.bulk.commit_group")
 def commit_group(b, ins):
+    """Groups are a thread's own: each lane commits what it has issued itself."""
+
     def run(M, w, frag, m):
-        w.bulk_groups.append(w.bulk_open)
-        w.bulk_open = []
+        w.bulk_commits += 1 if m is None else m
 
     return run
 
 
 @instruction("cp.async.bulk.wait_group", "read")
 def wait_group(b, ins):
-    """All groups but the n most recent must be complete, whatever order they finish in."""
+    """All groups of a thread but its n most recent must be complete, in whatever order."""
     n, state = ins.operands[0].bits, "read" if "read" in ins.parts else "written"
 
     def run(M, w, frag, m):
-        cut = max(len(w.bulk_groups) - n, 0)
-        older = [op for g in w.bulk_groups[:cut] for op in g]
-        pending = [op for op in older if not getattr(op, state)]
+        last = w.bulk_commits - n if m is None else np.where(m, w.bulk_commits - n, 0)
+        older = [(op, op.groups < last[op.lanes]) for op in w.bulk_stores]
+        pending = [op for op, lanes in older if lanes.any() and not getattr(op, state)]
         if pending:
             w.why = f"{len(pending)} bulk stores not {state} yet"
             for op in pending:
                 op.waiters.append(w)
             return BLOCK
-        recent = [op for g in [*w.bulk_groups[cut:], w.bulk_open] for op in g]
-        finished, reading = ([op.access for op in x if not op.over] for x in (older, recent))
+        finished = []
+        for op, lanes in older:
+            finished += [op.access] if op.reading.any() and lanes[op.reading].all() else []
+            op.reading &= ~lanes
+            if state == "written":
+                op.writing &= ~lanes
+                if op.event is not None and not op.writing.any():
+                    op.event.time = int(w.clock[w.id])
+        reading = [op.access for op in w.bulk_stores if op.reading.any()]
         w.cta.smem.reads_over(w, finished, reading)
-        for op in older:
-            op.over = True
-            if state == "written" and op.event is not None:
-                op.event.time = int(w.clock[w.id])
-        # groups that were waited for as read only may still have to be waited for as written
-        left = []
-        if state == "read":
-            left = [g for g in w.bulk_groups[:cut] if g]
-        w.bulk_groups = left + w.bulk_groups[cut:]
+        # those that were waited for as read only may still have to be waited for as written
+        w.bulk_stores = [op for op in w.bulk_stores if op.writing.any()]
         return None
 
     return run
@@ -88,15 +94,16 @@ def prefetch(b, ins):
     return lambda M, w, frag, m: None
 
 
-def stored(M, w, smem, units, ins, event, write):
+def stored(M, w, lanes, smem, units, ins, event, write):
     """Schedules the halves of a bulk store: `write(bytes)` runs some time after the read.
 
-    event: its write to global memory, as `races` entered it, or None.
+    lanes: that issued it, numbers in an array. event: its write to global memory, as `races`
+    entered it, or None.
     """
     smem.check_async(w, units, "bulk store", write=False)
     access = smem.begin("bulk store read", units, ins, w)
-    op = BulkStore(access, event)
-    w.bulk_open.append(op)
+    op = BulkStore(access, event, lanes, w.bulk_commits)
+    w.bulk_stores.append(op)
 
     def read():
         data = smem.asynchronous[16][units].copy()
@@ -311,6 +318,7 @@ def bulk_out(b, ins, op):
                 else:
                     target[at] = data.reshape(-1)[at]
 
-            stored(M, w, cta.smem, np.arange(off >> 4, (off + n) >> 4), ins, event, write)
+            units = np.arange(off >> 4, (off + n) >> 4)
+            stored(M, w, one(i), cta.smem, units, ins, event, write)
 
     return copy

@@ -5,7 +5,7 @@ PTX ISA 2.2 "Thread hierarchy", 9.7.13.14 (griddepcontrol), 10 (special register
 
 import numpy as np
 
-from .gpus import check_launch, check_residency
+from .gpus import check_launch, check_residency, ctas_per_sm
 from .memory import SMEM_RESERVED, Fault
 from .ptx import PtxError
 from .races import Knowledge
@@ -182,8 +182,18 @@ class Grid:
                 cluster.live_warps += 1
                 cluster.barrier.live_lanes += int(w.live.sum())
                 machine.ready.append(w)
+        self.place(cluster)
         self.active += 1
         machine.active.append(cluster)
+
+    def place(self, cluster):
+        """Puts a cluster's CTAs on SMs that others of the launch are on already, if they fit."""
+        fit = ctas_per_sm(self.machine.gpu_for(self.kernel.target), self)
+        for other in self.machine.active:
+            if other.grid is self and len(other.sharing) < fit:
+                cluster.sharing = other.sharing
+                cluster.sharing.append(cluster)
+                return
 
     def registers(self, cta, tid, at, local):
         """A warp's initial registers: poison, then special registers and symbols."""

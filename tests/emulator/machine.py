@@ -391,6 +391,7 @@ class Machine:
             heapq.heapify(events)
             self.run_event(*first[2:])
         self.active.remove(cluster)
+        cluster.sharing.remove(cluster)
         grid.active -= 1
         self.attention = True
         if not grid.active and not grid.todo:

@@ -302,12 +302,26 @@ class SharedMemory:
         found = self.history.unit_conflict(w, units, write)
         if found:
             raise self.unordered(w, what, *found)
+        if write:
+            self.check_reads(w, units, what)
         stale = self.unfenced[16][units]
         if stale.any():
             at = int(np.asarray(units)[stale.any(1)].min())
             raise Fault(
                 f"{what} of {self.name}+{at * 16:#x}, where a generic-proxy store was not followed "
                 f"by a fence.proxy.async ordered before it; stored by {self.origin_of(at)}"
+            )
+
+    def check_reads(self, w, units, what):
+        """Warns of an async-proxy write that generic reads precede without a proxy fence.
+
+        The memory model asks for one (PTX ISA 8.7, 9.7.9.25.2); some known kernels go without.
+        """
+        if line := self.history.unfenced_read(w, units):
+            here = w.cta.program.kernel.instrs[w.frags[0].pc].where()
+            w.cta.cluster.grid.machine.warnings.add(
+                f"no fence.proxy.async between the generic read, {line_of(w, line)}, and the "
+                f"{what} over it, {here}"
             )
 
     def origin_of(self, unit):

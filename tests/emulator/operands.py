@@ -11,6 +11,9 @@ from .values import LANES, UINT
 
 SM100_SWIZZLE = {0: 0, 2: 128, 4: 64, 6: 32}
 SM90_SWIZZLE = {0: 0, 1: 128, 2: 64, 3: 32}
+# bits of a descriptor that are zero: between its fields, and above the offset of the base
+SM90_ZERO = 0x3FF1_C000_C000_C000
+SM100_ZERO = 0x1FF0_0000_C000_C000
 ELEM = {
     "f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "e2m3": 1, "e3m2": 1, "e2m1": 1,
     "s8": 1, "u8": 1,
@@ -26,6 +29,8 @@ def operand_offsets(desc, rows, k, elem, mn_major, sm100):
     additions to the start.
     """
     start, lbo, sbo = ((desc >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    if desc & (SM100_ZERO if sm100 else SM90_ZERO):
+        raise Fault(f"matrix descriptor {desc:#x}: bits outside its fields are set")
     if (desc >> 49) & 7:
         raise Fault(f"matrix descriptor {desc:#x}: base offset is not supported")
     if sm100 and (desc >> 46) & 7 != 1:

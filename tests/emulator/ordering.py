@@ -8,6 +8,10 @@ asynchronous access is stamped PENDING from its issue until the wait that its is
 access to a granule whose stamps the warp's clock does not cover is a race, in this run or in
 another, unless both are strong (atomics, `.relaxed` and the like).
 
+The second half of a clock holds, per component, the latest time that a proxy fence followed: it is
+passed on like the first. A write of the async proxy wants the generic reads before it covered by
+that half too.
+
 Granules are words, until an access of less makes them all smaller.
 """
 
@@ -22,7 +26,13 @@ class Fault(Exception):
 
 
 def new_clock():
-    return np.zeros(COMPONENTS, np.int32)
+    return np.zeros(2 * COMPONENTS, np.int32)
+
+
+def proxy_fence(w):
+    """What is ordered before the warp's next access is so across proxies too."""
+    np.maximum(w.clock[COMPONENTS:], w.clock[:COMPONENTS], out=w.clock[COMPONENTS:])
+    w.clock[w.id] += 1
 
 
 class Accesses:
@@ -58,6 +68,7 @@ class History:
         self.written = np.zeros(count, np.int32)
         self.write_line = np.zeros(count, np.int32)
         self.reads = Accesses(count, warps)
+        self.generic_reads = Accesses(count, warps)  # those of `reads` that no async proxy did
         self.strong = None  # (loads, stores and atomics), once there are any
         self.look_at_units()
 
@@ -71,13 +82,14 @@ class History:
         self.unit_write_line = self.write_line.reshape(-1, n)
         self.unit_read = self.reads.time.reshape(-1, n, self.warps)
         self.unit_read_line = self.reads.line.reshape(-1, n)
+        self.unit_generic_read = self.generic_reads.time.reshape(-1, n, self.warps)
 
     def refine(self, granule):
         factor, self.granule = self.granule // granule, granule
         self.writer, self.written, self.write_line = (
             np.repeat(x, factor) for x in (self.writer, self.written, self.write_line)
         )
-        for accesses in (self.reads, *(self.strong or ())):
+        for accesses in (self.reads, self.generic_reads, *(self.strong or ())):
             accesses.refine(factor)
         self.look_at_units()
 
@@ -131,6 +143,7 @@ class History:
             self.writer[at], self.written[at], self.write_line[at] = w.id, time, line
         else:
             self.reads.stamp(w, at, time, line)
+            self.generic_reads.stamp(w, at, time, line)
 
     # ---- asynchronous accesses of 16-byte units ----
     def unit_conflict(self, w, units, write):
@@ -147,6 +160,15 @@ class History:
                     if found:
                         return kind, *found
         return None
+
+    def unfenced_read(self, w, units):
+        """The line of a generic read of the units that no proxy fence follows, or 0."""
+        fenced = w.clock[COMPONENTS : COMPONENTS + self.warps]
+        if not (self.unit_generic_read[units] > fenced).any():
+            return 0
+        granules = self.of_units(units)
+        late = (self.generic_reads.time[granules] > fenced).any(1)
+        return int(self.generic_reads.line[granules][late][0])
 
     def begin_write(self, w, units, line):
         self.unit_writer[units], self.unit_written[units] = w.id, PENDING

@@ -38,13 +38,15 @@ class Warp:
         self.heard, self.fences, self.learned = [], {}, {}  # of releases and fences, see `races`
         self.cluster_target = 0
         self.init_fence = 0  # the time of its last fence.mbarrier_init
-        self.bulk_open, self.bulk_groups = [], []  # cp.async.bulk
+        # cp.async.bulk out of shared memory; how many groups each lane has committed
+        self.bulk_stores, self.bulk_commits = [], np.zeros(LANES, np.int64)
         self.copy_open, self.copy_groups, self.copies = [], [], []  # cp.async
         self.wgmma_open, self.wgmma_groups, self.wgmma_issued = [], [], 0
         self.fenced, self.produced = (
             None,
             {},
         )  # registers at the last wgmma.fence, and those a wgmma wrote since
+        self.accessed = {}  # accumulators used since the last wgmma.fence -> by which instruction
         self.late = {}  # register -> asynchronous operation that has not finished with it
         self.engine, self.commits = None, 0  # its tcgen05 operations: their clock component, time
         self.mma_open = []  # those since the last commit
@@ -117,6 +119,7 @@ class Cluster:
         self.refusals = []  # (component, time) of the queries that saw one (launchcontrol)
         self.imports = {}  # by component, [(time, Knowledge of other clusters)]
         self.barrier = ClusterBarrier()
+        self.sharing = [self]  # clusters in execution whose CTAs of one rank are on one SM
 
     def new_component(self):
         """The number of a new component of the cluster's clocks."""

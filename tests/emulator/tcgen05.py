@@ -12,7 +12,7 @@ from .builder import BLOCK, converged, first, instruction, set_reg
 from .memory import Fault
 from .ordering import PENDING
 from .ptx import Sink
-from .tmem import COLUMNS, TensorMemory
+from .tmem import COLUMNS, TensorMemory, free_columns
 from .values import LANE_IDS
 
 GROUPS = "cta_group::1 cta_group::2 sync aligned"
@@ -49,8 +49,11 @@ def allocate_pair(M, w, frag, n):
         w.why = "tcgen05.alloc of the peer CTA"
         return False, None
     if frag.token not in mine.done:
+        at = free_columns((mine, other), n)
         for memory in (mine, other):
-            memory.done[frag.token] = memory.allocate(n)
+            memory.done[frag.token] = at
+            if at is not None:
+                memory.take(at, n)
     for x in other.waiters:
         M.wake(x)
     other.waiters.clear()
@@ -58,7 +61,8 @@ def allocate_pair(M, w, frag, n):
     if at is None:  # both try again after a deallocation
         mine.done.pop(frag.token), other.done.pop(frag.token)
         mine.waiters.append(w)
-        w.why = f"tcgen05.alloc of {n} columns: {mine.taken} and {other.taken} are taken"
+        taken = f"{mine.taken_on_sm()} and {other.taken_on_sm()}"
+        w.why = f"tcgen05.alloc of {n} columns: {taken} of the SMs are taken"
         return False, None
     frag.token = None
     return True, at
@@ -91,11 +95,12 @@ def alloc(b, ins):
             if not ready:
                 return BLOCK
         else:
-            at = memory.allocate(n)
+            at = free_columns((memory,), n)
             if at is None:
-                w.why = f"tcgen05.alloc of {n} columns: {memory.taken} are taken"
+                w.why = f"tcgen05.alloc of {n} columns: {memory.taken_on_sm()} of the SM are taken"
                 memory.waiters.append(w)
                 return BLOCK
+            memory.take(at, n)
         memory.last = n
         M.progress = M.tick
         store_shared(w, addr(w.r)[:1], 4, [np.array([at], np.uint32)], ins)
@@ -122,9 +127,10 @@ def dealloc(b, ins):
         if memory.check:
             memory.idle(w, slice(at, at + n), ins)
         del memory.taken[at]
-        for x in memory.waiters:
-            M.wake(x)
-        memory.waiters.clear()
+        for neighbour in memory.on_sm():
+            for x in neighbour.waiters:
+                M.wake(x)
+            neighbour.waiters.clear()
 
     return run
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from .builder import instruction, lanes_of
 from .memory import Fault
-from .operands import operand_offsets
+from .operands import check_extent, operand_offsets
 from .ordering import new_clock
 from .ptx import Mem, Vec
 from .tcgen05 import GROUPS, cta_group
@@ -145,6 +145,7 @@ class Copy:
                 c.tmem.after_writes(machine, w, *at, ins, engine=True)
                 c.tmem.after_reads(machine, w, *at, ins, engine=True)
                 c.tmem.stamp_write(*at, w.engine, w.commits + 1, ins.line)
+            check_extent(c.smem, units, "tcgen05.cp")
             c.smem.check_async(w, units, "tcgen05.cp read", write=False)
             self.reads.append((c.smem, c.smem.begin("tcgen05.cp read", units, ins, w)))
 

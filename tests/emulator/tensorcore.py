@@ -15,7 +15,7 @@ import numpy as np
 
 from .formats import TABLES, to_float, unpack_nibbles
 from .memory import Fault
-from .operands import ELEM, operand_offsets, read_operand
+from .operands import ELEM, check_extent, operand_offsets, read_operand
 from .values import UINT
 
 NARROW = {0: "e4m3", 1: "e5m2", 3: "e2m3", 4: "e3m2", 5: "e2m1"}
@@ -151,6 +151,7 @@ class Mma:
             for desc, rows, dtype, mn in operands:
                 elem = ELEM[dtype]
                 units = operand_offsets(desc, rows, bytes_k // elem, elem, bool(mn), True)[1]
+                check_extent(c.smem, units, "tcgen05.mma")
                 c.smem.check_async(w, units, "tcgen05.mma operand read", write=False)
                 self.reads.append((c.smem, c.smem.begin("tcgen05.mma read", units, ins, w)))
 

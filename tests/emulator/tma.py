@@ -232,8 +232,8 @@ def tma_store(b, ins, op):
     tile, gs = Tile(b, ins, tm, what), b.shared_address(src)
     strength = GPU if op else WEAK  # a reduction is relaxed, of scope gpu
 
-    def issue(M, w, i, addr):
-        box = tile.box(M, w, i)
+    def issue(M, w, lanes, addr):
+        box = tile.box(M, w, lanes[0])
         t = box.map
         if t.dtype in tensormap.PADDED or (op and t.bits < 8):
             raise Fault(f"{what}: elements of type {t.dtype} are not supported")
@@ -250,15 +250,16 @@ def tma_store(b, ins, op):
         def write(data):
             box.write(tensormap.flipped(units, data, t.atom), op)
 
-        stored(M, w, cta.smem, units, ins, event, write)
+        stored(M, w, np.array(lanes), cta.smem, units, ins, event, write)
 
     def store(M, w, frag, m):
-        seen = set()  # lanes that issue the very same store: the hardware instruction is warp-wide
+        # Lanes that issue the very same store: the hardware's instruction is one of the warp, and
+        # known kernels rely on it. All of them must wait for it, each for its own groups.
+        same = {}
         for i in lanes_of(m):
             at = tuple(int(c(w.r)[i]) for c in tile.coords)
-            addr = int(gs(w.r)[i])
-            if (addr, *at) not in seen:
-                seen.add((addr, *at))
-                issue(M, w, i, addr)
+            same.setdefault((int(gs(w.r)[i]), *at), []).append(i)
+        for (addr, *_), lanes in same.items():
+            issue(M, w, lanes, addr)
 
     return store

@@ -1,6 +1,7 @@
 """Tensor memory of a CTA: 128 lanes of 512 columns of 32 bits, and what is ordered in it.
 
-PTX ISA 9.7.16.1 (allocation) and 9.7.16.6 (order). Each group of 16 lanes of a column remembers who
+PTX ISA 9.7.16.1 (allocation) and 9.7.16.6 (order). The columns are an SM's: CTAs that share one get
+different ones, though each has its own data here. Each group of 16 lanes of a column remembers who
 wrote and read it last, as shared memory does (see `ordering`). MMAs and copies of a warp are an
 own component of the clocks, its engine, whose time counts the warp's commits: who has waited for a
 commit's mbarrier is ordered after them, whoever has merely heard from the warp is not. A
@@ -30,6 +31,16 @@ def known(w):
     return w.clock if w.tmem_heard is None else np.maximum(w.clock, w.tmem_clock)
 
 
+def free_columns(memories, columns):
+    """The first column of a range that is free on the SMs of these, first fit; or None."""
+    at = 0
+    for start, n in sorted(x for memory in memories for x in memory.taken_on_sm().items()):
+        if start - at >= columns:
+            break
+        at = max(at, start + n)
+    return at if at + columns <= COLUMNS else None
+
+
 class TensorMemory:
     """The data, the allocations (first column -> columns), and stamps by (half, column)."""
 
@@ -54,18 +65,18 @@ class TensorMemory:
         self.by_registers = np.zeros((*shape, slots), bool)
 
     # ---- allocation ----
-    def allocate(self, columns):
-        """The first column of a free range, first fit; None if there is none."""
-        at = 0
-        for start, n in sorted(self.taken.items()):
-            if start - at >= columns:
-                break
-            at = start + n
-        if at + columns > COLUMNS:
-            return None
+    def on_sm(self):
+        """The TensorMemory of every CTA that shares the SM, this one among them."""
+        ctas = (cluster.ctas[self.cta.rank] for cluster in self.cta.cluster.sharing)
+        return [cta.tmem for cta in ctas if cta.tmem]
+
+    def taken_on_sm(self):
+        """The allocations of all these CTAs."""
+        return {at: n for memory in self.on_sm() for at, n in sorted(memory.taken.items())}
+
+    def take(self, at, columns):
         self.taken[at] = columns
         self.data[:, at : at + columns] = POISON32
-        return at
 
     def check_columns(self, column, n):
         """Columns must lie in one allocation."""

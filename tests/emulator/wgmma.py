@@ -4,8 +4,8 @@ An operation is collective: it starts when the four warps of a warpgroup have is
 its operands and accumulators and writes its accumulators when it fires, between its start and the
 waits for its groups. Warp w multiplies rows 16*(w%4).. of the 64.
 
-That a finished operation was issued by all four warps orders what they did before it. The ISA does
-not say so, but kernels known to be good rely on it.
+A warp's wait orders its own part alone: neither the reads of the other three, which wait for
+themselves, nor what they did before.
 """
 
 import numpy as np
@@ -23,7 +23,6 @@ from .operands import (
     scatter_d,
     to_float,
 )
-from .ordering import new_clock
 from .values import LANES
 
 
@@ -31,13 +30,7 @@ class Operation:
     """One wgmma of a warpgroup: `parts` by warp, `what` must be the same for all of them."""
 
     def __init__(self, what):
-        self.what, self.parts, self.done, self.waiters, self.clock = (
-            what,
-            {},
-            False,
-            [],
-            new_clock(),
-        )
+        self.what, self.parts, self.done, self.waiters = what, {}, False, []
 
 
 class Part:
@@ -49,13 +42,13 @@ class Part:
 
     def __init__(self, warp, ins, form, rows, reads):
         self.warp, self.ins, self.form = warp, ins, form
-        self.rows, self.reads = rows, reads
+        self.rows, self.reads, self.ended = rows, reads, False
         late, own = warp.late, form.d_registers
         for other in {late.get(i) for i in own} - {None}:
-            if other.form.accumulators != form.accumulators:
+            if not other.ended and other.form.accumulators != form.accumulators:
                 raise self.conflict(other, "accumulators of another shape or other registers")
         for other in {late.get(i) for i in form.a_registers} - {None}:
-            if not other.form.d_set.isdisjoint(form.a_registers):
+            if not other.ended and not other.form.d_set.isdisjoint(form.a_registers):
                 raise self.conflict(other, "its A operand")
         late.update(dict.fromkeys((*form.a_registers, *own), self))
 
@@ -68,6 +61,10 @@ class Part:
 
     def touched(self, M, w, ins, register):
         """Another instruction is about to use a register."""
+        if self.ended:
+            w.accessed[register] = ins
+            del w.late[register]
+            return
         name = w.cta.program.kernel.reg_names[register]
         use = "accumulator" if register in self.form.d_set else "A operand"
         raise Fault(
@@ -76,12 +73,9 @@ class Part:
         )
 
     def over(self):
-        """A wait_group has seen the end."""
-        late, form = self.warp.late, self.form
-        gone = list(form.a_registers)
-        if late.get(form.d_registers[0]) is self:
-            gone += form.d_registers
-        for i in gone:
+        """A wait_group has seen the end; the accumulators' next use is noted, for `check_fence`."""
+        late, self.ended = self.warp.late, True
+        for i in self.form.a_registers:
             if late.get(i) is self:
                 del late[i]
 
@@ -94,6 +88,7 @@ def fence(b, ins):
         if not converged(w, frag):
             return BLOCK
         w.fenced, w.produced = list(w.r), {}
+        w.accessed.clear()
 
     return run
 
@@ -127,7 +122,6 @@ def wait_group(b, ins):
             a for g in [*w.wgmma_groups[cut:], w.wgmma_open] for op in g for a in op.parts[w].reads
         ]
         for op in older:
-            w.acquire(op.clock)
             op.parts[w].over()
         over = [a for op in older for a in op.parts[w].reads]
         w.cta.smem.reads_over(w, over, recent)
@@ -135,6 +129,20 @@ def wait_group(b, ins):
         return None
 
     return run
+
+
+def check_access(M, w, form):
+    """9.7.15.7.1: a wgmma.fence lies between any access to accumulators and a wgmma of them.
+
+    A warning, because the compiler moves reads of accumulators past the fence, as it may.
+    """
+    if not w.accessed.keys().isdisjoint(form.d_set):
+        ins = next(ins for i, ins in w.accessed.items() if i in form.d_set)
+        here = w.cta.program.kernel.instrs[w.frags[0].pc]
+        M.warnings.add(
+            f"no wgmma.fence between an access to accumulators, {ins.where()}, and {here.where()}"
+        )
+        w.accessed.clear()
 
 
 def check_fence(M, w, registers, what):
@@ -159,7 +167,8 @@ def check_fence(M, w, registers, what):
                 kernel = w.cta.program.kernel
                 where = kernel.instrs[w.frags[0].pc].where()
                 M.warnings.add(
-                    f"{what} {kernel.reg_names[i]} was written after the last wgmma.fence, {where}"
+                    f"{what} written after the last wgmma.fence, before {where}: "
+                    f"{kernel.reg_names[i]}"
                 )
                 return
 
@@ -245,6 +254,8 @@ def mma_async(b, ins):
         keep, b_desc = bool(gs(r)[0]), int(gb(r)[0])
         a_desc = None if form.in_registers else int(gd(r)[0])
         check_fence(M, w, form.d_registers if keep else (), "accumulator")
+        if w.accessed:
+            check_access(M, w, form)
         units = [operand_offsets(b_desc, n, k, size, bool(form.mn_b), False)[1]]
         if form.in_registers:
             check_fence(M, w, form.a_registers, "A operand")
@@ -259,7 +270,6 @@ def mma_async(b, ins):
         op = join(w, (ins.line, a_desc, b_desc, keep))
         op.parts[w] = Part(w, ins, form, rows, reads)
         w.wgmma_open.append(op)
-        w.release(op.clock)
         if len(op.parts) == 4:
             M.later("mma", lambda: fire(M, smem, op, b_desc, keep), queue=w.cta, cause=(w, ins))
             M.count("wgmma")
