@@ -11,7 +11,6 @@ expected. Exit status 1 if any is not right.
 
 import argparse
 import json
-import re
 import shlex
 import sys
 import time
@@ -25,6 +24,7 @@ from benchmarks.measure import environment
 from benchmarks.options import not_negative, output_file
 from benchmarks.report import EMULATOR, Row
 from tests.emulator import Fault, Policy, PtxError
+from tests.emulator.report import kind_of
 
 from .configurations import ARCHITECTURES, CONFIGURATIONS
 from .kernels import about, calibration_kernel, compile_missing, is_compiled
@@ -59,11 +59,6 @@ def describe(c):
         "cluster": list(c.cluster), "ctas_per_mma": 2 if c.two_cta else 1,
         "schedule": ", ".join(schedule),
     }  # fmt: skip
-
-
-def kind_of(warning):
-    """A warning without the places in it."""
-    return re.split(r" between |: PTX|; PTX", warning)[0]
 
 
 def calibrate(c, seeds):

@@ -3,15 +3,15 @@
     python -m tests.emulator.evidence --arch sm_90a --json result.json
 
 For each kernel of `subjects.py` and each kind of change of `mutations.py` a few places that the
-kernel executes are drawn, the same ones in every run; each changed kernel runs with one seed after
-another until something is reported or the result is wrong. A result file keeps the entries of the
-architectures that are not run. What is missed needs a sentence in `missed.json`.
+kernel executes are drawn, the same ones in every run, among those that no rule of `redundant.py`
+proves to be without effect; each changed kernel runs with one seed after another until something is
+reported or the result is wrong. A result file keeps the entries of the architectures that are not
+run. What is missed needs a sentence in `missed.json`.
 """
 
 import argparse
 import json
 import random
-import re
 import shlex
 import sys
 import time
@@ -29,6 +29,8 @@ from benchmarks.report import EMULATOR, Row
 from .memory import Fault
 from .mutations import Mutation, all_mutations, executed_lines
 from .ptx import PtxError
+from .redundant import Flow, why_redundant
+from .report import kind_of
 from .subjects import ARCHITECTURES, Subject, subjects
 
 SEEDS = tuple(range(6))
@@ -65,11 +67,6 @@ class Baseline:
     lines: set[int]
     steps: int
     warnings: set[str]
-
-
-def kind_of(warning: str) -> str:
-    """The words of a warning before the first place that it names."""
-    return re.split(r"PTX line|\[", warning, maxsplit=1)[0]
 
 
 def trial(subject: Subject, mutant: Mutation, unchanged: Baseline) -> dict[str, Any]:
@@ -137,15 +134,26 @@ def baseline(subject: Subject) -> Baseline:
     return Baseline(lines, steps, warnings)
 
 
-def mutants_by_kind(subject: Subject, lines: set[int]) -> dict[str, list[Mutation]]:
-    """The mutations of executed places of one kernel, by kind, in a drawn order."""
+def mutants_by_kind(
+    subject: Subject, lines: set[int]
+) -> tuple[dict[str, list[Mutation]], Counter[str]]:
+    """The mutations of executed places of one kernel, by kind, in a drawn order.
+
+    Without those that change nothing by a rule of `redundant.py`; how many each rule leaves out.
+    """
     found = defaultdict(list)
+    left_out: Counter[str] = Counter()
+    program = next(iter(subject.emulator.programs.values()))
+    flow = Flow(program.kernel)
     for mutant in all_mutations(subject.emulator.ptx_text):
         if lines & set(range(mutant.line, mutant.last + 1)):
-            found[mutant.kind].append(mutant)
+            if rule := why_redundant(program, flow, mutant):
+                left_out[rule] += 1
+            else:
+                found[mutant.kind].append(mutant)
     for kind, mutants in found.items():
         random.Random(f"{subject.name} {kind}").shuffle(mutants)
-    return dict(found)
+    return dict(found), left_out
 
 
 def sample(
@@ -188,9 +196,12 @@ def run_architecture(arch: str, per_kind: int, only: str) -> dict[str, Any]:
         raise SystemExit(f"--only {only}: no kernel of {arch} has that in its name; it has {known}")
     known = explanations()
     by_subject, unchanged = [], []
+    left_out: Counter[str] = Counter()
     for subject in made:
         unchanged.append(baseline(subject))
-        by_subject.append(mutants_by_kind(subject, unchanged[-1].lines))
+        mutants, redundant = mutants_by_kind(subject, unchanged[-1].lines)
+        by_subject.append(mutants)
+        left_out += redundant
         count = sum(map(len, by_subject[-1].values()))
         print(f"{arch} {subject.name}: {count} places, {unchanged[-1].steps} steps", flush=True)
     entries = []
@@ -212,7 +223,8 @@ def run_architecture(arch: str, per_kind: int, only: str) -> dict[str, Any]:
             )
         subject.emulator.load(original)
     places = sum(len(mutants) for kinds in by_subject for mutants in kinds.values())
-    summary = {**totals(entries), "places": places, "seeds": len(SEEDS), "per_kind": per_kind}
+    summary = {**totals(entries), "places": places, "redundant_by_rule": dict(left_out)}
+    summary |= {"seeds": len(SEEDS), "per_kind": per_kind}
     summary["seconds"] = round(time.perf_counter() - start, 1)
     return {"summary": summary, "mutants": entries}
 
@@ -250,6 +262,7 @@ def rows(architectures: dict[str, Any]) -> list[dict[str, Any]]:
             (arch, "mutants", summary["mutants"], "tried"),
             (arch, "caught", summary["caught"], "mutants"),
             (arch, "without effect", summary["without_effect"], "mutants"),
+            (arch, "redundant by rule", sum(summary["redundant_by_rule"].values()), "places"),
             (arch, "kinds", summary["kinds"], "count"),
             (arch, "seconds", summary["seconds"], "s"),
         ]

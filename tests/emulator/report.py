@@ -1,4 +1,8 @@
-"""What everything was doing when a launch failed."""
+"""What everything was doing when a launch failed; kinds of warnings."""
+
+import re
+
+_FIRST_PLACE = re.compile(r"[:,;]?( between| before| after)? PTX line")
 
 
 def short(name):
@@ -6,6 +10,11 @@ def short(name):
     name = name.removeprefix("kernel_cutlass_").partition("_object_at_")[0]
     name = name.partition("_tensorptr")[0].strip("_")
     return name if len(name) <= 60 else name[:57] + "..."
+
+
+def kind_of(warning):
+    """The words of a warning before the first place in the code that it names."""
+    return _FIRST_PLACE.split(warning, maxsplit=1)[0]
 
 
 def waits_for(w):
