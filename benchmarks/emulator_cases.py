@@ -136,15 +136,15 @@ def _weight_cases() -> Iterator[tuple[GroupedGemm, TileConfig]]:
 def _scheduled_cases() -> Iterator[tuple[GroupedGemm, TileConfig]]:
     """Stores during the next main loop, tiles from a counter, weight gradients by turns."""
     swiglu, relu = ActivationType.SWIGLU, ActivationType.RELU
-    forward = TileConfig(128, 256, 1, 1, _OVERLAPPED, 1, dynamic=True)
-    narrow = TileConfig(128, 192, 1, 1, _OVERLAPPED, 1, dynamic=True)
+    forward = TileConfig(128, 256, 1, 1, _OVERLAPPED, 1, raster_along_m=False, dynamic=True)
+    narrow = TileConfig(128, 192, 1, 1, _OVERLAPPED, 1, raster_along_m=False, dynamic=True)
     for layout in (_INTERLEAVED, _CONCATENATED):
         up = up_problem(swiglu, _BF16, has_bias=True, store_preact=True)
         yield GroupedGemm(up, layout=layout), forward
     yield GroupedGemm(up_problem(swiglu, _BF16, True, True), _LARGER), forward
     yield GroupedGemm(up_problem(ActivationType.GEGLU, _FP16, False, False)), narrow
     yield GroupedGemm(up_problem(relu, _BF16, False, True)), narrow
-    backward = TileConfig(128, 256, 1, 1, _OVERLAPPED, 4, dynamic=True)
+    backward = TileConfig(128, 256, 1, 1, _OVERLAPPED, 3, raster_along_m=False, dynamic=True)
     yield GroupedGemm(down_backward_act_problem(swiglu, _BF16)), backward
     yield GroupedGemm(down_backward_act_problem(swiglu, _BF16), _LARGER), backward
     yield GroupedGemm(down_backward_act_problem(relu, _FP16)), backward
@@ -157,6 +157,13 @@ def _scheduled_cases() -> Iterator[tuple[GroupedGemm, TileConfig]]:
     still = TileConfig(128, 192, 1, 1, _PINGPONG, 2)
     yield GroupedGemm(weight_grad_problem(_BF16, Operand.A, False, False)), still
     yield GroupedGemm(weight_grad_problem(_BF16, Operand.B, True, False), _LARGER), still
+    stored_late = TileConfig(128, 256, 1, 1, _OVERLAPPED, 1)
+    for problem in (
+        weight_grad_problem(_BF16, Operand.A, False, False),
+        weight_grad_problem(_FP16, Operand.B, True, False),
+    ):
+        yield GroupedGemm(problem), stored_late
+        yield GroupedGemm(problem, _LARGER), stored_late
     adding = TileConfig(128, 192, 1, 1, _PINGPONG, 1)
     yield GroupedGemm(weight_grad_problem(_FP16, Operand.B, True, True)), adding
 

@@ -1,7 +1,7 @@
 """Right kernels that mutations are made of, by architecture, each on a problem small enough to run
 often and large enough that every ring of buffers wraps.
 
-sm_90a: the six grouped GEMMs of the layer, from `kernels_sm90`. sm_100a and sm_120a: GEMMs of
+sm_90a: the layer's six stages, seven grouped GEMMs of `kernels_sm90`. sm_100a and sm_120a: GEMMs of
 quack-kernels, as in tests/calibration, and for sm_100a a kernel with the tensor-memory fences that
 those leave out.
 """
@@ -116,13 +116,19 @@ def _hopper() -> list[tuple[str, GroupedGemm, TileConfig, int]]:
         (
             "down_backward_act",
             GroupedGemm(down_act, deep),
-            TileConfig(128, 64, 1, 1, overlapped, 2, dynamic=True),
+            TileConfig(128, 64, 1, 1, overlapped, 3, raster_along_m=False, dynamic=True),
             1,
         ),
         (
             "down_backward_weight",
             GroupedGemm(weight_grad_problem(bf16, Operand.A, False, False), long),
             TileConfig(128, 128, 1, 1, pingpong, 2),
+            1,
+        ),
+        (
+            "down_backward_weight_overlapped",
+            GroupedGemm(weight_grad_problem(bf16, Operand.A, False, False), long),
+            TileConfig(128, 64, 1, 1, overlapped, 1),
             1,
         ),
         (
