@@ -194,7 +194,6 @@ def run_architecture(arch: str, per_kind: int, only: str) -> dict[str, Any]:
     if not made:
         known = ", ".join(subject.name for subject in every)
         raise SystemExit(f"--only {only}: no kernel of {arch} has that in its name; it has {known}")
-    known = explanations()
     by_subject, unchanged = [], []
     left_out: Counter[str] = Counter()
     for subject in made:
@@ -213,8 +212,6 @@ def run_architecture(arch: str, per_kind: int, only: str) -> dict[str, Any]:
             entry: dict[str, Any] = {"arch": arch, "kernel": subject.name, "kind": kind}
             entry |= {"detail": mutant.detail, "line": mutant.line, "ptx": ptx, "source": source}
             entry |= trial(subject, mutant, unchanged[i])
-            if entry["caught"] == "missed":
-                entry["explanation"] = known.get(key_of(entry), "")
             entries.append(entry)
             print(
                 f"{entry['caught']:9}{entry['seeds']} {entry.get('seconds', 0):6.2f} s  "
@@ -223,10 +220,19 @@ def run_architecture(arch: str, per_kind: int, only: str) -> dict[str, Any]:
             )
         subject.emulator.load(original)
     places = sum(len(mutants) for kinds in by_subject for mutants in kinds.values())
-    summary = {**totals(entries), "places": places, "redundant_by_rule": dict(left_out)}
+    summary = {"places": places, "redundant_by_rule": dict(left_out)}
     summary |= {"seeds": len(SEEDS), "per_kind": per_kind}
     summary["seconds"] = round(time.perf_counter() - start, 1)
-    return {"summary": summary, "mutants": entries}
+    return explained({"summary": summary, "mutants": entries})
+
+
+def explained(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry of an architecture with what `missed.json` says now, and its totals."""
+    known = explanations()
+    for mutant in entry["mutants"]:
+        if mutant["caught"] == "missed":
+            mutant["explanation"] = known.get(key_of(mutant), "")
+    return {"summary": entry["summary"] | totals(entry["mutants"]), "mutants": entry["mutants"]}
 
 
 def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -273,11 +279,12 @@ def rows(architectures: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def earlier(path: Path | None) -> dict[str, Any]:
-    """The entries of a result file that is there already, by architecture."""
+    """The entries of a result file that is there already, by architecture, explained anew."""
     if path is None or not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text())["architectures"])
+        kept = json.loads(path.read_text())["architectures"]
+        return {arch: explained(entry) for arch, entry in kept.items()}
     except (ValueError, TypeError, KeyError):
         raise SystemExit(
             f"--json {path} is there and is no result of this script, whose entries would be kept: "
