@@ -232,7 +232,7 @@ def explained(entry: dict[str, Any]) -> dict[str, Any]:
     for mutant in entry["mutants"]:
         if mutant["caught"] == "missed":
             mutant["explanation"] = known.get(key_of(mutant), "")
-    return {"summary": entry["summary"] | totals(entry["mutants"]), "mutants": entry["mutants"]}
+    return entry | {"summary": entry["summary"] | totals(entry["mutants"])}
 
 
 def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -279,12 +279,18 @@ def rows(architectures: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def earlier(path: Path | None) -> dict[str, Any]:
-    """The entries of a result file that is there already, by architecture, explained anew."""
+    """The entries of a result file that is there already, by architecture, explained anew.
+
+    Each says which commit it ran at, as the head speaks of the last run.
+    """
     if path is None or not path.exists():
         return {}
     try:
-        kept = json.loads(path.read_text())["architectures"]
-        return {arch: explained(entry) for arch, entry in kept.items()}
+        content = json.loads(path.read_text())
+        return {
+            arch: {"commit": content["commit"]} | explained(entry)
+            for arch, entry in content["architectures"].items()
+        }
     except (ValueError, TypeError, KeyError):
         raise SystemExit(
             f"--json {path} is there and is no result of this script, whose entries would be kept: "
@@ -311,7 +317,7 @@ def main() -> int:
     for arch in arguments.arch or ARCHITECTURES:
         entry = run_architecture(arch, arguments.per_kind, arguments.only)
         print(json.dumps(entry["summary"], indent=1))
-        result["architectures"][arch] = entry
+        result["architectures"][arch] = {"commit": head["commit"]} | entry
         if path:
             content = head | {"rows": rows(result["architectures"]), **result}
             path.parent.mkdir(parents=True, exist_ok=True)
