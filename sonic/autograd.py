@@ -52,19 +52,19 @@ from sonic.runtime.eager import graph_is_kept, needs_dispatcher, saved_tensors_a
 from sonic.runtime.errors import ArgumentError, UnsupportedError
 
 _NUM_DIFFERENTIABLE = 6  # x, w1, b1, w2, b2, scores: the first inputs of sonic::experts_forward
-_NUM_INPUTS = 19
 
 
 def experts_forward(*inputs: Any) -> Tensor:
     """``torch.ops.sonic.experts_forward(*inputs)[0]``, past the dispatcher where that is the
     same."""
-    run: Callable[..., Any] = ops.experts_forward
+    out: Tensor
     if needs_dispatcher(inputs):
-        run = torch.ops.sonic.experts_forward
+        out = torch.ops.sonic.experts_forward(*inputs)[0]
     elif torch.is_grad_enabled() and any_requires_grad(inputs[:_NUM_DIFFERENTIABLE]):
-        out: Tensor = _Experts.apply(*inputs, True)[0]
-        return out
-    out = run(*inputs)[0]
+        # One argument for all that has no gradient: autograd takes time for each.
+        out = _Experts.apply(*inputs[:_NUM_DIFFERENTIABLE], inputs[_NUM_DIFFERENTIABLE:])
+    else:
+        out = ops.experts_output(*inputs)[0]
     return out
 
 
@@ -93,67 +93,93 @@ def _below_autograd(op: Any, function: Any, inputs: tuple[Any, ...]) -> Any:
 
 
 class _Experts(torch.autograd.Function):
-    """Inputs are those of ``sonic::experts_forward``, and True if the caller drops ``h``."""
+    """The output alone, of plain tensors at which nobody looks.
+
+    Inputs are those of ``sonic::experts_forward``, of which a tuple has all but the differentiable.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        inputs = (*inputs[:-1], *inputs[-1])
+        out, h = ops.experts_output(*inputs)
+        _keep(ctx, inputs, h, owns_h=not saved_tensors_are_hooked())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
+        return _gradients(ctx, dout)
+
+
+class _ExpertsForward(torch.autograd.Function):
+    """``sonic::experts_forward``."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         op = torch.ops.sonic.experts_forward.default
-        inputs, drops_h = inputs[:_NUM_INPUTS], len(inputs) > _NUM_INPUTS
         out, h = _below_autograd(op, ops.experts_forward, inputs)
-        x, w1, _, w2, b2, scores, *plan = inputs[:12]
-        top_k, activation, layout, impl, store_preact, w1_main_grad, w2_main_grad = inputs[12:]
         ctx.mark_non_differentiable(h)
-        ctx.set_materialize_grads(False)
-        ctx.needs = list(ctx.needs_input_grad[:_NUM_DIFFERENTIABLE])
-        ctx.options = (top_k, activation, layout, impl)
-        ctx.has_preact = store_preact
-        ctx.owns_h, ctx.h_is_used_up = drops_h and not saved_tensors_are_hooked(), False
-        # Plain attributes: a backward pass in between changes them, which a saved tensor refuses.
-        ctx.main_grads = (w1_main_grad, w2_main_grad)
-        ctx.save_for_backward(x if ctx.needs[1] else None, w1, w2, b2, h, scores, *plan)
+        _keep(ctx, inputs, h, owns_h=False)
         return out, h
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        rest = (None,) * (len(ctx.needs_input_grad) - _NUM_DIFFERENTIABLE)
-        if dout is None:
-            return (None,) * len(ctx.needs_input_grad)
-        if not ctx.has_preact:
-            raise ArgumentError(
-                "experts_forward: a gradient was asked for, but the call had store_preact=False. "
-                "Allowed: store_preact=True where a gradient is needed. Call it so, or through "
-                "sonic.experts, which decides this itself."
+        return _gradients(ctx, dout)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], h: Tensor | None, owns_h: bool) -> None:
+    """Leave to a backward pass what it reads; it may overwrite ``h`` with ``owns_h``."""
+    x, w1, _, w2, b2, scores, *plan = inputs[:12]
+    top_k, activation, layout, impl, store_preact, w1_main_grad, w2_main_grad = inputs[12:]
+    ctx.set_materialize_grads(False)
+    ctx.needs = list(ctx.needs_input_grad[:_NUM_DIFFERENTIABLE])
+    ctx.options = (top_k, activation, layout, impl)
+    ctx.has_preact = store_preact
+    ctx.owns_h, ctx.h_is_used_up = owns_h, False
+    # Plain attributes: a backward pass in between changes them, which a saved tensor refuses.
+    ctx.main_grads = (w1_main_grad, w2_main_grad)
+    ctx.save_for_backward(x if ctx.needs[1] else None, w1, w2, b2, h, scores, *plan)
+
+
+def _gradients(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
+    """What ``backward`` of a function returns that called :func:`_keep`."""
+    rest = (None,) * (len(ctx.needs_input_grad) - _NUM_DIFFERENTIABLE)
+    if dout is None:
+        return (None,) * len(ctx.needs_input_grad)
+    if not ctx.has_preact:
+        raise ArgumentError(
+            "experts_forward: a gradient was asked for, but the call had store_preact=False. "
+            "Allowed: store_preact=True where a gradient is needed. Call it so, or through "
+            "sonic.experts, which decides this itself."
+        )
+    if ctx.h_is_used_up:
+        raise ArgumentError(
+            "experts: backward came to a graph on which it failed before, after the saved "
+            "pre-activation was overwritten. Allowed: one attempt without retain_graph. Run "
+            "the forward pass again, or pass retain_graph=True to the first attempt."
+        )
+    arguments = (dout, *ctx.saved_tensors, *ctx.options, ctx.needs)
+    w1_main_grad, w2_main_grad = ctx.main_grads
+    if not torch.is_grad_enabled() and not needs_dispatcher(arguments):
+        ctx.h_is_used_up = ctx.owns_h and not graph_is_kept()
+        return (
+            ops.experts_gradients(*arguments, w1_main_grad, w2_main_grad, ctx.h_is_used_up) + rest
+        )
+    if w1_main_grad is None and w2_main_grad is None:
+        gradients = torch.ops.sonic.experts_backward(*arguments)
+    else:
+        if torch.is_grad_enabled():
+            raise UnsupportedError(
+                "experts: create_graph=True came together with main_grads, which the backward "
+                "pass writes into. Allowed: create_graph=False. Drop create_graph, or call "
+                "without main_grads."
             )
-        if ctx.h_is_used_up:
-            raise ArgumentError(
-                "experts: backward came to a graph on which it failed before, after the saved "
-                "pre-activation was overwritten. Allowed: one attempt without retain_graph. Run "
-                "the forward pass again, or pass retain_graph=True to the first attempt."
-            )
-        arguments = (dout, *ctx.saved_tensors, *ctx.options, ctx.needs)
-        w1_main_grad, w2_main_grad = ctx.main_grads
-        if not torch.is_grad_enabled() and not needs_dispatcher(arguments):
-            ctx.h_is_used_up = ctx.owns_h and not graph_is_kept()
-            return (
-                ops.experts_gradients(*arguments, w1_main_grad, w2_main_grad, ctx.h_is_used_up)
-                + rest
-            )
-        if w1_main_grad is None and w2_main_grad is None:
-            gradients = torch.ops.sonic.experts_backward(*arguments)
-        else:
-            if torch.is_grad_enabled():
-                raise UnsupportedError(
-                    "experts: create_graph=True came together with main_grads, which the backward "
-                    "pass writes into. Allowed: create_graph=False. Drop create_graph, or call "
-                    "without main_grads."
-                )
-            gradients = torch.ops.sonic.experts_backward_accumulate(
-                *arguments, w1_main_grad, w2_main_grad
-            )
-        wanted = list(ctx.needs)
-        wanted[1] = wanted[1] and w1_main_grad is None
-        wanted[3] = wanted[3] and w2_main_grad is None
-        return _only(gradients, wanted) + rest
+        gradients = torch.ops.sonic.experts_backward_accumulate(
+            *arguments, w1_main_grad, w2_main_grad
+        )
+    wanted = list(ctx.needs)
+    wanted[1] = wanted[1] and w1_main_grad is None
+    wanted[3] = wanted[3] and w2_main_grad is None
+    return _only(gradients, wanted) + rest
 
 
 class _GroupedMM(torch.autograd.Function):
@@ -181,7 +207,7 @@ def _only(gradients: tuple[Tensor, ...], wanted: list[bool]) -> tuple[Tensor | N
 
 
 for _name, _function, _reference in (
-    ("experts_forward", _Experts, "sonic.reference.experts_reference"),
+    ("experts_forward", _ExpertsForward, "sonic.reference.experts_reference"),
     ("grouped_mm", _GroupedMM, "sonic.reference.grouped_mm_reference"),
 ):
     register_gradient(LIBRARY, getattr(torch.ops.sonic, _name).default, _function, _reference)

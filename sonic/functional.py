@@ -106,10 +106,14 @@ def experts(
         >>> sonic.experts(x, ids, torch.full((3, 2), 0.5), w1, w2).shape
         torch.Size([3, 16])
     """
-    impl = _check_experts(hidden_states, topk_ids, topk_weights, impl)
-    operands = _operands(
-        "experts", hidden_states, w1, b1, w2, b2, activation, layout, impl, main_grads
-    )
+    op, routing, parameters = "experts", (topk_ids, topk_weights), (w1, b1, w2, b2)
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        impl = _check_experts(hidden_states, *routing, impl)
+        operands = _operands(op, hidden_states, *parameters, activation, layout, impl, main_grads)
+    else:  # all checks in one look
+        how = _check_all(hidden_states, *routing, *parameters, activation, layout, impl)
+        operands = (hidden_states, *parameters), how, _main_grads(op, main_grads, w1, w2)
+        impl = how[2]
     plan = plan_of_topk(topk_ids, w1.shape[0], _PLAN_IMPL[impl])
     return _run(operands, topk_weights, plan)
 
@@ -122,6 +126,26 @@ def _check_experts(hidden_states: Any, topk_ids: Any, topk_weights: Any, impl: A
     impl = checks.resolve_impl(op, impl, hidden_states.device)
     checks.check_topk(op, hidden_states, topk_ids, topk_weights, impl)
     return str(impl)
+
+
+@remembered
+def _check_all(
+    hidden_states: Any,
+    topk_ids: Any,
+    topk_weights: Any,
+    w1: Any,
+    b1: Any,
+    w2: Any,
+    b2: Any,
+    activation: Any,
+    layout: Any,
+    impl: Any,
+) -> tuple[str, str, str]:
+    """Values of activation, layout and implementation, if these arguments are right as they are."""
+    impl = _check_experts(hidden_states, topk_ids, topk_weights, impl)
+    parameters = w1, b1, w2, b2
+    act, order = _check_operands("experts", hidden_states, *parameters, activation, layout, impl)
+    return act, order, impl
 
 
 def experts_flat(
@@ -515,11 +539,14 @@ def _operands(
     """Cast, check and bundle what one call of the experts reads besides its routing."""
     x, w1, b1, w2, b2 = _autocast(hidden_states, w1, b1, w2, b2)
     act, order = _check_operands(op, x, w1, b1, w2, b2, activation, layout, impl)
+    return (x, w1, b1, w2, b2), (act, order, impl), _main_grads(op, main_grads, w1, w2)
+
+
+def _main_grads(op: str, main_grads: MainGrads | None, w1: Tensor, w2: Tensor) -> MainGrads:
     if main_grads is None:
-        main_grads = (None, None)
-    else:
-        checks.check_main_grads(op, main_grads, w1, w2)
-    return (x, w1, b1, w2, b2), (act, order, impl), main_grads
+        return None, None
+    checks.check_main_grads(op, main_grads, w1, w2)
+    return main_grads
 
 
 @remembered

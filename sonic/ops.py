@@ -133,7 +133,7 @@ def require_aligned(impl: str, **weights: Tensor | None) -> None:
     if impl != "cute":
         return
     for name, weight in weights.items():
-        if weight is not None and weight.data_ptr() % 16 != 0:
+        if weight is not None and weight.data_ptr() & 15:
             raise LayoutError(
                 f"sonic: {name} starts {weight.data_ptr() % 16} bytes past a 16-byte boundary. "
                 'Allowed: addresses that are multiples of 16 bytes with impl="cute". Give it '
@@ -222,12 +222,18 @@ def experts_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     Returns ``out (T, H)`` and the pre-activation ``h (R, 2I | I)``, empty ``(0,)`` unless
     ``store_preact``. Source: SonicMoE (arXiv 2512.14080), section 3, forward.
     """
+    out, h = experts_output(*arguments)
+    return out, out.new_empty((0,)) if h is None else h
+
+
+def experts_output(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """What the forward operator computes, with None for a pre-activation that is not stored."""
     call = _Forward(*arguments)
     x, w1, w2 = call.x, call.w1, call.w2
     num_tokens, hidden_size = x.shape
     if call.token_by_row.shape[0] == 0:
-        preact_shape = (0, w1.shape[1]) if call.store_preact else (0,)
-        return x.new_zeros((num_tokens, hidden_size)), x.new_empty(preact_shape)
+        h = x.new_empty((0, w1.shape[1])) if call.store_preact else None
+        return x.new_zeros((num_tokens, hidden_size)), h
     stages = _load_stages(call.impl, x.device)
     require_aligned(call.impl, w1=w1, w2=w2)
     with _region(x, call.impl):
@@ -249,7 +255,7 @@ def experts_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
             column_slices(
                 a.shape[0], hidden_size, a.itemsize, 0 if call.store_preact else a.nbytes
             ),
-            call.scores.view(-1),
+            call.scores,
             call,
             num_tokens,
         )
@@ -328,7 +334,7 @@ def experts_gradients(*arguments: Any) -> SomeGradients:
     needs_x, needs_w1, needs_b1, needs_w2, needs_b2, needs_scores = call.needs
     if call.token_by_row.shape[0] == 0:
         return call.make_gradients(torch.zeros)
-    dout, w1, w2, b2, scores = call.dout, call.w1, call.w2, call.b2, call.scores.view(-1)
+    dout, w1, w2, b2, scores = call.dout, call.w1, call.w2, call.b2, call.scores
     token_by_row, offset_by_expert = call.token_by_row, call.offset_by_expert
     w1_main_grad, w2_main_grad = call.w1_main_grad, call.w2_main_grad
     from sonic.reference.layout import packed_to_rows

@@ -8,7 +8,9 @@ are live is known on the device only.
 Source: the grouped, gather-based formulation of SonicMoE (arXiv 2512.14080).
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -111,15 +113,9 @@ def plan_of_topk(topk_ids: torch.Tensor, num_experts: int, impl: str) -> Routing
     inputs = (topk_ids, num_experts, impl)
     run = torch.ops.sonic.build_plan if needs_dispatcher(inputs) else _build_plan
     offset_by_expert, token_by_row, slot_by_row, row_by_slot = run(*inputs)
+    num_tokens, top_k = topk_ids.shape
     return RoutingPlan(
-        offset_by_expert,
-        token_by_row,
-        slot_by_row,
-        row_by_slot,
-        offset_by_token=None,
-        slot_by_position=None,
-        top_k=topk_ids.shape[1],
-        num_tokens=topk_ids.shape[0],
+        offset_by_expert, token_by_row, slot_by_row, row_by_slot, None, None, top_k, num_tokens
     )
 
 
@@ -236,9 +232,8 @@ def _plan_torch(
     num_tokens: int,
     top_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The four row tensors by a stable sort of the flat (S,) expert ids; no host
-    synchronisation."""
-    device = expert_ids.device
+    """The four row tensors by a stable sort of the S expert ids; no host synchronisation."""
+    expert_ids, device = expert_ids.reshape(-1), expert_ids.device
     live = (expert_ids >= 0) & (expert_ids < num_experts)
     if token_ids is not None:
         live &= (token_ids >= 0) & (token_ids < num_tokens)
@@ -265,21 +260,26 @@ def _plan_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if impl == "torch" or (impl == "auto" and not expert_ids.is_cuda):
         return _plan_torch(expert_ids, token_ids, num_experts, num_tokens, top_k)
+    triton_plan = _load_triton_plan(impl, expert_ids.device)
+    if triton_plan.method_for(expert_ids.numel(), num_experts) == "sorted":
+        return _plan_torch(expert_ids, token_ids, num_experts, num_tokens, top_k)
+    return triton_plan.sort_slots_by_expert(expert_ids, token_ids, num_experts, num_tokens, top_k)
+
+
+@functools.cache
+def _load_triton_plan(impl: str, device: torch.device) -> Any:
     try:
         from sonic.triton import plan as triton_plan
     except ImportError as error:
         raise MissingPackageError(
             message(
                 "build_plan",
-                f"impl={impl!r} on {expert_ids.device} needs triton, which cannot be imported "
-                f"({error})",
+                f"impl={impl!r} on {device} needs triton, which cannot be imported ({error})",
                 'impl="torch" without triton',
                 'Install or repair triton, or pass impl="torch".',
             )
         ) from error
-    if triton_plan.method_for(expert_ids.numel(), num_experts) == "sorted":
-        return _plan_torch(expert_ids, token_ids, num_experts, num_tokens, top_k)
-    return triton_plan.sort_slots_by_expert(expert_ids, token_ids, num_experts, num_tokens, top_k)
+    return triton_plan
 
 
 def _group_by_token(token_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -293,8 +293,8 @@ def _group_by_token(token_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Ten
 
 
 def _build_plan(topk_ids: torch.Tensor, num_experts: int, impl: str) -> tuple[torch.Tensor, ...]:
-    expert_ids = topk_ids.reshape(-1).contiguous()
-    return _plan_rows(expert_ids, None, num_experts, topk_ids.shape[0], topk_ids.shape[1], impl)
+    num_tokens, top_k = topk_ids.shape
+    return _plan_rows(topk_ids.contiguous(), None, num_experts, num_tokens, top_k, impl)
 
 
 def _build_plan_flat(

@@ -48,8 +48,9 @@ _up_backward_act_problem = functools.cache(up_backward_act_problem)
 _weight_grad_problem = functools.cache(weight_grad_problem)
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _row_strides(layout: GateUpLayout, gated: bool, weight: torch.Tensor) -> tuple[int, int]:
@@ -80,24 +81,24 @@ def up_forward(
     activation: ActivationType,
     layout: GateUpLayout,
     store_preact: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """``h = x[token] w1_e^T + b1_e`` and ``a = act(h)``.
 
-    :returns: ``h (R, 2I | I)``, or an empty tensor without ``store_preact``, and ``a (R, I)``.
+    :returns: ``h (R, 2I | I)``, or None without ``store_preact``, and ``a (R, I)``.
     """
     rows, (experts, width, hidden) = token_by_row.shape[0], w1.shape
     gated = activation.is_gated
-    h = x.new_empty((rows, width) if store_preact else (0,))
+    h = x.new_empty((rows, width)) if store_preact else None
     a = x.new_empty((rows, width // 2 if gated else width))
     if rows == 0:
         return h, a
-    problem = _up_problem(activation, _dtype_name(x), b1 is not None, store_preact)
+    problem = _up_problem(activation, _name(x.dtype), b1 is not None, store_preact)
     grouped_gemm(
         problem,
         config_for(problem, x.device, rows, experts, width, hidden),
         a=x,
         b=_with_expert_stride(w1),
-        d=h if store_preact else None,
+        d=h,
         aux=a,
         bias=b1,
         gather=token_by_row,
@@ -116,7 +117,7 @@ def down_forward(
     y = a.new_empty((rows, hidden))
     if rows == 0:
         return y
-    problem = _down_problem(_dtype_name(a), b2 is not None)
+    problem = _down_problem(_name(a.dtype), b2 is not None)
     grouped_gemm(
         problem,
         config_for(problem, a.device, rows, experts, hidden, width),
@@ -151,7 +152,7 @@ def down_backward_act(
     :returns: ``dh`` like ``h``, ``a' (R, I)``, partial sums ``(n, R)`` float32.
     """
     rows, (experts, hidden, width) = h.shape[0], w2.shape
-    problem = _down_backward_act_problem(activation, _dtype_name(h))
+    problem = _down_backward_act_problem(activation, _name(h.dtype))
     dh = h if overwrite_h else torch.empty_like(h)
     a_scaled = h.new_empty((rows, width))
     if rows == 0:
@@ -192,7 +193,7 @@ def _weight_grad(
     d = a.new_empty((experts, m, n)) if accumulate_into is None else accumulate_into
     if rows == 0:
         return d if accumulate else d.zero_()
-    problem = _weight_grad_problem(_dtype_name(a), gather, gated, accumulate)
+    problem = _weight_grad_problem(_name(a.dtype), gather, gated, accumulate)
     grouped_gemm(
         problem,
         config_for(problem, a.device, rows, experts, n, m),
@@ -242,7 +243,7 @@ def up_backward_act(
     dx = dh.new_empty((rows, hidden))
     if rows == 0:
         return dx
-    problem = _up_backward_act_problem(_dtype_name(dh), gated)
+    problem = _up_backward_act_problem(_name(dh.dtype), gated)
     grouped_gemm(
         problem,
         config_for(problem, dh.device, rows, experts, hidden, width),

@@ -52,7 +52,7 @@ def up_forward(
     activation: ActivationType,
     layout: GateUpLayout,
     store_preact: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor]:
     """``h = gather(x) w1[e]^T + b1[e]`` and ``a = act(h)``.
 
     Args:
@@ -67,12 +67,12 @@ def up_forward(
 
     Returns:
         ``h`` (R, 2I) in alternating blocks of eight (:func:`~sonic.reference.layout.pack_gate_up`),
-        (R, I) if not gated, or (0,) without ``store_preact``; and ``a`` (R, I). Dtype of ``x``.
+        (R, I) if not gated, None without ``store_preact``; and ``a`` (R, I). Dtype of ``x``.
     """
     activation = ActivationType(activation)
     acc = accumulator_dtype(x.dtype)
     num_rows, width = token_by_row.shape[0], w1.shape[1]
-    h = x.new_zeros((num_rows, width) if store_preact else (0,))
+    h = x.new_zeros((num_rows, width)) if store_preact else None
     a = x.new_zeros((num_rows, width // 2 if activation.is_gated else width))
     for expert, rows in _busy_experts(offset_by_expert):
         x_e = x[token_by_row[rows]].to(acc)
@@ -82,10 +82,10 @@ def up_forward(
         if activation.is_gated:
             gate, up = gate_up_rows(preact, layout)
             a[rows] = activation_value(activation, gate, up).to(x.dtype)
-            preact = pack_gate_up(gate, up) if store_preact else preact
+            preact = pack_gate_up(gate, up) if h is not None else preact
         else:
             a[rows] = activation_value(activation, preact).to(x.dtype)
-        if store_preact:
+        if h is not None:
             h[rows] = preact.to(x.dtype)
     return h, a
 
@@ -128,7 +128,7 @@ def combine(
     Args:
         rows: (R, H).
         row_by_slot: (R,) int32, -1 for a dropped slot.
-        scores: (R,) in slot order, or ``None`` for a plain sum.
+        scores: R in slot order, in any shape, or ``None`` for a plain sum.
         offset_by_token: (T + 1,) int32, or ``None`` if token t owns ``top_k`` slots from
             ``t * top_k``.
         slot_by_position: (R,) int32, slots grouped by token; ``None`` with ``offset_by_token``.
@@ -155,7 +155,7 @@ def combine(
         live = (position < end) & (row >= 0)
         term = rows[row.clamp(min=0)].to(acc)
         if scores is not None:
-            term = term * scores[slot.clamp(min=0)].to(acc)[:, None]
+            term = term * scores.view(-1)[slot.clamp(min=0)].to(acc)[:, None]
         total += torch.where(live[:, None], term, torch.zeros_like(term))
     return total.to(rows.dtype) if out is None else out.copy_(total)
 
@@ -164,12 +164,12 @@ def gather_scores(scores: Tensor, slot_by_row: Tensor) -> Tensor:
     """Scores in row order: ``scores[slot_by_row]``, and zero where ``slot_by_row`` is -1.
 
     Args:
-        scores: (R,) in slot order; slot_by_row: (R,) int32.
+        scores: R in slot order, in any shape; slot_by_row: (R,) int32.
 
     Returns:
         (R,) in the dtype of ``scores``.
     """
-    gathered = scores[slot_by_row.clamp(min=0)]
+    gathered = scores.view(-1)[slot_by_row.clamp(min=0)]
     return torch.where(slot_by_row >= 0, gathered, torch.zeros_like(gathered))
 
 

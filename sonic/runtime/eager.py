@@ -67,33 +67,30 @@ def remembered(function: Callable[..., _Outcome]) -> Callable[..., _Outcome]:
     def look_up(*arguments: Any) -> _Outcome:
         if torch.compiler.is_compiling():
             return function(*arguments)
+        key: list[Any] = []  # what an argument adds says by its first entry how much there is
+        for argument in arguments:
+            kind = type(argument)
+            if kind is str or argument is None:
+                key.append(argument)
+            elif kind is Tensor or kind is Parameter:
+                if argument.layout is not torch.strided:
+                    return function(*arguments)
+                key += argument.shape, argument.stride(), argument.dtype, argument.device
+            elif isinstance(argument, Tensor):
+                return function(*arguments)
+            else:
+                key += kind, argument  # 1, 1.0 and True are equal, and not all of them are allowed
+        look = tuple(key)
         try:
-            key = tuple([_look(argument) for argument in arguments])
-            return outcomes[key]
+            return outcomes[look]
         except KeyError:
             pass
-        except (_Unclear, TypeError):
+        except TypeError:
             return function(*arguments)
         outcome = function(*arguments)
         if len(outcomes) >= _REMEMBERED:
             outcomes.clear()
-        outcomes[key] = outcome
+        outcomes[look] = outcome
         return outcome
 
     return look_up
-
-
-class _Unclear(Exception):
-    """A tensor of which more than its look may matter."""
-
-
-def _look(value: Any) -> Any:
-    kind = type(value)
-    if kind is Tensor or kind is Parameter:
-        if value.layout is not torch.strided:
-            raise _Unclear
-        return value.shape, value.stride(), value.dtype, value.device
-    if isinstance(value, Tensor):
-        raise _Unclear
-    # 1, 1.0 and True are equal, and not all of them are allowed.
-    return value if kind is str else (kind, value)

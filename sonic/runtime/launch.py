@@ -18,7 +18,7 @@ from sonic.runtime.problem import Problem, Ragged, TileConfig
 from sonic.runtime.tuned import TunedSize, tuned_tiles
 
 _log = logging.getLogger("sonic")
-_kernels: dict[tuple[str, Problem, TileConfig], Any] = {}
+_kernels: dict[tuple[Backend, Problem, TileConfig], Any] = {}
 # CuTeDSL traces into process-wide state, so two threads must not compile at once.
 _compile_lock = threading.Lock()
 
@@ -29,7 +29,7 @@ def kernel_for(backend: Backend, problem: Problem, config: TileConfig) -> Any:
     :raises UnsupportedError: the backend refuses ``problem``.
     :raises CompileError: the compiler failed; its error is the cause.
     """
-    key = (backend.arch.value, problem, config)
+    key = (backend, problem, config)
     kernel = _kernels.get(key)
     if kernel is None:
         with _compile_lock:
@@ -75,6 +75,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.lru_cache(maxsize=4096)
 def _grid(
     problem: Problem, config: TileConfig, rows: int, experts: int, m: int, n: int, sms: int
 ) -> int:
@@ -93,7 +94,7 @@ def config_for(
     problem: Problem, device: torch.device, rows: int, experts: int, n: int, k: int
 ) -> TileConfig:
     """The tiles that :func:`grouped_gemm` will use for this size: tuned ones, if there are any."""
-    return _config(backend_for(device), device, problem, rows // max(experts, 1), n, k)
+    return _config(backend_for(device), device, problem, rows // experts if experts else rows, n, k)
 
 
 # Routing changes the row count from call to call; a bounded memo keeps the choice off the hot path.

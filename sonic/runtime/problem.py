@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import astuple, dataclass
 from enum import Enum
+from typing import Any
 
 from sonic.enums import ActivationType
 
@@ -37,8 +39,23 @@ class EpilogueKind(str, Enum):
     ACCUMULATE = "accumulate"  # D += acc, D in float32
 
 
+class _HashedOnce:
+    """A frozen dataclass whose fields are hashed when first asked for: every launch looks it up."""
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(astuple(self))  # type: ignore[call-overload]
+
+    def hash_once(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process hashes strings differently.
+        return {name: value for name, value in vars(self).items() if name != "_hash"}
+
+
 @dataclass(frozen=True)
-class Problem:
+class Problem(_HashedOnce):
     """One grouped GEMM, shape-free: a compiled kernel serves every size.
 
     ``Ragged.ROWS``: ``A (R or T, K)``, weight ``W (E, N, K)`` or, with ``transposed_weight``,
@@ -60,6 +77,8 @@ class Problem:
     activation: ActivationType | None = None
     has_bias: bool = False
     store_preact: bool = False
+
+    __hash__ = _HashedOnce.hash_once
 
     @property
     def name(self) -> str:
@@ -85,7 +104,7 @@ class Schedule(str, Enum):
 
 
 @dataclass(frozen=True)
-class TileConfig:
+class TileConfig(_HashedOnce):
     """Tile and cluster extents of one kernel instance (elements, CTAs)."""
 
     tile_m: int
@@ -96,6 +115,8 @@ class TileConfig:
     epilogue_stages: int = 2
     raster_along_m: bool = True
     dynamic: bool = False  # CTAs take tiles from a counter instead of with a fixed stride
+
+    __hash__ = _HashedOnce.hash_once
 
     @property
     def cluster_size(self) -> int:

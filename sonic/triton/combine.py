@@ -141,7 +141,7 @@ def combine(
     Args:
         rows: (R, H) bf16, fp16 or fp32. Rows of no slot are never read.
         row_by_slot: (S,) int32, -1 where the slot is dropped.
-        scores: (S,) fp32 weight of each slot, or None: all one.
+        scores: S fp32 weights of the slots, in any shape, or None: all one.
         offset_by_token, slot_by_position: (T+1,) and (S,) int32 of general routing, or None for
             fixed top-k.
         num_tokens: T.
@@ -157,7 +157,7 @@ def combine(
     check_contiguous("combine", row_by_slot=row_by_slot, scores=scores)
     hidden_size = rows.shape[1]
     if out is None:
-        out = torch.empty(num_tokens, hidden_size, dtype=rows.dtype, device=rows.device)
+        out = rows.new_empty((num_tokens, hidden_size))
     else:
         check_shape("combine", "out", out, (num_tokens, hidden_size))
     if out.numel() == 0:

@@ -52,7 +52,7 @@ def check_float(op: str, **tensors: torch.Tensor) -> None:
 
 def check_shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raise :class:`ShapeError` unless the tensor has exactly this shape."""
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ShapeError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape}.")
 
 

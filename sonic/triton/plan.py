@@ -15,7 +15,7 @@ scatter. sorted   where the (E, tiles) counters would be too big: ``torch.sort``
 :mod:`sonic.plan`).
 """
 
-from typing import Any
+import functools
 
 import torch
 import triton
@@ -215,6 +215,7 @@ _scan_experts = Launcher(_scan_experts_kernel)
 _scatter = Launcher(_scatter_kernel)
 
 
+@functools.lru_cache(maxsize=4096)
 def method_for(num_slots: int, num_experts: int) -> str:
     """Which of ``"empty"``, ``"direct"``, ``"tiled"``, ``"sorted"`` serves this size."""
     if num_slots == 0:
@@ -254,7 +255,7 @@ def sort_slots_by_expert(
     """Stable counting sort of the flat slots by expert; ``method_for`` must not say ``"sorted"``.
 
     Args:
-        expert_ids: (S,) int32 or int64, contiguous.
+        expert_ids: S of int32 or int64, contiguous, in any shape.
         token_ids: (S,) int32 or int64, contiguous, or None: slot ``s`` belongs to token ``s //
             top_k``.
 
@@ -263,14 +264,14 @@ def sort_slots_by_expert(
         (S,)``, all int32.
     """
     num_slots = expert_ids.numel()
-    options: dict[str, Any] = {"dtype": torch.int32, "device": expert_ids.device}
+    empty = functools.partial(torch.empty, dtype=torch.int32, device=expert_ids.device)
     method = method_for(num_slots, num_experts)
+    offset_by_expert = empty(num_experts + 1)
+    outputs = offset_by_expert, empty(num_slots), empty(num_slots), empty(num_slots)
     if method == "empty":
-        empty = [torch.empty(0, **options) for _ in range(3)]
-        return torch.zeros(num_experts + 1, **options), empty[0], empty[1], empty[2]
-    offset_by_expert = torch.empty(num_experts + 1, **options)
-    token_by_row, slot_by_row, row_by_slot = (torch.empty(num_slots, **options) for _ in range(3))
-    outputs = offset_by_expert, token_by_row, slot_by_row, row_by_slot
+        offset_by_expert.zero_()
+        return outputs
+    row_by_slot = outputs[3]
     with device_of(expert_ids):
         if method == "direct":
             block = 32
@@ -292,8 +293,8 @@ def sort_slots_by_expert(
             return outputs
         tile = _tile_for(num_slots, num_experts)
         stride = _count_stride(num_slots, tile)
-        count = torch.zeros(num_experts, stride, **options)
-        total = torch.empty(num_experts, **options)
+        count = empty((num_experts, stride)).zero_()
+        total = empty(num_experts)
         _rank(
             cdiv(num_slots, tile),
             expert_ids,

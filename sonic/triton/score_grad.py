@@ -93,7 +93,7 @@ def gather_scores(scores: torch.Tensor, slot_by_row: torch.Tensor) -> torch.Tens
     """Scores in row order.
 
     Args:
-        scores: (S,) fp32, by slot.
+        scores: S in fp32, by slot, in any shape.
         slot_by_row: (R,) int32.
 
     Returns:

@@ -566,6 +566,7 @@ def test_routing_with_a_broken_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)  # "import of triton halted"
     for name in [name for name in sys.modules if name.startswith("sonic.triton")]:
         monkeypatch.delitem(sys.modules, name)
+    plan._load_triton_plan.cache_clear()
     for forward, arguments in (
         (topk._forward_cuda, (torch.zeros(2, 4), 2, "softmax_over_topk")),
         (plan._plan_rows, (torch.zeros(4, dtype=torch.int32), None, 2, 2, 2, "triton")),
