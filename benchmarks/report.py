@@ -251,28 +251,36 @@ def small_table(figures: Figures) -> str:
 
 
 def rounding_table(figures: Figures) -> str:
-    """Token rounding beside plain top-k, router GEMM and routing included."""
+    """Token rounding beside plain top-k, router GEMM and routing included; where that was measured,
+    also as CUDA graphs."""
+    problems = figures.problems("token rounding/nr/q128/forward")
+    if not problems:
+        return "No figures of token rounding have been committed yet."
+    suffixes, names = ("",), ("nr / top-k ms",)
+    if figures.problems("token rounding/nr/q128/forward/graph"):
+        suffixes, names = ("/graph", ""), ("nr / top-k ms as graphs", "eager ms")
     rows = []
-    for problem in figures.problems("token rounding/nr/q128/forward"):
+    for problem in problems:
 
-        def ms(metric: str, provider: str = OURS, problem: list[int] = problem) -> float | None:
+        def ms(
+            metric: str, provider: str = OURS, problem: tuple[int, ...] = problem
+        ) -> float | None:
             return figures.get(f"token rounding/{metric}", "ms", problem, provider)
 
         cells = [", ".join(map(str, problem))]
         for name in ("forward", "forward + backward"):
-            for suffix in ("/graph", ""):
-                pair = (ms(f"nr/q128/{name}{suffix}"), ms(f"top_k/q128/{name}{suffix}"))
+            for suffix in suffixes:
+                pair = (ms(f"{rule}/q128/{name}{suffix}") for rule in ("nr", "top_k"))
                 cells.append(" / ".join(_cell(value, ".3f") for value in pair))
             cells.append(_cell(ms(f"top_k/{name}", "sonicmoe"), ".3f"))
-        routing, whole = ms("nr/q128/forward/routing"), ms("nr/q128/forward/graph")
+        routing, whole = ms("nr/q128/forward/routing"), ms(f"nr/q128/forward{suffixes[0]}")
         share = 100 * routing / whole if routing and whole else None
         rows.append([*cells, _cell(share, ".1f")])
-    if not rows:
-        return "No figures of token rounding have been committed yet."
     header = ["T, H, I, E, top_k"]
     for name in ("forward", "forward + backward"):
-        header += [f"{name}, graph: nr / top-k ms", "eager ms", "SonicMoE top-k ms"]
-    return f"{markdown_table([*header, 'routing, % of forward'], rows)}\n\n{figures.sources()}"
+        header += [f"{name}: {names[0]}", *names[1:], "SonicMoE top-k ms"]
+    header.append("routing, % of forward")
+    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
 
 
 def accuracy_table(figures: Figures) -> str:
