@@ -145,12 +145,19 @@ def check_bool(op: str, name: str, value: Any) -> None:
         )
 
 
-def check_std(op: str, std: Any) -> None:
-    """A standard deviation: a finite number, at least 0."""
-    if isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 <= std < math.inf:
-        raise ArgumentError(
-            message(op, f"std={std!r}", "a finite number, 0 or above", "0.02 is usual.")
-        )
+def check_number(op: str, name: str, value: Any, todo: str, positive: bool = False) -> None:
+    """A finite number, at least 0 or above it."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf or (positive and value == 0):
+        allowed = "a finite number above 0" if positive else "a finite number, 0 or above"
+        raise ArgumentError(message(op, f"{name}={value!r}", allowed, todo))
+
+
+def check_parameters(op: str, std: Any, device: Any, dtype: Any) -> None:
+    """How the parameters of a module are made; ``std`` is that of their initialisation."""
+    check_number(op, "std", std, "0.02 is usual.")
+    check_device_option(op, device)
+    check_dtype_option(op, dtype)
 
 
 def check_dtype_option(op: str, dtype: Any, optional: bool = True) -> None:
@@ -360,6 +367,21 @@ def check_aligned(op: str, name: str, size: int) -> None:
 
 
 # --------------------------------------------------------------------------- whole calls
+
+
+def check_hidden_size(op: str, hidden_states: Any, hidden_size: int, todo: str) -> None:
+    """``hidden_states`` is (..., hidden_size), floating point."""
+    check_is_tensor(op, "hidden_states", hidden_states)
+    if hidden_states.dim() == 0 or hidden_states.shape[-1] != hidden_size:
+        raise ShapeError(
+            message(
+                op,
+                f"hidden_states has shape {tuple(hidden_states.shape)}",
+                f"(..., {hidden_size})",
+                todo,
+            )
+        )
+    check_float(op, "hidden_states", hidden_states)
 
 
 def check_hidden_states(op: str, hidden_states: Any) -> None:

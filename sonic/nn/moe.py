@@ -5,6 +5,7 @@ Building one touches no GPU and captures no stream; ``device="meta"`` gives shap
 Symbols: T tokens, H hidden size, I intermediate size, E experts.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -55,7 +56,8 @@ class ExpertLinear(nn.Module):
         checks.check_num_experts(op, "num_experts", num_experts)
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             checks.check_int(op, name, size, 1, 2**31 - 1, "a size")
-        _check_parameters(op, add_bias, std, device, dtype)
+        checks.check_bool(op, "add_bias", add_bias)
+        checks.check_parameters(op, std, device, dtype)
         self.std = std
         shape = (num_experts, out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -123,7 +125,8 @@ class _ExpertsBase(nn.Module):
         checks.check_num_experts(op, "num_experts", num_experts)
         for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
             checks.check_int(op, name, size, 1, 2**31 - 1, "a size")
-        _check_parameters(op, add_bias, std, device, dtype)
+        checks.check_bool(op, "add_bias", add_bias)
+        checks.check_parameters(op, std, device, dtype)
         register_if_counting()
         self.num_experts = num_experts
         self.hidden_size = hidden_size
@@ -261,11 +264,14 @@ class MoE(_ExpertsBase):
         self.tile = tile
         self.has_own_router = router is not None
         self.router: nn.Module
+        self._router_inputs: tuple[str, ...] | None = ()
         if router is None:
             self.router = NormalLinear(hidden_size, num_experts, std, device=device, dtype=dtype)
         else:
             _check_router_module(router, hidden_size, num_experts, num_experts_per_tok, routing)
             self.router = router
+            self._router_inputs = _input_names(router)
+        _check_shared_experts(shared_experts, hidden_size)
         self.shared_experts = shared_experts
 
     def forward(
@@ -294,6 +300,9 @@ class MoE(_ExpertsBase):
             UnsupportedError: ``scattermoe``, which is not part of this package.
         """
         impl = self._impl(hidden_states, kernel_backend_moe)
+        checks.check_bool("MoE", "is_inference_mode", is_inference_mode)
+        if router_inputs is not None:
+            self._check_router_inputs(router_inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference_mode):
             if self.has_own_router:
                 balance = not is_inference_mode
@@ -303,7 +312,9 @@ class MoE(_ExpertsBase):
             out = out.view(hidden_states.shape)
             if self.shared_experts is not None:
                 options = {"impl": impl} if isinstance(self.shared_experts, Experts) else {}
-                out = out + self.shared_experts(hidden_states, **options)
+                shared = self.shared_experts(hidden_states, **options)
+                _check_shared_output(shared, out)
+                out = out + shared
         return out, aux_loss
 
     def _by_linear_router(
@@ -365,6 +376,24 @@ class MoE(_ExpertsBase):
             out = torch.addcmul(out, routed.identity_weight[:, None], tokens).to(out.dtype)
         return out, routed.aux_loss if balance else None
 
+    def _check_router_inputs(self, router_inputs: Any) -> None:
+        known = self._router_inputs
+        if not self.has_own_router:
+            allowed = "router_inputs with a module given as router"
+            todo = "Leave them out, or build the layer with a router of sonic.nn.routers."
+        elif not isinstance(router_inputs, Mapping):
+            allowed = "a mapping of keyword arguments for the router"
+            todo = 'Pass for instance router_inputs={"mask": mask}.'
+        elif known is not None and any(name not in known for name in router_inputs):
+            allowed = f"the inputs of {type(self.router).__name__}: {', '.join(known) or 'none'}"
+            todo = "Rename them, or leave them out."
+        else:
+            return
+        came = type(router_inputs).__name__
+        if isinstance(router_inputs, Mapping):
+            came = ", ".join(str(name) for name in router_inputs) or "no input"
+        raise ArgumentError(checks.message("MoE", f"router_inputs came with {came}", allowed, todo))
+
     def _impl(self, hidden_states: Tensor, kernel_backend_moe: str | KernelBackendMoE) -> str:
         backend = checks.choice("MoE", "kernel_backend_moe", kernel_backend_moe, KernelBackendMoE)
         if backend is KernelBackendMoE.scattermoe:
@@ -376,16 +405,12 @@ class MoE(_ExpertsBase):
                     "Pass kernel_backend_moe=KernelBackendMoE.sonicmoe.",
                 )
             )
-        checks.check_is_tensor("MoE", "hidden_states", hidden_states)
-        if hidden_states.dim() == 0 or hidden_states.shape[-1] != self.hidden_size:
-            raise ShapeError(
-                checks.message(
-                    "MoE",
-                    f"hidden_states has shape {tuple(hidden_states.shape)}",
-                    f"(..., {self.hidden_size})",
-                    "Project to the layer's hidden_size, or build the layer with this one.",
-                )
-            )
+        checks.check_hidden_size(
+            "MoE",
+            hidden_states,
+            self.hidden_size,
+            "Project to the layer's hidden_size, or build the layer with this one.",
+        )
         if backend is KernelBackendMoE.torch:
             return "reference"
         if hidden_states.device.type == "cpu":
@@ -410,22 +435,21 @@ class MoE(_ExpertsBase):
         return text
 
 
-def _check_parameters(
-    op: str,
-    add_bias: bool,
-    std: float,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> None:
-    checks.check_bool(op, "add_bias", add_bias)
-    checks.check_std(op, std)
-    checks.check_device_option(op, device)
-    checks.check_dtype_option(op, dtype)
-
-
 def _check_router_module(
-    router: nn.Module, hidden_size: int, num_experts: int, top_k: int, routing: str
+    router: Any, hidden_size: int, num_experts: int, top_k: int, routing: str
 ) -> None:
+    wanted = {"hidden_size": hidden_size, "num_experts": num_experts, "top_k": top_k}
+    if not isinstance(router, nn.Module) or not all(hasattr(router, name) for name in wanted):
+        raise ArgumentError(
+            checks.message(
+                "MoE",
+                f"router is of type {type(router).__name__}",
+                "a module of sonic.nn.routers, or one that has its hidden_size, num_experts and "
+                "top_k and returns a RouterOutput",
+                "Wrap your network in a subclass of sonic.nn.routers.Router, or pass its ids and "
+                "weights to a PrecomputedRouter.",
+            )
+        )
     if routing != "top_k":
         raise ArgumentError(
             checks.message(
@@ -435,9 +459,8 @@ def _check_router_module(
                 "Leave the router out: rounding works on the built-in one.",
             )
         )
-    wanted = {"hidden_size": hidden_size, "num_experts": num_experts, "top_k": top_k}
     for name, value in wanted.items():
-        found = getattr(router, name, None)
+        found = getattr(router, name)
         if found != value:
             raise ArgumentError(
                 checks.message(
@@ -448,6 +471,51 @@ def _check_router_module(
                     "experts.",
                 )
             )
+
+
+def _input_names(router: nn.Module) -> tuple[str, ...] | None:
+    """What ``router_inputs`` may name; None for anything."""
+    first, *parameters = inspect.signature(router.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in (first, *parameters)):
+        return None
+    return tuple(p.name for p in parameters if p.name != "balance")
+
+
+def _check_shared_output(shared: Any, out: Tensor) -> None:
+    name = "the output of shared_experts"
+    checks.check_is_tensor("MoE", name, shared)
+    if shared.shape != out.shape:
+        raise ShapeError(
+            checks.message(
+                "MoE",
+                f"{name} has shape {tuple(shared.shape)}",
+                f"that of hidden_states, {tuple(out.shape)}",
+                "Let it map (..., H) to (..., H).",
+            )
+        )
+    checks.check_same_device("MoE", "the layer's output", out, **{name: shared})
+    checks.check_same_dtype("MoE", "the layer's output", out, **{name: shared})
+
+
+def _check_shared_experts(shared: Any, hidden_size: int) -> None:
+    if shared is not None and not isinstance(shared, nn.Module):
+        raise ArgumentError(
+            checks.message(
+                "MoE",
+                f"shared_experts is of type {type(shared).__name__}",
+                "a module from (..., H) to (..., H), or None",
+                "Pass a sonic.nn.routers.SharedExperts, for instance.",
+            )
+        )
+    if isinstance(shared, _ExpertsBase) and shared.hidden_size != hidden_size:
+        raise ShapeError(
+            checks.message(
+                "MoE",
+                f"shared_experts.hidden_size={shared.hidden_size} came to a layer of {hidden_size}",
+                f"shared experts with hidden_size={hidden_size}",
+                "Build both with the same hidden size.",
+            )
+        )
 
 
 def _check_routing(routing: str, rounding: str, tile: int | str) -> None:

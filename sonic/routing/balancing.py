@@ -8,11 +8,13 @@ Sizes: T tokens, E columns of the logits, S sequences, ``top_k`` winners.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sonic import checks
 from sonic.plan import RoutingPlan, build_plan
 from sonic.reference.routers import load_shares
 from sonic.runtime.errors import ArgumentError, UnsupportedError
@@ -36,6 +38,20 @@ def all_reduced(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is not None:
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def check_group(op: str, group: Any) -> None:
+    """``group`` is a process group or None."""
+    if group is None or (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        return
+    raise ArgumentError(
+        checks.message(
+            op,
+            f"group is of type {type(group).__name__}",
+            "a torch.distributed.ProcessGroup, or None for this process alone",
+            "Make one with torch.distributed.new_group, or take mesh.get_group().",
+        )
+    )
 
 
 # ------------------------------------------------------------------------ global-batch loss
@@ -121,12 +137,28 @@ def refuse_capture(op: str, tensor: Tensor) -> None:
 
 def capacity_of(num_tokens: int, top_k: int, num_experts: int, factor: float) -> int:
     """Rows an expert takes at most: ``ceil(factor * T * top_k / E)``, at least 1."""
-    if not factor > 0:
+    op = "capacity_of"
+    checks.check_int(op, "num_tokens", num_tokens, 0, checks.MAX_SLOTS, "row indices are int32")
+    checks.check_int(op, "top_k", top_k, 1, checks.MAX_SLOTS, "row indices are int32")
+    checks.check_num_experts(op, "num_experts", num_experts)
+    check_factor(op, "factor", factor)
+    return min(checks.MAX_SLOTS, max(1, math.ceil(factor * num_tokens * top_k / num_experts)))
+
+
+def check_factor(op: str, name: str, factor: Any) -> None:
+    """A capacity factor: a number up to the one at which no expert can be full."""
+    todo = "Pass a factor such as 1.25, or None where the limit is optional."
+    checks.check_number(op, name, factor, todo, positive=True)
+    if factor > checks.MAX_EXPERTS:
         raise ArgumentError(
-            f"capacity_of: factor={factor} is not positive. Pass a factor such as 1.25, or None "
-            "where the limit is optional."
+            checks.message(
+                op,
+                f"{name}={factor!r} limits nothing",
+                f"at most {checks.MAX_EXPERTS}, the most experts: E times the mean load is all "
+                "slots",
+                todo,
+            )
         )
-    return max(1, math.ceil(factor * num_tokens * top_k / num_experts))
 
 
 def limit_capacity(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sonic import checks
 from sonic.plan import RoutingPlan, build_plan, int32_ids
 from sonic.runtime.derivatives import differentiable_function, register_gradient
 from sonic.runtime.errors import (
@@ -17,11 +18,12 @@ from sonic.runtime.errors import (
     MissingPackageError,
     ShapeError,
 )
-from sonic.runtime.limits import MAX_EXPERTS, MAX_TOP_K
+from sonic.runtime.limits import MAX_EXPERTS, MAX_SLOTS, MAX_TOP_K
 from sonic.runtime.route import Route, RouteTensors, ScoreFunction
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # A table rather than the enum's own call: Dynamo of torch 2.11 does not iterate enums.
+_INTEGERS = ("top_k", "num_groups", "topk_groups", "group_best", "num_experts", "num_sequences")
 _SCORES = {member.value: member.value for member in ScoreFunction}
 
 
@@ -86,16 +88,18 @@ def route(
     Memory:
         Backward keeps the logits, ``scores``, ``ids``, ``lse``, ``load`` and ``live``.
     """
+    checks.check_is_tensor("route", "logits", logits)
+    checks.check_is_int("route", "num_null", num_null, 0, MAX_EXPERTS)
     options = Route(
         top_k=top_k,
-        score=_SCORES.get(score, score),
+        score=_SCORES.get(score, score) if isinstance(score, str) else score,
         renormalize=renormalize,
         scale=scale,
         num_groups=num_groups,
         topk_groups=topk_groups,
         group_best=group_best,
-        num_working=logits.shape[-1] - num_null,
-        num_experts=num_experts or 0,
+        num_working=(logits.shape[-1] if logits.dim() else 0) - num_null,
+        num_experts=0 if num_experts is None else num_experts,
         num_sequences=num_sequences,
         balance=balance,
     )
@@ -144,6 +148,8 @@ def _check(
     if not 1 <= num_columns <= MAX_EXPERTS:
         raise ShapeError(f"route: {num_columns} columns; 1 to {MAX_EXPERTS} are allowed.")
     for name, tensor in (("logits", logits), ("bias", bias), ("mask", mask)):
+        if tensor is not None:
+            checks.check_is_tensor("route", name, tensor)
         if tensor is not None and tensor.dtype not in _DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise DTypeError(f"route: {name} has dtype {tensor.dtype}, expected {allowed}.")
@@ -169,6 +175,7 @@ def _check(
 def _check_ids(logits: Tensor, ids: Tensor | None, route: Route) -> None:
     if ids is None:
         return
+    checks.check_is_tensor("route", "ids", ids)
     if tuple(ids.shape) != (logits.shape[0], route.top_k):
         raise ShapeError(
             f"route: ids has shape {tuple(ids.shape)}, expected "
@@ -184,13 +191,17 @@ def _check_options(num_tokens: int, num_columns: int, route: Route, num_null: in
     def refuse(got: str, allowed: str) -> ArgumentError:
         return ArgumentError(f"route: {got} with {num_columns} columns; allowed: {allowed}.")
 
-    if route.score not in _SCORES:
+    for name in _INTEGERS:
+        checks.check_is_int("route", name, getattr(route, name), 1, MAX_SLOTS)
+    checks.check_bool("route", "renormalize", route.renormalize)
+    checks.check_bool("route", "balance", route.balance)
+    if not isinstance(route.score, str) or route.score not in _SCORES:
         raise refuse(f"score={route.score!r}", ", ".join(map(repr, _SCORES)))
     limit = min(MAX_TOP_K, num_columns)
     if not 1 <= route.top_k <= limit:
         raise refuse(f"top_k={route.top_k}", f"1 to {limit}")
-    if not route.scale > 0:
-        raise refuse(f"scale={route.scale}", "a positive factor")
+    todo = "Pass 1.0 to leave the weights as they are."
+    checks.check_number("route", "scale", route.scale, todo, positive=True)
     if not 0 <= num_null < num_columns:
         raise refuse(f"num_null={num_null}", f"0 to {num_columns - 1}")
     if not 0 <= route.num_experts <= num_columns:

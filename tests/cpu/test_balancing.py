@@ -225,6 +225,15 @@ def test_update_refuses_a_capture(monkeypatch):
 # --------------------------------------------------------------------------------- capacity
 
 
+def test_update_refuses_rates_and_what_is_no_module():
+    router = SigmoidRouter(H, E, K)
+    for rate in (float("nan"), float("inf"), -1e-3, "1e-3", None, True):
+        with pytest.raises(ArgumentError, match="update_balance: rate=.*Allowed: a finite number"):
+            update_balance(router, rate)
+    with pytest.raises(ArgumentError, match="module is of type list.*Allowed: .*Pass the model"):
+        update_balance([router])
+
+
 @pytest.mark.parametrize("drop", ["position", "score"])
 @pytest.mark.parametrize("capacity", [0, 1, 5, 1000])
 def test_capacity(capacity, drop):
@@ -247,7 +256,7 @@ def test_capacity_of_a_factor():
     assert capacity_of(1000, 2, 8, 1.0) == 250
     assert capacity_of(1001, 2, 8, 1.0) == 251
     assert capacity_of(0, 2, 8, 1.0) == 1
-    with pytest.raises(ArgumentError, match="factor=0"):
+    with pytest.raises(ArgumentError, match="factor=0.*Allowed: .*Pass a factor"):
         capacity_of(8, 1, 8, 0)
     with pytest.raises(ArgumentError, match="drop='random'"):
         limit_capacity(torch.zeros(1, 1).int(), torch.ones(1, 1), 1, 1, drop="random")

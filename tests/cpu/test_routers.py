@@ -13,6 +13,7 @@ import sonic
 from sonic import KernelBackendMoE, MoE
 from sonic.nn import routers
 from sonic.nn.routers import (
+    LossWeights,
     NoisyTopKRouter,
     PrecomputedRouter,
     ProductKeyRouter,
@@ -27,7 +28,7 @@ from sonic.plan import build_plan
 from sonic.reference.routers import balance_losses, route_reference
 from sonic.routing.product_key import product_key_routing
 from sonic.routing.route import plan_of, route
-from sonic.runtime.errors import ArgumentError, DTypeError, ShapeError
+from sonic.runtime.errors import ArgumentError, DTypeError, ShapeError, SonicError
 from sonic.runtime.route import Route
 from tests.router_checks import option_grid
 
@@ -221,6 +222,12 @@ WRONG = [
     (dict(num_groups=3, topk_groups=1, group_best=3), ArgumentError, "group_best=3"),
     (dict(num_null=6), ArgumentError, "num_null=6"),
     (dict(num_experts=7), ArgumentError, "num_experts=7"),
+    (dict(num_groups=1.0), ArgumentError, "num_groups=1.0 is of type float. Allowed: an int"),
+    (dict(num_null="1"), ArgumentError, "num_null='1' is of type str"),
+    (dict(balance=1), ArgumentError, "balance=1. Allowed: True or False"),
+    (dict(score=["softmax"]), ArgumentError, r"score=\['softmax'\]"),
+    (dict(logits=[1.0]), ArgumentError, "logits is of type list"),
+    (dict(mask=[0.0]), ArgumentError, "mask is of type list"),
     (dict(num_sequences=3), ArgumentError, "num_sequences=3 for 4 tokens"),
 ]
 
@@ -379,6 +386,67 @@ def test_shared_experts(gated):
     assert all(p.grad.any() for p in shared.parameters())
 
 
+def layer_of(**options):
+    return MoE(E, K, H, 8, "swiglu", False, 0.3, **options)
+
+
+def refused(error, texts):
+    """That an error of this kind comes, with these parts of a text in this order."""
+    return pytest.raises(error, match=".*".join(texts))
+
+
+class Narrow(nn.Module):
+    def forward(self, x):
+        return x[..., :1]
+
+
+def test_shared_experts_of_another_shape_are_refused():
+    """(4, 2H) has the elements of (8, H): reshaping would mix tokens."""
+    shared = SharedExperts(H, 24)
+    with refused(
+        ShapeError, ["SharedExperts: ", r"\(4, 32\)", "Allowed: ", r"\.\.\., 16", "Build"]
+    ):
+        shared(torch.randn(4, 2 * H))
+    with refused(ShapeError, ["MoE: shared_experts.hidden_size=24", "Allowed: .*=16", "Build"]):
+        layer_of(shared_experts=SharedExperts(24, 24))
+    with refused(ArgumentError, ["shared_experts is of type function", "a module", "Pass"]):
+        layer_of(shared_experts=lambda x: x)
+    with refused(ArgumentError, ["gated='yes'", "True or False"]):
+        SharedExperts(H, 24, gated="yes")
+    x = torch.randn(4, H)
+    with refused(
+        ShapeError, ["output of shared_experts", r"\(4, 1\)", r"Allowed: .*\(4, 16\)", "Let"]
+    ):
+        layer_of(shared_experts=Narrow())(x, TORCH)
+    layer = layer_of(shared_experts=nn.Identity())
+    layer(x, TORCH)
+    layer.shared_experts.forward = lambda x: x.double()
+    with refused(DTypeError, ["output of shared_experts is float64", "one dtype", "Cast"]):
+        layer(x, TORCH)
+
+
+def test_what_is_no_router_is_refused():
+    for router in (nn.Linear(H, E), "softmax", SoftmaxRouter):
+        with refused(
+            ArgumentError, ["MoE: router is of type", "Allowed: .*sonic.nn.routers", "Wrap"]
+        ):
+            layer_of(router=router)
+
+
+def test_router_inputs_that_nobody_reads_are_refused():
+    x, mask = torch.randn(5, H), torch.zeros(5, E)
+    with refused(ArgumentError, ["router_inputs came with mask", "given as router", "Leave"]):
+        layer_of()(x, TORCH, router_inputs={"mask": mask})
+    layer = layer_of(router=SoftmaxRouter(H, E, K))
+    layer(x, TORCH, router_inputs={"mask": mask})
+    with refused(ArgumentError, ["came with mask, masks", "SoftmaxRouter: mask, ids", "Rename"]):
+        layer(x, TORCH, router_inputs={"mask": mask, "masks": mask})
+    with refused(ArgumentError, ["came with Tensor", "a mapping", "Pass"]):
+        layer(x, TORCH, router_inputs=mask)
+    with refused(ArgumentError, ["is_inference_mode=1", "True or False"]):
+        layer(x, TORCH, is_inference_mode=1)
+
+
 def test_precomputed_routing():
     router = PrecomputedRouter(H, E, K)
     layer = MoE(E, K, H, 8, "swiglu", False, 0.3, router=router)
@@ -432,6 +500,60 @@ def test_options_are_refused_when_a_router_is_made():
             TopKRouter(**({"hidden_size": H, "num_experts": E, "top_k": K} | wrong))
     with pytest.raises(ShapeError, match=r"\(\.\.\., 16\)"):
         SoftmaxRouter(H, E, K)(torch.randn(3, 8))
+    with pytest.raises(DTypeError, match="hidden_states is int64.*Allowed: .*Cast"):
+        SoftmaxRouter(H, E, K)(torch.ones(3, H).long())
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "scale": (INF, NAN, "x", None, True, -1.0),
+        "std": (NAN, -1.0, "x"),
+        "renormalize": (1, "yes", None),
+        "correction_bias": (1, "no"),
+        "add_bias": (1, "no"),
+        "float32_logits": (1, "no"),
+        "capacity_factor": (INF, NAN, 1e300, "x", -1.0),
+        "eval_capacity_factor": (INF, NAN, 1e300, "x"),
+        "num_groups": (2.0, "2", None, True),
+        "topk_groups": (1.0, "1"),
+        "group_best": (2.0, "2"),
+        "num_identity": (1.0, "1"),
+        "num_null": (1.0, "1"),
+        "group": (0, "world", object()),
+        "losses": ({"z": NAN}, {"z": -1.0}, {"z": "x"}, LossWeights(z=NAN)),
+        "device": ("banana",),
+        "dtype": (torch.int32, "bfloat16"),
+    }.items(),
+)
+def test_every_argument_of_a_router_is_looked_at(name, values):
+    for value in values:
+        with pytest.raises(SonicError, match=rf"{name}.*Allowed: .*\. [A-Z0]") as caught:
+            TopKRouter(H, E, K, **{name: value})
+        assert "router" in str(caught.value) or str(caught.value).startswith(("TopK", "route: "))
+
+
+def test_routers_refuse_what_their_name_decides():
+    for cls in (SoftmaxRouter, SigmoidRouter, SqrtSoftplusRouter):
+        with refused(
+            ArgumentError, [f"{cls.__name__}: score='softmax'", "Allowed: ", "TopKRouter"]
+        ):
+            cls(H, E, K, score="softmax")
+    for wrong in ({"top_k": 2}, {"renormalize": True}):
+        with refused(ArgumentError, ["Top1Router: ", "Allowed: ", "Leave"]):
+            Top1Router(H, E, **wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(renormalize=1), dict(float32_logits=1), dict(std=NAN), dict(dtype=torch.int8)]
+)
+def test_the_product_key_router_refuses(wrong):
+    (name,) = wrong
+    with pytest.raises(SonicError, match=f"ProductKeyRouter: {name}=.*Allowed: "):
+        ProductKeyRouter(H, 16, K, **wrong)
 
 
 def test_meta_and_state_dict():

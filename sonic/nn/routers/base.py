@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sonic import checks
 from sonic.plan import RoutingPlan
 from sonic.routing.balancing import RoutingStatistics
-from sonic.runtime.errors import ArgumentError, ShapeError
+from sonic.runtime.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,8 @@ class Router(nn.Module):
     def tokens(self, hidden_states: Tensor) -> Tensor:
         """``hidden_states`` (..., H) as (T, H)."""
         op = type(self).__name__
-        checks.check_is_tensor(op, "hidden_states", hidden_states)
-        if hidden_states.dim() == 0 or hidden_states.shape[-1] != self.hidden_size:
-            raise ShapeError(
-                checks.message(
-                    op,
-                    f"hidden_states has shape {tuple(hidden_states.shape)}",
-                    f"(..., {self.hidden_size})",
-                    "Build the router with the hidden size of its input.",
-                )
-            )
+        todo = "Build the router with the hidden size of its input."
+        checks.check_hidden_size(op, hidden_states, self.hidden_size, todo)
         return hidden_states.reshape(-1, self.hidden_size)
 
     def extra_repr(self) -> str:
@@ -125,9 +117,9 @@ def loss_weights(op: str, losses: LossWeights | Mapping[str, float] | None) -> L
     """``losses`` as a :class:`LossWeights`; a mapping names some of its fields."""
     if losses is None:
         return LossWeights()
-    if isinstance(losses, LossWeights):
-        return losses
     known = [field.name for field in fields(LossWeights)]
+    if isinstance(losses, LossWeights):
+        losses = {name: getattr(losses, name) for name in known}
     if not isinstance(losses, Mapping) or set(losses) - set(known):
         raise ArgumentError(
             checks.message(
@@ -137,6 +129,8 @@ def loss_weights(op: str, losses: LossWeights | Mapping[str, float] | None) -> L
                 'Pass for instance losses={"switch": 0.01, "z": 1e-3}.',
             )
         )
+    for name, factor in losses.items():
+        checks.check_number(op, f"losses[{name!r}]", factor, "Pass 0 to leave the loss out.")
     return LossWeights(**losses)
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from sonic import checks
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.nn.moe import Experts, NormalLinear
 
@@ -47,12 +48,19 @@ class SharedExperts(Experts):
             device=device,
             dtype=dtype,
         )
+        checks.check_bool("SharedExperts", "gated", gated)
         self.gate = None
         if gated:
             self.gate = NormalLinear(hidden_size, 1, std, device=device, dtype=dtype)
 
     def forward(self, hidden_states: Tensor, impl: str = "auto") -> Tensor:  # type: ignore[override]
         """``hidden_states`` (..., H) to the same shape; see :func:`sonic.experts` for ``impl``."""
+        checks.check_hidden_size(
+            "SharedExperts",
+            hidden_states,
+            self.hidden_size,
+            "Build the shared experts with the hidden size of the layer.",
+        )
         tokens = hidden_states.reshape(-1, self.hidden_size)
         shape = (tokens.shape[0], 1)
         ids = torch.zeros(shape, dtype=torch.int32, device=tokens.device)

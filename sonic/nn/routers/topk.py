@@ -25,6 +25,8 @@ from sonic.routing.balancing import (
     RoutingStatistics,
     all_reduced,
     capacity_of,
+    check_factor,
+    check_group,
     corrected_bias,
     global_batch_loss,
     is_recomputation,
@@ -100,11 +102,22 @@ class TopKRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        columns = num_experts + num_identity + num_null
-        super().__init__(hidden_size, num_experts, top_k, num_columns=columns, losses=losses)
         op = type(self).__name__
+        checks.check_num_experts(op, "num_experts", num_experts)
         for name, value in (("num_identity", num_identity), ("num_null", num_null)):
             checks.check_int(op, name, value, 0, checks.MAX_EXPERTS, "16-bit ids")
+        columns = num_experts + num_identity + num_null
+        super().__init__(hidden_size, num_experts, top_k, num_columns=columns, losses=losses)
+        flags = {
+            "renormalize": renormalize,
+            "correction_bias": correction_bias,
+            "add_bias": add_bias,
+            "float32_logits": float32_logits,
+        }
+        for name, flag in flags.items():
+            checks.check_bool(op, name, flag)
+        checks.check_parameters(op, std, device, dtype)
+        check_group(op, group)
         if capacity_drop not in DROP_RULES:
             raise ArgumentError(
                 checks.message(
@@ -114,9 +127,13 @@ class TopKRouter(Router):
                     "Pass one of these strings.",
                 )
             )
-        for factor in (capacity_factor, eval_capacity_factor):
+        factors = {
+            "capacity_factor": capacity_factor,
+            "eval_capacity_factor": eval_capacity_factor,
+        }
+        for name, factor in factors.items():
             if factor is not None:
-                capacity_of(1, top_k, num_experts, factor)
+                check_factor(op, name, factor)
         self.num_columns = columns
         self.num_identity = num_identity
         self.num_null = num_null
@@ -173,6 +190,7 @@ class TopKRouter(Router):
 
     @group.setter
     def group(self, group: dist.ProcessGroup | None) -> None:
+        check_group(type(self).__name__, group)
         self._group = SharedReference(group)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
@@ -292,19 +310,30 @@ def update_balance(module: nn.Module, rate: float = 1e-3) -> None:
 
     Args:
         module: a model, layer or router.
-        rate: step of the bias.
+        rate: step of the bias, 0 or above.
 
     Raises:
         UnsupportedError: a CUDA graph is being captured.
     """
+    op = "update_balance"
+    if not isinstance(module, nn.Module):
+        raise ArgumentError(
+            checks.message(
+                op,
+                f"module is of type {type(module).__name__}",
+                "a torch.nn.Module",
+                "Pass the model, a layer or a router.",
+            )
+        )
+    checks.check_number(op, "rate", rate, "1e-3 is usual.")
     routers = [router for router in module.modules() if isinstance(router, TopKRouter)]
     pending: dict[tuple[Any, torch.device], list[TopKRouter]] = {}
     for router in routers:
         if router.batch_load is not None:
-            refuse_capture("update_balance", router.batch_load)
+            refuse_capture(op, router.batch_load)
             router.batch_load.zero_()
         if router.step_load is not None:
-            refuse_capture("update_balance", router.step_load)
+            refuse_capture(op, router.step_load)
             pending.setdefault((router.group, router.step_load.device), []).append(router)
     for (group, _), together in pending.items():
         # One exchange for all layers.
@@ -316,6 +345,20 @@ def update_balance(module: nn.Module, rate: float = 1e-3) -> None:
                 bias = corrected_bias(router.correction_bias, load, rate)
                 router.correction_bias.copy_(bias)
                 router.step_load.zero_()
+
+
+def _refuse_fixed(op: str, options: Mapping[str, Any], **fixed: Any) -> None:
+    """Refuse options that a named router decides itself."""
+    for name, value in fixed.items():
+        if name in options:
+            raise ArgumentError(
+                checks.message(
+                    op,
+                    f"{name}={options[name]!r} came, which this router sets to {value!r}",
+                    f"the arguments of TopKRouter without {name}",
+                    f"Leave {name} out, or use a TopKRouter.",
+                )
+            )
 
 
 class SoftmaxRouter(TopKRouter):
@@ -335,6 +378,7 @@ class SoftmaxRouter(TopKRouter):
         renormalize: bool = True,
         **options: Any,
     ) -> None:
+        _refuse_fixed(type(self).__name__, options, score="softmax")
         super().__init__(
             hidden_size, num_experts, top_k, score="softmax", renormalize=renormalize, **options
         )
@@ -356,6 +400,7 @@ class SigmoidRouter(TopKRouter):
         correction_bias: bool = True,
         **options: Any,
     ) -> None:
+        _refuse_fixed(type(self).__name__, options, score="sigmoid")
         super().__init__(
             hidden_size,
             num_experts,
@@ -381,6 +426,7 @@ class SqrtSoftplusRouter(TopKRouter):
         correction_bias: bool = True,
         **options: Any,
     ) -> None:
+        _refuse_fixed(type(self).__name__, options, score="sqrt_softplus")
         super().__init__(
             hidden_size,
             num_experts,
@@ -399,6 +445,7 @@ class Top1Router(TopKRouter):
     """
 
     def __init__(self, hidden_size: int, num_experts: int, **options: Any) -> None:
+        _refuse_fixed(type(self).__name__, options, top_k=1, renormalize=False)
         super().__init__(hidden_size, num_experts, 1, renormalize=False, **options)
 
 
