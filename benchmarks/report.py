@@ -373,7 +373,7 @@ def emulator_table(figures: Figures) -> str:
     agree = of(hardware("agree"), "cases", hardware("cases"))
     share = figure(hardware("normal/bitwise equal"), "%", ".2f")
     rows += [
-        ["our GEMMs, same inputs on an H200: agree", agree, *unlike],
+        ["our GEMMs, same inputs on a Hopper GPU: agree", agree, *unlike],
         ["of these, outputs with defined bits: bitwise equal", same, *unlike],
         ["of these, 16-bit elements on random inputs: bitwise equal", f"{share} %", *unlike],
     ]

@@ -188,10 +188,10 @@ def test_accumulators_are_fenced_after_other_accesses():
 def test_a_wait_orders_the_warp_that_waits_alone():
     """What warp 1 stored before the wgmma is not ordered before what warp 0 reads after it."""
     body = "setp.eq.u32 %p7, %r0, 32; @%p7 st.shared.u32 [%r2+16000], 1;" + FENCE + MMA + WAIT
-    body += "{}setp.eq.u32 %p7, %r0, 0; @%p7 ld.shared.u32 %r4, [%r2+16000];"
-    warnings_of(body.format("bar.sync 0;"))
+    read = "setp.eq.u32 %p7, %r0, 0; @%p7 ld.shared.u32 %r4, [%r2+16000];"
+    warnings_of(body + "bar.sync 0;" + read)
     with pytest.raises(Fault, match="race: generic load .* write by warp 1 of the cluster"):
-        warnings_of(body.format(""))
+        warnings_of(body + read)
 
 
 @pytest.mark.parametrize("bit", [14, 31, 47, 55])
