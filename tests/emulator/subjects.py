@@ -90,7 +90,7 @@ def _hopper() -> list[tuple[str, GroupedGemm, TileConfig, int]]:
     The last entry is the number of CTAs.
 
     Few tokens, so that every gathered copy meets the last one, behind which there is nothing. A
-    tile uses the ring of stages more than once, and a CTA the ring of tiles where there is one.
+    CTA uses the ring of stages more than once, and the ring of tiles where there is one.
     """
     cooperative, pingpong = Schedule.COOPERATIVE, Schedule.PINGPONG
     overlapped = Schedule.OVERLAPPED
