@@ -35,6 +35,7 @@ from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
 from sonic.plan import RoutingPlan, build_plan, build_plan_flat, plan_of_topk, rows_of_topk
 from sonic.routing.logits import router_logits
 from sonic.routing.rounded_routing import rounded_routing
+from sonic.routing.token_rounding import check_generator, check_rule, resolve_tile
 from sonic.routing.topk import topk_routing
 from sonic.runtime.eager import autocast_may_be_on, needs_dispatcher, remembered
 from sonic.runtime.errors import ArgumentError, ShapeError, SonicError
@@ -295,6 +296,10 @@ def moe(
     order = checks.choice(op, "score_order", score_order, ScoreOrder)
     operands = _operands(op, hidden_states, w1, b1, w2, b2, activation, layout, impl, main_grads)
     checks.check_router(op, hidden_states, router_weight, w1.shape[0], top_k, impl)
+    if rounding is not None:
+        check_rule(op, rounding, "rounding")
+        tile = resolve_tile(op, tile)
+        check_generator(op, "hidden_states", hidden_states, generator)
     logits = router_logits(hidden_states, router_weight)
     if rounding is None:
         scores, ids = topk_routing(logits, top_k, order=order)

@@ -190,11 +190,11 @@ def _rows(op: str, num_tokens: int, top_k: int | None, num_slots: int | None) ->
 def _rounded_rows(
     op: str, num_tokens: int, num_experts: int, top_k: int | None, rounding: str, tile: int | str
 ) -> int:
-    from sonic.routing.token_rounding import RULES, max_pairs, resolve_tile
+    from sonic.routing.token_rounding import RULES, most_pairs, resolve_tile
 
     if rounding not in RULES or top_k is None:
         raise ArgumentError(
             f"{op}: rounding={rounding!r} came with top_k={top_k}. Allowed: one of "
             f"{', '.join(map(repr, RULES))}, with top_k. Pass both, or leave rounding out."
         )
-    return max_pairs(num_tokens, num_experts, top_k, resolve_tile(op, tile), rounding)
+    return most_pairs(num_tokens, num_experts, top_k, resolve_tile(op, tile), rounding)

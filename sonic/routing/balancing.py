@@ -88,7 +88,28 @@ def global_batch_loss(
     Returns:
         () fp32, one for an even load.
     """
+    op = "global_batch_loss"
+    if not isinstance(tensors, RouteTensors) or tensors.switch.dim() != 0:
+        came = type(tensors).__name__
+        if isinstance(tensors, RouteTensors):
+            came += " of a pass with balance=False"
+        raise ArgumentError(
+            checks.message(
+                op,
+                f"tensors is {came}",
+                "the results of sonic.routing.route.route with balance",
+                "Pass what route(logits, top_k, balance=True) returned.",
+            )
+        )
     num_columns = tensors.load.shape[1]
+    checks.check_int(op, "top_k", top_k, 1, num_columns, "at most the columns")
+    checks.check_int(op, "num_null", num_null, 0, num_columns - 1, "fewer than the columns")
+    check_group(op, group)
+    if earlier_load is not None:
+        checks.check_is_tensor(op, "earlier_load", earlier_load)
+        sizes = {"E + 1": num_columns + 1}
+        checks.check_shape(op, "earlier_load", earlier_load, sizes, "Pass a sum of local_load.")
+        checks.check_same_device(op, "tensors", tensors.load, earlier_load=earlier_load)
     now = local_load(tensors)
     load = now if earlier_load is None else now + earlier_load
     prob = tensors.prob_sum.sum(dim=0)
@@ -118,6 +139,12 @@ def corrected_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
     """
+    op = "corrected_bias"
+    checks.check_tensor(op, "bias", bias, ("E",), "Pass one bias per expert.")
+    checks.check_tensor(op, "load", load, ("E",), "Sum it over sequences: load.sum(dim=0).")
+    checks.check_float(op, "bias", bias)
+    checks.check_shape(op, "load", load, {"E": bias.shape[0]}, "Count the winners of each expert.")
+    checks.check_number(op, "rate", rate, "1e-3 is usual.")
     load = load.to(torch.float64)
     return bias + rate * torch.sign(load.mean() - load).to(bias.dtype)
 
@@ -176,9 +203,23 @@ def limit_capacity(
     Returns:
         (T, top_k) int32.
     """
+    op = "limit_capacity"
+    checks.check_tensor(op, "ids", ids, ("T", "top_k"), "Pass one row of expert ids per token.")
+    checks.check_ids(op, "ids", ids)
+    checks.check_is_tensor(op, "scores", scores)
+    sizes = {"T": ids.shape[0], "top_k": ids.shape[1]}
+    checks.check_shape(op, "scores", scores, sizes, "Pass one score per id.")
+    checks.check_same_device(op, "ids", ids, scores=scores)
+    checks.check_num_experts(op, "num_experts", num_experts)
+    checks.check_int(op, "capacity", capacity, 0, checks.MAX_SLOTS, "rows of an expert")
     if drop not in DROP_RULES:
         raise ArgumentError(
-            f"limit_capacity: drop={drop!r} is not one of {', '.join(map(repr, DROP_RULES))}."
+            checks.message(
+                op,
+                f"drop={drop!r} is not known",
+                ", ".join(map(repr, DROP_RULES)),
+                "Pass one of these strings.",
+            )
         )
     flat = ids.reshape(-1)
     if drop == "position":
@@ -216,6 +257,12 @@ class RoutingStatistics:
     token_entropy: Tensor | None
     num_experts: int
     plan: RoutingPlan | None
+
+    def __post_init__(self) -> None:
+        op = "RoutingStatistics"
+        checks.check_tensor(op, "load", self.load, ("E",), "Sum it over sequences.")
+        most = self.load.shape[0]
+        checks.check_int(op, "num_experts", self.num_experts, 1, most, "columns of the load")
 
     @property
     def load_entropy(self) -> Tensor:

@@ -19,7 +19,7 @@ from sonic.routing.token_rounding import (
     check_rounding,
     draw_uniform,
     flat_plan,
-    max_pairs,
+    most_pairs,
     resolve_tile,
     round_winners,
     triton_kernels,
@@ -156,7 +156,7 @@ def _forward_cuda(
     num_tokens, num_experts = logits.shape
     if logits.dtype == torch.float64 or num_tokens == 0 or num_experts > keys.MAX_BLOCK_E:
         return _forward_torch(logits, uniform, top_k, tile, rule, full)
-    num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
+    num_slots = most_pairs(num_tokens, num_experts, top_k, tile, rule)
     rounded, *rest = kernels.round_logits(logits, uniform, top_k, tile, rule, num_slots, full)
     weights, _, expert_ids, *plan = rounded
     return weights, expert_ids, *plan, *rest
@@ -179,7 +179,7 @@ def _forward_fake(
     logits: Tensor, uniform: Tensor | None, top_k: int, tile: int, rule: str, full: bool
 ) -> tuple[Tensor, ...]:
     num_tokens, num_experts = logits.shape
-    num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
+    num_slots = most_pairs(num_tokens, num_experts, top_k, tile, rule)
     sizes = [num_slots, num_experts + 1, *[num_slots] * 3, num_tokens + 1]
     weights = logits.new_empty(num_slots, dtype=weight_dtype(logits.dtype))
     integers = [logits.new_empty(size, dtype=torch.int32) for size in sizes]

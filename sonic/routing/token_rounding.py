@@ -26,6 +26,7 @@ from sonic.runtime.errors import (
     MissingPackageError,
     ShapeError,
 )
+from sonic.runtime.limits import message
 
 RULES = ("nr", "sr", "nr-s", "balance-f", "up", "down")
 KERNEL_TILE = 128  # rows of a tile in every kernel here that multiplies rows by an expert's weight
@@ -142,13 +143,32 @@ def flat_plan(tensors: Sequence[Tensor], num_tokens: int) -> RoutingPlan:
     )
 
 
-def max_pairs(num_tokens: int, num_experts: int, top_k: int, tile: int, rule: str) -> int:
+def max_pairs(num_tokens: int, num_experts: int, top_k: int, tile: int | str, rule: str) -> int:
     """S, the most pairs that :func:`token_rounding` can keep.
 
     ``T top_k`` plus what rounding can add: nothing for ``"down"``, ``tile // 2`` for each expert
     with ``"nr"`` and in all with ``"balance-f"``, ``tile - 1`` for each expert otherwise; never
     more than T E.
+
+    Args:
+        num_tokens: T. num_experts: E.
+        top_k, tile, rule: as in :func:`token_rounding`.
+
+    Raises:
+        ArgumentError: an argument is none of the above.
     """
+    op = "max_pairs"
+    checks.check_int(op, "num_tokens", num_tokens, 0, MAX_SLOTS, "row indices are int32")
+    checks.check_num_experts(op, "num_experts", num_experts)
+    limit = min(MAX_TOP_K, num_experts)
+    checks.check_int(op, "top_k", top_k, 1, limit, f"at most {MAX_TOP_K} and at most E")
+    rows = resolve_tile(op, tile)
+    check_rule(op, rule)
+    return most_pairs(num_tokens, num_experts, top_k, rows, rule)
+
+
+def most_pairs(num_tokens: int, num_experts: int, top_k: int, tile: int, rule: str) -> int:
+    """:func:`max_pairs` of arguments that have been checked."""
     added = {"down": 0, "nr": num_experts * (tile // 2), "balance-f": tile // 2}
     most = num_tokens * top_k + added.get(rule, num_experts * (tile - 1))
     return min(most, num_tokens * num_experts)
@@ -220,18 +240,38 @@ def check_rounding(
     """Raise what :func:`token_rounding` lists unless the arguments, ``table`` by this name, fit."""
     _check_table(op, name, table, top_k)
     num_tokens, num_experts = table.shape
-    if rule not in RULES:
-        allowed = ", ".join(repr(known) for known in RULES)
-        raise ArgumentError(f"{op}: rule={rule!r} is not one of {allowed}.")
-    if max_pairs(num_tokens, num_experts, top_k, tile, rule) > MAX_SLOTS:
+    check_rule(op, rule)
+    if most_pairs(num_tokens, num_experts, top_k, tile, rule) > MAX_SLOTS:
         raise ShapeError(
             f"{op}: {num_tokens} tokens, top_k={top_k} and {num_experts} experts with tile={tile} "
             f"may keep more than {MAX_SLOTS} pairs, and rows are int32. Split the tokens."
         )
 
 
-def check_generator(op: str, name: str, table: Tensor, generator: torch.Generator | None) -> None:
-    """Raise DeviceError unless the generator is of the kind of device of ``table``."""
+def check_rule(op: str, rule: Any, name: str = "rule") -> None:
+    """Raise ArgumentError unless ``rule``, an argument of that name, is known."""
+    if not isinstance(rule, str) or rule not in RULES:
+        raise ArgumentError(
+            message(
+                op,
+                f"{name}={rule!r} is not known",
+                ", ".join(repr(known) for known in RULES),
+                "Pass one of these strings.",
+            )
+        )
+
+
+def check_generator(op: str, name: str, table: Tensor, generator: Any) -> None:
+    """Raise unless ``generator`` is None or a generator of the kind of device of ``table``."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ArgumentError(
+            message(
+                op,
+                f"generator is of type {type(generator).__name__}",
+                "a torch.Generator, or None for the device's own",
+                f"Make one: torch.Generator({table.device.type!r}).manual_seed(0).",
+            )
+        )
     if generator is not None and generator.device.type != table.device.type:
         raise DeviceError(
             f"{op}: generator is on {generator.device} and {name} on {table.device}; both must be "
@@ -244,7 +284,14 @@ def resolve_tile(op: str, tile: int | str) -> int:
     if tile == "auto":
         return KERNEL_TILE
     if isinstance(tile, bool) or not isinstance(tile, int) or not 1 <= tile <= MAX_SLOTS:
-        raise ArgumentError(f"{op}: tile={tile!r}; an int from 1 to {MAX_SLOTS} is allowed.")
+        raise ArgumentError(
+            message(
+                op,
+                f"tile={tile!r}",
+                f'an int from 1 to {MAX_SLOTS}, or "auto"',
+                f'Pass "auto" for {KERNEL_TILE}, the tile of the kernels.',
+            )
+        )
     return tile
 
 
@@ -264,8 +311,12 @@ def _check_table(op: str, name: str, table: Tensor, top_k: int) -> None:
     checks.check_is_int(op, "top_k", top_k, 1, min(MAX_TOP_K, num_experts))
     if not 1 <= top_k <= min(MAX_TOP_K, num_experts):
         raise ArgumentError(
-            f"{op}: top_k={top_k} with {num_experts} experts; "
-            f"1 to {min(MAX_TOP_K, num_experts)} are allowed."
+            message(
+                op,
+                f"top_k={top_k} with {num_experts} experts",
+                f"1 to {min(MAX_TOP_K, num_experts)} (at most {MAX_TOP_K} and at most E)",
+                "Pass top_k inside that range.",
+            )
         )
 
 
@@ -359,7 +410,7 @@ def round_winners(
     Returns ``weights``, ``token_ids``, ``expert_ids`` and the plan's tensors in its order.
     """
     num_tokens, num_experts = scores.shape
-    num_slots = max_pairs(num_tokens, num_experts, winners.shape[1], tile, rule)
+    num_slots = most_pairs(num_tokens, num_experts, winners.shape[1], tile, rule)
     tokens, ranked, frequency = _preference(scores, winners)
     counts = _rounded(frequency, ranked, uniform, tile, rule)
     rank = torch.arange(num_tokens, device=scores.device)
@@ -463,7 +514,7 @@ def _forward_cuda(
     if scores.dtype == torch.float64 or num_tokens == 0:
         return _forward_torch(scores, uniform, top_k, tile, rule)
     _, kernels = triton_kernels("token_rounding", scores.device)
-    num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
+    num_slots = most_pairs(num_tokens, num_experts, top_k, tile, rule)
     rounded: tuple[Tensor, ...] = kernels.round_tokens(
         scores, uniform, top_k, tile, rule, num_slots
     )
@@ -490,7 +541,7 @@ def _forward_fake(
     scores: Tensor, uniform: Tensor | None, top_k: int, tile: int, rule: str
 ) -> tuple[Tensor, ...]:
     num_tokens, num_experts = scores.shape
-    num_slots = max_pairs(num_tokens, num_experts, top_k, tile, rule)
+    num_slots = most_pairs(num_tokens, num_experts, top_k, tile, rule)
     sizes = [num_slots] * 2 + [num_experts + 1] + [num_slots] * 3 + [num_tokens + 1]
     token_ids, expert_ids, *plan = (scores.new_empty(size, dtype=torch.int32) for size in sizes)
     weights = scores.new_empty(num_slots, dtype=weight_dtype(scores.dtype))

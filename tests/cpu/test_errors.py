@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import sonic
-from sonic import plan
-from sonic.routing import topk
+from sonic import plan, routing
+from sonic.routing import balancing, topk
+from sonic.routing.route import route
 from sonic.runtime import backend, limits
 from sonic.runtime.errors import (
     ArgumentError,
@@ -114,6 +115,40 @@ def build_plan_flat(**changes):
 
 def topk_routing(**changes):
     sonic.topk_routing(**{"logits": z(T, E), "top_k": K} | changes)
+
+
+def token_rounding(**changes):
+    sonic.token_rounding(**{"scores": z(T, E), "top_k": K, "tile": 2} | changes)
+
+
+def max_pairs(**changes):
+    arguments = {"num_tokens": T, "num_experts": E, "top_k": K, "tile": "auto", "rule": "nr"}
+    routing.max_pairs(**arguments | changes)
+
+
+def capacity_of(**changes):
+    arguments = {"num_tokens": T, "top_k": K, "num_experts": E, "factor": 1.25}
+    balancing.capacity_of(**arguments | changes)
+
+
+def limit_capacity(**changes):
+    ids = z(T, K, dtype=torch.int32)
+    arguments = {"ids": ids, "scores": z(T, K), "num_experts": E, "capacity": 2}
+    balancing.limit_capacity(**arguments | changes)
+
+
+def corrected_bias(**changes):
+    balancing.corrected_bias(**{"bias": z(E), "load": z(E), "rate": 1e-3} | changes)
+
+
+def global_batch_loss(**changes):
+    arguments = {"tensors": route(z(T, E), K), "top_k": K, "num_null": 0}
+    balancing.global_batch_loss(**arguments | changes)
+
+
+def statistics(**changes):
+    arguments = {"load": z(E), "token_entropy": None, "num_experts": E, "plan": None}
+    balancing.RoutingStatistics(**arguments | changes)
 
 
 class Case(NamedTuple):
@@ -311,6 +346,73 @@ CASES = [
          "top_k=5 came with 4 experts", "1 to 4 (at most 64 and at most E=4)", "inside that range"),
     Case("order", topk_routing, {"order": "softmax"}, ArgumentError,
          "order='softmax'", "'topk_over_softmax_norm'", "sonic.ScoreOrder"),
+    # token rounding
+    Case("generator", token_rounding, {"generator": "x"}, ArgumentError,
+         "generator is of type str", "a torch.Generator", "manual_seed"),
+    Case("tile", token_rounding, {"tile": 0}, ArgumentError,
+         "tile=0", 'an int from 1 to 2147483647, or "auto"', "the tile of the kernels"),
+    Case("rule", token_rounding, {"rule": "zz"}, ArgumentError,
+         "token_rounding: rule='zz'", "'balance-f'", "one of these strings"),
+    Case("winners of rounding", token_rounding, {"top_k": 5}, ArgumentError,
+         "top_k=5 with 4 experts", "1 to 4 (at most 64", "inside that range"),
+    Case("rounding of the layer", moe, {"rounding": "zz"}, ArgumentError,
+         "moe: rounding='zz'", "'balance-f'", "one of these strings"),
+    Case("tile of the layer", moe, {"rounding": "nr", "tile": "big"}, ArgumentError,
+         "moe: tile='big'", '"auto"', "the tile of the kernels"),
+    Case("generator of the layer", moe, {"rounding": "nr", "generator": 3}, ArgumentError,
+         "moe: generator is of type int", "a torch.Generator", "manual_seed"),
+    Case("pairs of tokens", max_pairs, {"num_tokens": -1}, ArgumentError,
+         "num_tokens=-1", "0 to 2147483647", "inside that range"),
+    Case("pairs without experts", max_pairs, {"num_experts": 0}, ArgumentError,
+         "num_experts=0", "1 to 65536", "inside that range"),
+    Case("pairs of winners", max_pairs, {"top_k": 5}, ArgumentError,
+         "max_pairs: top_k=5", "1 to 4", "inside that range"),
+    Case("pairs of a rule", max_pairs, {"rule": "zz"}, ArgumentError,
+         "max_pairs: rule='zz'", "'nr-s'", "one of these strings"),
+    Case("pairs of a tile", max_pairs, {"tile": 0}, ArgumentError,
+         "max_pairs: tile=0", '"auto"', "the tile of the kernels"),
+    # balancing
+    Case("capacity without experts", capacity_of, {"num_experts": 0}, ArgumentError,
+         "num_experts=0", "1 to 65536", "inside that range"),
+    Case("capacity of tokens", capacity_of, {"num_tokens": -1}, ArgumentError,
+         "capacity_of: num_tokens=-1", "0 to", "inside that range"),
+    Case("capacity factor", capacity_of, {"factor": float("inf")}, ArgumentError,
+         "factor=inf", "a finite number above 0", "None where"),
+    Case("capacity factor beyond all", capacity_of, {"factor": 1e300}, ArgumentError,
+         "factor=1e+300", "at most 65536", "None where"),
+    Case("negative capacity", limit_capacity, {"capacity": -1}, ArgumentError,
+         "capacity=-1", "0 to", "inside that range"),
+    Case("capacity no int", limit_capacity, {"capacity": 1.5}, ArgumentError,
+         "capacity=1.5 is of type float", "an int from 0", "Python int"),
+    Case("capacity scores", limit_capacity, {"scores": z(T, 3)}, ShapeError,
+         "scores has shape (5, 3)", "(T=5, top_k=2)", "one score per id"),
+    Case("capacity ids", limit_capacity, {"ids": z(T, K)}, DTypeError,
+         "ids is float32", "int32, int64", "Pass indices"),
+    Case("capacity rule", limit_capacity, {"drop": "random"}, ArgumentError,
+         "drop='random'", "'position', 'score'", "one of these strings"),
+    Case("bias and load", corrected_bias, {"load": z(3)}, ShapeError,
+         "load has shape (3,)", "(E=4)", "each expert"),
+    Case("load by sequence", corrected_bias, {"load": z(2, E)}, ShapeError,
+         "load has shape (2, 4)", "1 axes", "load.sum(dim=0)"),
+    Case("rate", corrected_bias, {"rate": float("nan")}, ArgumentError,
+         "rate=nan", "a finite number", "1e-3"),
+    Case("loss of what is no pass", global_batch_loss, {"tensors": None}, ArgumentError,
+         "tensors is NoneType", "with balance", "balance=True"),
+    Case("loss of a pass without sums", global_batch_loss,
+         {"tensors": route(z(T, E), K, balance=False)}, ArgumentError,
+         "a pass with balance=False", "with balance", "balance=True"),
+    Case("loss winners", global_batch_loss, {"top_k": 0}, ArgumentError,
+         "global_batch_loss: top_k=0", "1 to 4", "inside that range"),
+    Case("loss null experts", global_batch_loss, {"num_null": 4}, ArgumentError,
+         "num_null=4", "0 to 3", "inside that range"),
+    Case("loss group", global_batch_loss, {"group": "world"}, ArgumentError,
+         "group is of type str", "ProcessGroup", "new_group"),
+    Case("loss earlier", global_batch_loss, {"earlier_load": z(E)}, ShapeError,
+         "earlier_load has shape (4,)", "(E + 1=5)", "local_load"),
+    Case("statistics load", statistics, {"load": z(2, E)}, ShapeError,
+         "load has shape (2, 4)", "1 axes", "over sequences"),
+    Case("statistics experts", statistics, {"num_experts": 5}, ArgumentError,
+         "num_experts=5", "1 to 4", "inside that range"),
     # names known to users
     Case("two flags for three orders", upstream_topk, {"norm_topk_probs": True}, ArgumentError,
          "norm_topk_probs=True", "is_softmax_over_topk=False", "Drop norm_topk_probs"),
@@ -345,6 +447,13 @@ def test_text_says_what_came_what_is_allowed_and_what_to_do(case):
         build_plan,
         build_plan_flat,
         topk_routing,
+        token_rounding,
+        max_pairs,
+        capacity_of,
+        limit_capacity,
+        corrected_bias,
+        global_batch_loss,
+        statistics,
         upstream_topk,
         upstream_general,
     ],
