@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -58,6 +58,22 @@ class LayerSize:
         if not 1 <= size.top_k <= size.experts:
             raise argparse.ArgumentTypeError(f"K={size.top_k} is not from 1 to E={size.experts}")
         return size
+
+
+def check_sizes(sizes: Sequence[LayerSize]) -> None:
+    """Refuse, before anything is compiled, layers that the kernels would refuse.
+
+    :raises SonicError: with the text of the call that would fail.
+    """
+    from sonic import checks
+
+    for size in sizes:
+        op = "--thiek " + ",".join(str(number) for number in astuple(size))
+        checks.check_aligned(op, "hidden_size", size.hidden)
+        checks.check_aligned(op, "intermediate_size", size.intermediate)
+        checks.check_num_experts(op, "the number of experts", size.experts)
+        checks.check_int(op, "top_k", size.top_k, 1, checks.MAX_TOP_K, "winners of a token")
+        checks.check_num_slots(op, size.tokens * size.top_k, "cute")
 
 
 def layer_launches(
@@ -189,6 +205,7 @@ def _positive(text: str) -> int:
 def _compile(parsed: argparse.Namespace) -> int:
     from sonic.runtime.backend import load_backend
 
+    check_sizes(parsed.thiek)
     arch = Arch(parsed.arch)
     backend = load_backend(arch)
     folder = folder_to_fill(arch)

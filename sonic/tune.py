@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from sonic.cli import LayerSize, all_launches, compile_kernels, folder_to_fill
+from sonic.cli import LayerSize, all_launches, check_sizes, compile_kernels, folder_to_fill
 from sonic.enums import ActivationType
 from sonic.plan import build_plan
 from sonic.runtime.backend import Backend, backend_for
@@ -42,6 +42,7 @@ def run(parsed: argparse.Namespace) -> int:
 
     :raises SonicError: there is no GPU with kernels, or nothing can be kept.
     """
+    check_sizes(parsed.thiek or ())
     device = torch.device("cuda")
     backend = backend_for(device)
     gpu = torch.cuda.get_device_name(device)

@@ -1,6 +1,7 @@
 """The command ``sonic``: ``compile`` fills the cache for a layer, and ``doctor`` reports."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,23 @@ def test_wrong_sizes_are_refused(text, capsys):
         cli.main(["compile", "--thiek", text])
     assert caught.value.code == 2
     assert "--thiek" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["compile", "tune"])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("64,12,8,2,1", "hidden_size=12.*Allowed: positive multiples of 8.*Pad it to 16"),
+        ("64,8,12,2,1", "intermediate_size=12.*Allowed: positive multiples of 8.*Pad it to 16"),
+        ("64,8,8,65537,1", "the number of experts=65537.*Allowed: 1 to 65536"),
+        ("64,8,8,128,65", "top_k=65 is out of range. Allowed: 1 to 64"),
+        ("1073741825,8,8,2,1", "1073741825 slots.*Allowed: at most 1073741824.*Split"),
+    ],
+)
+def test_sizes_that_the_kernels_refuse_are_not_compiled(command, text, says, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "compile_kernels", lambda *_: pytest.fail("compiled"))
+    assert cli.main([command, "--thiek", text]) == 2
+    assert re.search(f"sonic {command}: --thiek {text}: {says}", capsys.readouterr().err)
 
 
 def test_a_size_is_required(capsys):
