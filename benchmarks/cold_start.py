@@ -115,6 +115,9 @@ def main(argv: list[str] | None = None) -> None:
     from benchmarks.report import Result, text_table
     from benchmarks.shapes import Shape
 
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("Needs a CUDA GPU, or --device cpu for the reference.", file=sys.stderr)
+        sys.exit(2)
     problem = Shape.parse(arguments.thiek).problem
     result = Result(environment(torch.device(arguments.device)))
     with tempfile.TemporaryDirectory() as folder:

@@ -56,8 +56,10 @@ def main() -> int:
     parser.add_argument("--files", nargs="+", help="some of them, as in: layer graph compile")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = Result(environment(device))
+    if not torch.cuda.is_available():
+        print("Needs a CUDA GPU: without one every test would be skipped.", file=sys.stderr)
+        return 2
+    result = Result(environment(torch.device("cuda")))
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
     if arguments.files:
         files = [path for path in files if path.stem.removeprefix("test_") in arguments.files]

@@ -55,3 +55,7 @@ def captured(function: Callable[[], object], repeats: int = 1) -> Callable[[], N
         for _ in range(repeats):
             function()
     return graph.replay
+
+
+if __name__ == "__main__":
+    raise SystemExit("A module of the other benchmarks; run moe-router.py --kernels, for instance.")

@@ -8,6 +8,7 @@ through the reference implementation instead, which says that it is not the kern
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -114,10 +115,16 @@ def print_times(layer: Layer, figures: list[PassFigures], gemm_ms: dict[str, flo
     labels = {"experts": "experts (ids and weights given)", "moe": "layer (router included)"}
     rows = [
         (labels[line.region], line.name)
-        + (f"{line.ms:.3f}", f"{line.tflops:.4g}", f"{line.percent:.1f}")
+        + (
+            ("-", "-", "-")
+            if math.isnan(line.ms)
+            else (f"{line.ms:.3f}", f"{line.tflops:.4g}", f"{line.percent:.1f}")
+        )
         for line in figures
     ]
     print(text_table(("timed region", "pass", "ms", "TFLOPS", "% of bmm"), rows))
+    if any(math.isnan(line.ms) for line in figures):
+        print("-: forward + backward measured no longer than forward alone, so there is no figure")
     flops = "6" if layer.options.gated else "4"
     parts = ", ".join(f"{name} {ms:.3f}" for name, ms in gemm_ms.items())
     print(f"\nforward FLOPs {flops} T top_k H I; backward is the difference of two rows. bmm: the")

@@ -189,8 +189,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write a result file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("Needs a CUDA GPU: the router's kernels run nowhere else.")
-        return 0
+        print("Needs a CUDA GPU: the router's kernels run nowhere else.", file=sys.stderr)
+        return 2
     result = Result(environment(torch.device("cuda")))
     lines = []
     for named in arguments.shapes:

@@ -207,6 +207,9 @@ def main() -> None:
     if arguments.review is not None:
         review(arguments.review)
         return
+    if not torch.cuda.is_available():
+        print("Needs a CUDA GPU: tiles are timed there. --review needs none.", file=sys.stderr)
+        sys.exit(2)
     start = time.monotonic()
     backend = backend_for(torch.device("cuda"))
     shapes = [BARS[name] for name in arguments.shapes]

@@ -317,6 +317,21 @@ def test_skipping_the_test_still_times(
     assert "drouter_w" not in printed and "TFLOPS" in printed
 
 
+def test_a_pass_without_a_figure_is_a_dash(
+    moe_cute: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nan = float("nan")
+    figures = [
+        measure.PassFigures("experts", "forward training", 1.5, 2.0, 50.0),
+        measure.PassFigures("experts", "backward", nan, nan, nan),
+    ]
+    monkeypatch.setattr(moe_cute, "speed_table", lambda layer: (figures, {"up": 1.0}))
+    assert moe_cute.main([*TINY_FLAGS, "--skip_test"]) == 0
+    printed = capsys.readouterr().out
+    assert "nan" not in printed and "1.500" in printed
+    assert "-: forward + backward measured no longer than forward" in printed
+
+
 def test_the_result_file_has_the_agreed_form(
     moe_cute: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -527,6 +542,13 @@ def test_the_layer_script_refuses(flags: list[str], says: str) -> None:
 )
 def test_the_validation_script_refuses(flags: list[str], says: str) -> None:
     assert says in _refused("validate.py", *flags)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
+@pytest.mark.parametrize("script", ["cold_start.py", "tiles.py", "moe-router.py", "gpu_tests.py"])
+def test_what_only_a_gpu_runs_says_so(script: str) -> None:
+    printed = _refused(script)
+    assert printed.startswith("Needs a CUDA GPU") and printed.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
