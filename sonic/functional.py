@@ -20,6 +20,7 @@ of a flat list, R rows. Shared conventions:
   nothing is.
 * Reverse-mode first derivatives only. A second one, forward mode and the derivatives of
   ``torch.func`` raise :class:`UnsupportedError`; :mod:`sonic.reference` has all of them.
+  ``torch.vmap`` and ``is_grads_batched`` run as loops, gradients included.
 
 Source: SonicMoE (arXiv 2512.14080), section 3.
 """
@@ -37,7 +38,7 @@ from sonic.routing.logits import router_logits
 from sonic.routing.rounded_routing import rounded_routing
 from sonic.routing.token_rounding import check_generator, check_rule, resolve_tile
 from sonic.routing.topk import topk_routing
-from sonic.runtime.eager import autocast_may_be_on, needs_dispatcher, remembered
+from sonic.runtime.eager import autocast_may_be_on, needs_dispatcher, remembered, unbatched
 from sonic.runtime.errors import ArgumentError, ShapeError, SonicError
 
 MainGrads = tuple[Tensor | None, Tensor | None]
@@ -582,7 +583,10 @@ def _differentiable(tensors: tuple[Any, ...], weights: Tensor) -> tuple[tuple[An
     # float64 only in the reference, where it lets gradcheck see the scores exactly.
     scores = weights.to(torch.float64 if tensors[0].dtype == torch.float64 else torch.float32)
     differentiable = (*tensors, scores.contiguous())
-    return differentiable, torch.is_grad_enabled() and autograd.any_requires_grad(differentiable)
+    asked = differentiable
+    if torch._C._are_functorch_transforms_active():
+        asked = tuple(unbatched(value) for value in differentiable)
+    return differentiable, torch.is_grad_enabled() and autograd.any_requires_grad(asked)
 
 
 def _run(operands: _Operands, weights: Tensor, plan: RoutingPlan) -> Tensor:

@@ -52,6 +52,7 @@ def needs_dispatcher(inputs: tuple[Any, ...]) -> bool:
         or torch.autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         or inputs[0].is_meta
+        or torch._C._functorch.is_legacy_batchedtensor(inputs[0])  # is_grads_batched
     )
 
 
@@ -65,6 +66,13 @@ def autocast_may_be_on() -> bool:
     """Whether a region of autocast, for any kind of device, may enclose the call."""
     ask = getattr(torch._C, "_is_any_autocast_enabled", None)
     return ask is None or bool(ask())
+
+
+def unbatched(value: Any) -> Any:
+    """The tensor below ``torch.vmap``, which alone knows whether a gradient is wanted."""
+    while isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
 
 
 def saved_tensors_are_hooked() -> bool:

@@ -126,3 +126,36 @@ def test_vmap_without_a_gradient_is_a_loop():
     batch = torch.stack([X, 2 * X])
     expected = torch.stack([OURS["experts"](x) for x in batch])
     assert torch.equal(vmap(OURS["experts"])(batch), expected)
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("weights_too", [False, True])
+def test_vmap_with_a_gradient_is_a_loop_too(name, weights_too, monkeypatch):
+    """Under vmap a batched tensor does not say that it requires a gradient."""
+    batch = torch.stack([X, 2 * X]).requires_grad_()
+    leaves = [batch]
+    if weights_too:
+        weight = W1.clone().requires_grad_()
+        monkeypatch.setitem(globals(), "W1", weight)
+        leaves.append(weight)
+    dout = torch.randn(2, *OURS[name](X).shape, dtype=X.dtype)
+    actual, expected = (
+        torch.autograd.grad(out, leaves, dout, allow_unused=True)
+        for out in (vmap(OURS[name])(batch), torch.stack([OURS[name](x) for x in batch]))
+    )
+    assert expected[0].any()
+    for ours, loop in zip(actual, expected, strict=True):
+        assert (ours is None) == (loop is None)
+        if loop is not None:
+            torch.testing.assert_close(ours, loop, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_batch_of_gradients_is_a_loop(name):
+    x = X.clone().requires_grad_()
+    out = OURS[name](x)
+    dout = torch.randn(3, *out.shape, dtype=out.dtype)
+    expected = [torch.autograd.grad(out, x, one, retain_graph=True)[0] for one in dout]
+    (actual,) = torch.autograd.grad(out, x, dout, is_grads_batched=True)
+    assert actual.any()
+    torch.testing.assert_close(actual, torch.stack(expected))
