@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sonic.enums import ActivationType, GateUpLayout, KernelBackendMoE, ScoreOrder
+from sonic.runtime.eager import needs_dispatcher
 from sonic.runtime.errors import (
     ArgumentError,
     DeviceError,
@@ -569,6 +570,37 @@ def check_main_grads(op: str, main_grads: Any, w1: Tensor, w2: Tensor) -> None:
                     f"Pass it detached; {name} itself stays the parameter.",
                 )
             )
+    if not needs_dispatcher((w1, w2, *main_grads)):  # whose tensors may have no memory
+        _check_apart(op, main_grads, w1, w2)
+
+
+def _check_apart(op: str, main_grads: Any, w1: Tensor, w2: Tensor) -> None:
+    """The accumulators share no memory with each other or with a weight."""
+    names = ("main_grads for w1", "main_grads for w2", "w1", "w2")
+    spans = [
+        (name, value.data_ptr(), value.data_ptr() + _extent(value))
+        for name, value in zip(names, (*main_grads, w1, w2), strict=True)
+        if value is not None
+    ]
+    for index, (name, start, stop) in enumerate(spans):
+        for other, its_start, its_stop in spans[index + 1 :]:
+            if name.startswith("main_grads") and start < its_stop and its_start < stop:
+                raise ArgumentError(
+                    message(
+                        op,
+                        f"{name} and {other} share memory",
+                        "accumulators apart from each other and from the weights",
+                        "Make each with torch.zeros_like(weight, dtype=torch.float32).",
+                    )
+                )
+
+
+def _extent(value: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    if value.numel() == 0:
+        return 0
+    sizes = zip(value.shape, value.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in sizes)) * value.itemsize
 
 
 def check_router(

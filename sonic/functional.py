@@ -80,6 +80,8 @@ def experts(
         main_grads: ``(for w1, for w2)``, float32 tensors shaped like the weights, or None. The
             backward pass adds the weight's gradient, not rounded to the weight's dtype, and leaves
             ``.grad`` of that weight alone. Ignored for a weight that requires no gradient.
+            Every backward pass adds, also one that was asked for other gradients only
+            (``torch.autograd.grad(out, x)``): autograd does not tell.
             Under torch.compile, calls that share accumulators must not overlap (the backward pass
             of one has to run before the forward pass of the next); autograd raises otherwise.
 

@@ -170,6 +170,8 @@ def m(*size, dtype=LOW):
 
 
 W1, W2 = (E, 2 * I, H), (E, H, I)
+GRADS = z(*W1), z(*W2)
+BOTH_GRADS = GRADS[0], GRADS[0].view(-1)[-E * H * I :].view(W2)
 FLAT_META = {"hidden_states": m(T, H), "w1": m(*W1), "w2": m(*W2), "impl": "cute"}
 CASES = [
     # hidden_states
@@ -298,6 +300,10 @@ CASES = [
          "main_grads for w1 is on meta", "one device", "to cpu"),
     Case("main_grads leaf", experts, {"main_grads": (z(*W1).requires_grad_(), None)},
          ArgumentError, "requires a gradient", "plain accumulators", "detached"),
+    Case("main_grads of one memory", experts, {"main_grads": BOTH_GRADS}, ArgumentError,
+         "main_grads for w1 and main_grads for w2 share memory", "apart", "torch.zeros_like"),
+    Case("main_grads in the weight", experts, {"main_grads": (None, GRADS[1]), "w2": GRADS[1]},
+         ArgumentError, "main_grads for w2 and w2 share memory", "apart", "torch.zeros_like"),
     # grouped_mm
     Case("rows rank", grouped_mm, {"rows": z(9)}, ShapeError,
          "rows has shape (9,)", "2 axes, (R, K)", "one row per routed token"),
@@ -461,6 +467,16 @@ def test_text_says_what_came_what_is_allowed_and_what_to_do(case):
 def test_the_unchanged_calls_are_accepted(call):
     """Without this, a case above could be refused for a reason of its own making."""
     call()
+
+
+def test_accumulators_side_by_side_are_accepted():
+    memory = z(E * 2 * I * H + E * H * I)
+    experts(
+        main_grads=tuple(
+            p.view(s)
+            for p, s in zip(memory.split([E * 2 * I * H, E * H * I]), (W1, W2), strict=True)
+        )
+    )
 
 
 def test_as_many_rows_as_an_expert_may_have_are_accepted():
