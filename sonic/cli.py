@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import astuple, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sonic.enums import ActivationType
 from sonic.runtime.columns import column_slices
@@ -28,6 +29,9 @@ from sonic.runtime.problem import (
     up_problem,
     weight_grad_problem,
 )
+
+if TYPE_CHECKING:
+    from sonic.runtime.settings import CacheMode
 
 _ELEMENT_BYTES = 2  # of bfloat16 and float16
 
@@ -370,7 +374,7 @@ def _cache(problems: list[str]) -> list[str]:
     lines = [f"mode {mode.value}, directory {cache.settings.cache_dir}"]
     if mode is CacheMode.OFF:
         return lines
-    obstacle = cache.obstacle(arch)
+    obstacle = cache.obstacle(arch) or _missing_directory(cache.settings.cache_dir, mode)
     if obstacle is not None:
         problems.append(obstacle)
         return [*lines, "not used"]
@@ -380,8 +384,30 @@ def _cache(problems: list[str]) -> list[str]:
     lines.append(f"of this installation: {_amount(report.current, report.current_bytes)}")
     lines.append(f"of others: {_amount(report.other, report.other_bytes)}")
     for path in report.damaged:
-        problems.append(f"damaged, and not used: {path}")
+        problems.append(
+            f"damaged, and not used: {path}; remove it, and the kernel is compiled anew"
+        )
     return lines
+
+
+def _missing_directory(root: Path | None, mode: CacheMode) -> str | None:
+    """What keeps a cache directory that is not there from being of use."""
+    if root is None or root.exists():
+        return None
+    if mode.value == "ro":
+        return (
+            f"SONIC_CACHE is ro and {root} does not exist, so that every process compiles anew; "
+            "fill it by sonic compile with SONIC_CACHE=rw, or name another in SONIC_CACHE_DIR"
+        )
+    place = root
+    while not place.exists():
+        place = place.parent
+    if place.is_dir() and os.access(place, os.W_OK):
+        return None
+    return (
+        f"{root} cannot be created, since {place} is no directory that can be written; "
+        "set SONIC_CACHE_DIR to another"
+    )
 
 
 def _amount(entries: int, size: int) -> str:

@@ -295,4 +295,22 @@ def test_doctor_finds_damaged_entries(directory, capsys):
     (folder / "broken.so").write_bytes(b"x" * 100)
     (folder / "broken.so").chmod(0o600)
     assert cli.main(["doctor"]) == 1
-    assert str(folder / "broken.so") in capsys.readouterr().out.split("to repair")[1]
+    repair = capsys.readouterr().out.split("to repair")[1]
+    assert str(folder / "broken.so") in repair and "remove it" in repair
+
+
+@needs_dsl
+def test_doctor_finds_a_directory_that_cannot_be_made(tmp_path, directory, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SONIC_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    kernel_cache.cache_clear()
+    assert cli.main(["doctor"]) == 1
+    assert "cannot be created" in capsys.readouterr().out.split("to repair")[1]
+
+
+@needs_dsl
+def test_doctor_finds_nothing_to_read(directory, monkeypatch, capsys):
+    monkeypatch.setenv("SONIC_CACHE", "ro")
+    kernel_cache.cache_clear()
+    assert cli.main(["doctor"]) == 1
+    assert f"{directory} does not exist" in capsys.readouterr().out.split("to repair")[1]
