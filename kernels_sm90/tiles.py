@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sonic.device.blocks import EpilogueBlocks
+from sonic.enums import ActivationType
 from sonic.runtime.limits import KERNEL_DTYPES
 from sonic.runtime.problem import (
     EpilogueKind,
@@ -159,9 +160,9 @@ def candidates(problem: Problem, rows_per_expert: int, k: int) -> list[tuple[Til
     gated = problem.activation is not None and problem.activation.is_gated
     if problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
         narrow = TileConfig(128, 128, 1, 1, pingpong, 2)
-        if not gated:
-            # Ungated, a thread has twice the accumulator columns of a chunk live: gelu's gradient
-            # spills registers where a warpgroup holds a whole tile.
+        if not gated or problem.activation is ActivationType.SWIGLU_OAI:
+            # Ungated, a thread has twice the accumulator columns of a chunk live. The gradients of
+            # gelu and of a clamped swiglu spill registers where a warpgroup holds a whole tile.
             narrow = TileConfig(128, 128, 1, 1, cooperative, 4)
         return [
             (TileConfig(128, 256, 1, 1, overlapped, 3, along_m, dynamic), 1.0),
