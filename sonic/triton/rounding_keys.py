@@ -37,6 +37,7 @@ from sonic.triton.topk import (
 MAX_BLOCK_E = 4096  # experts of a token in one block
 _ELEMENTS = 4096  # of a block, or those of one token
 _ELEMENTS_PER_WARP = 512  # where tokens choose
+_MAX_ELEMENTS = 8192  # there; more spill, or take more than 32 warps
 
 
 @triton.jit
@@ -171,8 +172,8 @@ _logit_scores = Launcher(_logit_scores_kernel)
 
 def _rows_and_warps(block_e: int) -> tuple[int, int]:
     """Tokens and warps of a block that chooses; eight tokens of an expert fill a sector of the
-    keys."""
-    rows = min(32, max(8, _ELEMENTS_PER_WARP // block_e))
+    keys, which up to 1024 experts allow."""
+    rows = min(32, max(8, _ELEMENTS_PER_WARP // block_e), _MAX_ELEMENTS // block_e)
     return rows, max(1, rows * block_e // _ELEMENTS_PER_WARP)
 
 

@@ -465,5 +465,5 @@ def decide(
         BLOCK=block,
         CHUNK=min(block, _MAX_CHUNK_T),
         HELD=num_tokens <= block,
-        num_warps=max(4, min(32, block // _KEYS_PER_WARP)),
+        num_warps=max(8, min(32, block // _KEYS_PER_WARP)),
     )

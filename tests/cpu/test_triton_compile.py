@@ -103,7 +103,7 @@ def _launch_token_rounding(module) -> None:
         (4096, torch.float16, False),
     ):
         logits = torch.zeros(300, experts, dtype=dtype)
-        rounded, *winners = module.round_logits(logits, None, 8, 128, "nr", 4096, full)
+        rounded, _, *winners = module.round_logits(logits, None, 8, 128, "nr", 4096, full)
         module.round_logits_grad(
             rounded.weights, rounded.weights, rounded.expert_ids, rounded.offset_by_token,
             *winners, logits if full else None, experts, dtype,
