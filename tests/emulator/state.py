@@ -48,8 +48,9 @@ class Warp:
         )  # registers at the last wgmma.fence, and those a wgmma wrote since
         self.accessed = {}  # accumulators used since the last wgmma.fence -> by which instruction
         self.late = {}  # register -> asynchronous operation that has not finished with it
-        self.engine, self.commits = None, 0  # its tcgen05 operations: their clock component, time
-        self.mma_open = []  # those since the last commit
+        self.leaders = {}  # by member mask, the order in which elect.sync prefers lanes
+        self.engines = {}  # by lane, the Engine of its asynchronous tcgen05 operations
+        self.engine_reads = {}  # access -> memory, of these, before the arrival of their commit
         self.tmem_clock = new_clock()  # its clock at the last tcgen05.fence::after_thread_sync
         # what its tcgen05.fence::before_thread_sync published, what relaxed arrivals brought it
         self.tmem_fenced, self.tmem_heard = None, None
