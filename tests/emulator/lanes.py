@@ -40,13 +40,14 @@ def shfl(b, ins):
     return run
 
 
-def leader_of(w, members, active, seed):
+def leader_of(M, w, members, active):
     """The active lane that a warp elects among `members`: any, by the seed, but the same one
     every time."""
     order = w.leaders.get(members)
     if order is None:
-        drawn = random.Random(f"{seed} {w.cta.rank} {w.index} {members}")
-        order = w.leaders[members] = drawn.sample(range(LANES), LANES)
+        drawn = random.Random(f"{M.policy.seed} {w.cta.rank} {w.index} {members}")
+        order = drawn.sample(range(LANES), LANES) if M.any_leader else range(LANES)
+        w.leaders[members] = order
     return next(lane for lane in order if active[lane])
 
 
@@ -62,7 +63,7 @@ def elect(b, ins):
         if not converged(w, frag, need):
             return BLOCK
         active = w.live & need if m is None else m & need
-        leader = leader_of(w, members, active, M.policy.seed)
+        leader = leader_of(M, w, members, active)
         set_reg(w, d.first, np.full(LANES, leader, np.uint32), m)
         set_reg(w, d.second, np.arange(LANES) == leader, m)
 

@@ -168,9 +168,10 @@ def _calibration_subject(arch: str, name: str) -> Subject:
     from tests.calibration import calibration_kernel
 
     kernel = calibration_kernel(name)
+    options = kernel.options()
 
     def run(seed: int, max_steps: int) -> tuple[str, set[str]]:
-        (error, share), machine = kernel.run(Policy(seed), max_steps=max_steps)
+        (error, share), machine = kernel.run(Policy(seed), max_steps=max_steps, **options)
         right = share <= 1
         text = f"an error of {error:.3g} of the largest value, {share:.3g} times the bound"
         return "" if right else text, set(machine.warnings)

@@ -72,6 +72,9 @@ class Part:
             f"have ended: {self.ins.where()}"
         )
 
+    def moved(self, M, w, ins, register, targets):
+        self.touched(M, w, ins, register)
+
     def over(self):
         """A wait_group has seen the end; the accumulators' next use is noted, for `check_fence`."""
         late, self.ended = self.warp.late, True
