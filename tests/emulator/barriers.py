@@ -11,7 +11,13 @@ from .values import LANES
 
 @instruction("bar.warp.sync")
 def bar_warp(b, ins):
-    return lambda M, w, frag, m: None if converged(w, frag) else BLOCK
+    def meet(M, w, frag, m):
+        if not converged(w, frag):
+            return BLOCK
+        w.meet()
+        return None
+
+    return meet
 
 
 def named_barrier(b, ins):
@@ -40,6 +46,8 @@ def named_barrier(b, ins):
             if n % 32 or barrier.expected not in (0, n):
                 raise Fault(f"{barrier}: this warp expects {n} threads")
             barrier.expected = n
+        if not arrive_only:
+            w.meet()
         barrier.arrived += LANES
         barrier.warps.append(w)
         barrier.dirty |= w.dirty
@@ -89,6 +97,7 @@ def cluster_wait(b, ins):
         barrier = w.cta.cluster.barrier
         if barrier.phase > w.cluster_target:
             w.dirty |= {d for d in barrier.visible if not d.flushed}
+            w.meet()
             w.acquire(barrier.seen)
             return None
         w.why = barrier
@@ -113,11 +122,13 @@ def fence_proxy_async(b, ins):
 
     def fence(M, w, frag, m):
         if to_shared:
-            for d in w.dirty:
+            fenced = {d for d in w.dirty if w.fences_store(d, m)}
+            for d in fenced:
                 d.flush()
-            w.dirty = set()
+            w.dirty = w.dirty - fenced
             publish_inits(w)
-            proxy_fence(w)
+            if w.fences_reads(m):
+                proxy_fence(w)
         if to_global:
             M.memory.order.add_fence(w, M.memory.order.proxy_fences, ins)
 

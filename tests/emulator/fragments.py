@@ -71,6 +71,7 @@ def ldmatrix(b, ins):
         if M.unused is not None and M.unused(w, ins):
             rows = np.full((count, 4), POISON32, np.uint32).view(np.uint8)
         else:
+            w.reads(None)
             smem.check_generic(w, ins, off, 16, write=False)
             rows = smem.generic[16][off >> np.uint32(4)]
         if width:
@@ -105,7 +106,7 @@ def stmatrix(b, ins):
             data = data.transpose(0, 2, 1) if trans else data
         units = (off >> np.uint32(4)).astype(np.int64)
         smem.generic[16][units] = np.ascontiguousarray(data).view(np.uint8).reshape(-1, 16)
-        w.dirty.add(smem.note_store(units, 16, (w, ins)))
+        w.stores(smem.note_store(units, 16, (w, ins)), None)
         M.progress = M.tick
 
     return run

@@ -171,7 +171,7 @@ def test(w, addr, phase, parity, relaxed):
         w.tmem_heard = np.maximum(w.tmem_clock, mb.tmem)
     w.clock[mb.id] = max(int(w.clock[mb.id]), mb.completed)
     if mb.visible:
-        w.dirty |= {d for d in mb.visible if not d.flushed}
+        w.hear_stores({d for d in mb.visible if not d.flushed})
     return True
 
 

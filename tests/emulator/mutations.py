@@ -75,7 +75,7 @@ BY_EVERY_LANE = {
 # What counts the operations of the thread that executes it; and those, where they stand apart.
 OF_ONE_THREAD = {
     "commit": (r"tcgen05\.commit", r"tcgen05\.(?:mma|cp)\."),
-    "bulk wait": (r"cp\.async\.bulk\.wait_group", r"cp\.async\.bulk\.tensor"),
+    "bulk wait": (r"cp\.async\.bulk\.wait_group", r"async\.bulk\.(?!wait_group|commit_group)"),
 }
 
 

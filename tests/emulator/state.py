@@ -34,6 +34,9 @@ class Warp:
         self.dirty = (
             set()
         )  # unfenced generic stores that are ordered before what this warp does next
+        # by which lanes they were stored, until all lanes meet or those issue a proxy fence
+        self.apart = {}
+        self.read_apart = np.zeros(LANES, bool)  # the lanes that read shared memory, likewise
         self.stamped = {}  # its events of the races on global memory, to be shared
         self.heard, self.fences, self.learned = [], {}, {}  # of releases and fences, see `races`
         self.cluster_target = 0
@@ -61,6 +64,45 @@ class Warp:
 
     def __str__(self):
         return f"cta{self.cta.ctaid} rank {self.cta.rank} warp {self.index}"
+
+    def stores(self, dirty, lanes):
+        """A generic store to shared memory, by the lanes of a mask (None: all)."""
+        self.dirty.add(dirty)
+        stored = self.live if lanes is None else lanes
+        before = self.apart.get(dirty)
+        self.apart[dirty] = stored if before is None else stored | before
+
+    def fences_store(self, dirty, lanes):
+        """Whether fences, the last by the lanes of a mask, come after a store: each lane's own, or
+        any after a barrier at which the lanes met."""
+        stored = self.apart.pop(dirty, None)
+        if stored is None or lanes is None or not (left := stored & ~lanes).any():
+            return True
+        self.apart[dirty] = left
+        return False
+
+    def reads(self, lanes):
+        """A generic load of shared memory."""
+        self.read_apart = self.live if lanes is None else self.read_apart | lanes
+
+    def fences_reads(self, lanes):
+        """The same as `fences_store` for all loads so far."""
+        if lanes is None:
+            self.read_apart = np.zeros(LANES, bool)
+        else:
+            self.read_apart = self.read_apart & ~lanes
+        return not self.read_apart.any()
+
+    def hear_stores(self, dirty):
+        """Stores are ordered before what any lane does next."""
+        self.dirty |= dirty
+        for d in self.apart.keys() & dirty:
+            del self.apart[d]
+
+    def meet(self):
+        """A barrier of the warp: what its lanes did is ordered before what any of them does."""
+        self.apart.clear()
+        self.read_apart = np.zeros(LANES, bool)
 
     def release(self, clock):
         """Orders what the warp did before what those do that acquire the clock."""
