@@ -100,6 +100,8 @@ class Cta:
 
     def check_exit(self, machine):
         """The rules for a CTA whose last warp has exited."""
+        if self.registers:
+            self.registers.check_exit()
         if self.tmem and self.tmem.taken:
             raise Fault(f"cta{self.ctaid} exits with TMEM still allocated: {self.tmem.taken}")
         for access in self.smem.accesses:
