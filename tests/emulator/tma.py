@@ -254,12 +254,18 @@ def tma_store(b, ins, op):
 
     def store(M, w, frag, m):
         # Lanes that issue the very same store: the hardware's instruction is one of the warp, and
-        # known kernels rely on it. All of them must wait for it, each for its own groups.
+        # known kernels rely on it. All of them must wait for it, each for its own groups. By the
+        # ISA each thread stores, which makes no difference; that each reduces (9.7.9.27.1.3) does.
         same = {}
         for i in lanes_of(m):
             at = tuple(int(c(w.r)[i]) for c in tile.coords)
             same.setdefault((int(gs(w.r)[i]), *at), []).append(i)
         for (addr, *_), lanes in same.items():
+            if op and len(lanes) > 1:
+                raise Fault(
+                    f"{what} of the same tile by {len(lanes)} lanes, each of which reduces it: let "
+                    "one thread issue it (elect.sync)"
+                )
             issue(M, w, lanes, addr)
 
     return store
