@@ -11,7 +11,7 @@ import numpy as np
 
 from . import tensormap
 from .builder import instruction, lanes_of
-from .bulk import REDUCTIONS, combine, enter_read, enter_write, ranks_of, stored
+from .bulk import REDUCTIONS, combine, enter_read, enter_write, land, ranks_of, stored
 from .maps import read_map
 from .memory import SMEM_RESERVED, Fault
 from .races import GPU, WEAK
@@ -207,15 +207,7 @@ def tma_load(b, ins):
             bars = [mb for _, _, mb in jobs]
             enter_read(M, w, ins, box.region, box.off, box.nbytes, "TMA load", bars)
 
-        def run():
-            data = tensormap.flipped(units, box.read(), t.atom)
-            for smem, access, mb in jobs:
-                smem.write_async(units, data)
-                smem.end_access(access)
-                smem.written_by(access, mb)
-                mb.add_tx(M, -nbytes)
-
-        M.later("tma_load", run, cause=(w, ins))
+        land(M, w, ins, jobs, units, lambda: tensormap.flipped(units, box.read(), t.atom), nbytes)
         M.count("tma_load")
 
     def load(M, w, frag, m):
