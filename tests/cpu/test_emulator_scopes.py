@@ -1,8 +1,9 @@
 """What synchronises CTAs of a cluster: scopes, fences, mbarriers and who may touch them."""
 
 import numpy as np
+import pytest
 
-from tests.emulator import Policy
+from tests.emulator import Fault, Policy
 from tests.emulator.encoder import tensor_map
 from tests.emulator.snippet import run_ptx
 
@@ -31,6 +32,156 @@ def run(body, seed=0, ctas=2, params=(), words=64, mode="mixed"):
         policy=Policy(seed, mode), target="sm_100a",
     )  # fmt: skip
     return out
+
+
+def fails(body, match, **options):
+    for seed in SEEDS:
+        with pytest.raises(Fault, match=match):
+            run(body, seed, **options)
+
+
+# ---- mbarriers across CTAs: CTA 1 arrives at that of CTA 0, which then uses the memory ----
+HANDOVER = (
+    JOIN
+    + """
+@%p1 bra OWNER;
+{before} {fence}
+@%p0 mbarrier.arrive{arrive}.shared::cluster.b64 _, [%r15];
+bra END;
+OWNER: """
+    + WAIT.format(label="WAIT", scope="{wait}")
+    + """
+{after}
+END: """
+    + JOIN
+)
+STORE, LOAD = "@%p0 st.shared.u32 [%r9+64], 7;", "@%p0 ld.shared::cluster.u32 %r5, [%r15+64];"
+
+
+def handover(before, after, arrive="", wait="", fence=""):
+    return HANDOVER.format(before=before, after=after, arrive=arrive, wait=wait, fence=fence)
+
+
+RELEASE, ACQUIRE = ".release.cluster", ".acquire.cluster"
+NARROW = [
+    ("", ""), (RELEASE, ""), ("", ACQUIRE), (".release.cta", ".acquire.cta"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arrive", "wait"), NARROW)
+def test_what_is_stored_before_an_arrival_needs_cluster_scope_at_both_ends(arrive, wait):
+    """The defaults are .cta (9.7.13.15.13, 16)."""
+    for seed in SEEDS:
+        run(handover(STORE, LOAD, RELEASE, ACQUIRE), seed)
+    fails(handover(STORE, LOAD, arrive, wait), "race: generic load .* nothing orders")
+
+
+@pytest.mark.parametrize(("arrive", "wait"), NARROW)
+def test_what_is_read_before_an_arrival_may_be_overwritten_after_the_wait(arrive, wait):
+    """Accesses after the wait are not visible to those before the arrival: of every scope."""
+    read, write = LOAD.replace("%r15", "%r9"), "@%p0 st.shared::cluster.u32 [%r15+64], 8;"
+    for seed in SEEDS:
+        run(handover(read, write, arrive, wait), seed)
+        run(handover(STORE, write, arrive, wait), seed)
+    relaxed = {"": ".relaxed.cta"}.get(arrive, arrive.replace("release", "relaxed"))
+    fails(handover(read, write, relaxed, wait), "race: generic store .* nothing orders")
+
+
+def test_a_relaxed_arrival_takes_the_narrower_of_its_scope_and_the_fences():
+    relaxed, fence = ".relaxed.cluster", "@%p0 fence.release.sync_restrict::shared::cta.cluster;"
+    for wait, acquire in ((ACQUIRE, ""), (".relaxed.cluster", "fence.acq_rel.cluster;")):
+        for seed in SEEDS:
+            run(handover(STORE, acquire + LOAD, relaxed, wait, fence), seed)
+        for changed in (
+            (relaxed, wait, "@%p0 fence.acq_rel.cta;"), (".relaxed.cta", wait, fence),
+            (relaxed, wait, ""), (relaxed, wait.replace("cluster", "cta"), fence),
+        ):  # fmt: skip
+            fails(handover(STORE, acquire + LOAD, *changed), "race: generic load")
+    fails(handover(STORE, "fence.acq_rel.cta;" + LOAD, relaxed, ".relaxed.cluster", fence), "race")
+
+
+def test_global_memory_follows_the_same_scopes():
+    store, load = "@%p0 st.global.u32 [%d0], 7;", "@%p0 ld.global.u32 %r5, [%d0];"
+    for seed in SEEDS:
+        run(handover(store, load, RELEASE, ACQUIRE), seed)
+        run(handover(load, store), seed)
+        run(handover(store, store), seed)
+    fails(handover(store, load), "race: load of array 0 .* nothing orders")
+
+
+def test_strong_accesses_of_scope_cta_do_not_reach_another_cta():
+    """CTA 0 and CTA 1 add to a word of CTA 0's shared memory (8.7: scopes include each other)."""
+    add = "@{0}%p1 red.relaxed.{1}.shared::cluster.add.u32 [{2}+64], 1;"
+    clear = "@%p0 st.shared.u32 [%r9+64], 0;" + JOIN
+    for scopes, right in (
+        (("cluster", "cluster"), True), (("cta", "cluster"), False), (("cluster", "cta"), False),
+    ):  # fmt: skip
+        body = clear + add.format("", scopes[0], "%r9") + add.format("!", scopes[1], "%r15") + JOIN
+        if right:
+            run(body + JOIN)
+        else:
+            fails(body, "race: generic store .*(strong|read|nothing orders)")
+
+
+# ---- fence.proxy.async: a bulk copy takes what another CTA stored ----
+BULK = """
+@!%p1 bra SKIP;
+@%p0 cp.async.bulk.global.shared::cta.bulk_group [%d0], [%r9+128], 128;
+@%p0 cp.async.bulk.commit_group; @%p0 cp.async.bulk.wait_group 0;
+SKIP:
+"""
+
+
+def test_a_proxy_fence_of_shared_cta_is_for_the_own_ctas_memory():
+    """9.7.13.5: the order is that of operations on objects in the state space."""
+    remote = (
+        JOIN
+        + "shl.b32 %r3, %r0, 2; add.u32 %r3, %r3, {at};"
+        + "@{0}%p1 st.shared::cluster.u32 [%r3+128], 5;"
+    )
+    far, near = remote.format("!", at="%r15"), remote.format("", at="%r9")
+    own, wide, every = (f"fence.proxy.async{x};" for x in (".shared::cta", ".shared::cluster", ""))
+    for fence in (own, wide, every):
+        assert (run(near + fence + JOIN + BULK + JOIN)[:32] == 5).all()
+        assert (run(far + JOIN + fence + JOIN + BULK + JOIN)[:32] == 5).all()  # by the owner
+    for fence in (wide, every):
+        assert (run(far + fence + JOIN + BULK + JOIN)[:32] == 5).all()
+    fails(far + own + JOIN + BULK + JOIN, "not followed by a fence.proxy.async")
+
+
+# ---- barrier.cluster ----
+RELAXED = "barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;"
+
+
+def test_the_fence_of_initialisations_orders_no_stores():
+    """9.7.13.5: it is about mbarrier.init alone."""
+    init = (
+        "@%p0 mbarrier.init.shared::cta.b64 [%r9+8], 1; @%p0 fence.mbarrier_init.release.cluster;"
+    )
+    arrive = "@%p0 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r15+8];"
+    wait = WAIT.format(label="NEXT", scope="").replace("[%r9]", "[%r9+8]")
+    for seed in SEEDS:
+        run(init + RELAXED + arrive + wait + JOIN, seed)
+        run(STORE + "fence.acq_rel.cluster;" + RELAXED + LOAD + JOIN, seed)
+        run(STORE + JOIN + LOAD + JOIN, seed)
+    fails(STORE + init + RELAXED + LOAD + JOIN, "race: generic load .* nothing orders")
+    fails(STORE + "fence.acq_rel.cta;" + RELAXED + LOAD + JOIN, "race: generic load")
+    fails(init.split(";")[0] + ";" + RELAXED + arrive + wait + JOIN, "never fenced")
+    other = init.replace("@%p0 fence", "@!%p0 fence")
+    fails(other + RELAXED + arrive + wait + JOIN, "never fenced")
+    late = "@%p0 mbarrier.init.shared::cta.b64 [%r9+8], 1;" + RELAXED
+    late += "@%p0 fence.mbarrier_init.release.cluster;" + arrive + wait + JOIN
+    fails(late, "never fenced|nothing orders after its initialisation")
+
+
+def test_a_thread_arrives_at_the_cluster_barrier_once():
+    arrive = "barrier.cluster.arrive.aligned;"
+    fails(arrive + JOIN, "threads that have not waited since their last")
+    half = "setp.lt.u32 %p3, %r0, 16; @%p3 {0} @!%p3 {0} barrier.cluster.wait;"
+    run(2 * half.format("barrier.cluster.arrive;"))
+    fails(half.replace("@!", "@").format("barrier.cluster.arrive;"), "have not waited since")
+    # those that exit need not wait
+    run("setp.eq.u32 %p3, %r10, 1;" + arrive + "@%p3 ret; barrier.cluster.wait.aligned;")
 
 
 # ---- multicast ----

@@ -138,8 +138,7 @@ def enter_read(M, w, ins, region, off, nbytes, what, bars):
     if not order.check or region.track is None:
         return
     for mb in bars:
-        time = mb.completed + 1
-        number = order.new(w, ins, what, mb.id, time, proxy="async")
+        number = order.new(w, ins, what, mb.id, mb.now, proxy="async")
         region.track.read(w, ins, off, nbytes, what, number=number)
 
 

@@ -62,8 +62,8 @@ class Arrival:
         if self.pending:
             return
         for c in self.copies:
-            c.rely(self.mb.id, self.mb.completed + 1)
-        self.mb.release({d for c in self.copies for d in c.dirty})
+            c.rely(self.mb.id, self.mb.now)
+        self.mb.near.add_stores({d for c in self.copies for d in c.dirty})
         self.mb.arrive(M, self.count)
 
 

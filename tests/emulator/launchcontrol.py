@@ -11,6 +11,7 @@ import numpy as np
 from .builder import instruction, lanes_of, set_reg
 from .bulk import land
 from .memory import Fault
+from .ordering import before_writes
 from .ptx import Reg, Vec
 from .values import LANES
 
@@ -66,7 +67,7 @@ def try_cancel(b, ins):
     def issue(M, w, i):
         cluster = w.cta.cluster
         for component, time in cluster.refusals:
-            if w.clock[component] >= time:
+            if before_writes(w.clock)[component] >= time:
                 raise Fault("clusterlaunchcontrol.try_cancel after a refusal was seen: undefined")
         d, bar_at = int(gd(w.r)[i]), int(gb(w.r)[i])
         off, bar_off = d & 0xFFFFFF, bar_at & 0xFFFFFF

@@ -157,11 +157,14 @@ def line_of(w, line):
 
 
 class SharedMemory:
-    """One CTA's shared memory, allocated up to offset `end`; `check`: report races."""
+    """One CTA's shared memory, allocated up to offset `end`.
 
-    def __init__(self, name, end, warps, check=True):
+    foreign: which warps of the cluster are other CTAs' (bools). check: report races.
+    """
+
+    def __init__(self, name, end, foreign, check=True):
         self.name, self.end, self.check = name, end, check
-        self.history = History(end if check else 16, warps)
+        self.history = History(end if check else 16, foreign)
         self.releases = {}  # by offset, see `races`
         self.reduced = set()  # words that red.async works on
         data = np.full(SMEM_BYTES // 4, POISON32, np.uint32).view(np.uint8)
@@ -220,9 +223,9 @@ class SharedMemory:
     def written_by(self, access, mbarrier):
         """A copy has completed and its bytes are about to be counted on an mbarrier."""
         if self.check and access.kind in BY_WORDS:
-            self.history.end_copy(access.units, mbarrier.id, mbarrier.completed + 1)
+            self.history.end_copy(access.units, mbarrier.id, mbarrier.now)
         elif self.check:
-            self.history.end_write(access.units, mbarrier.id, mbarrier.completed + 1)
+            self.history.end_write(access.units, mbarrier.id, mbarrier.now)
 
     def reads_over(self, w, finished, pending):
         """A warp has waited for its asynchronous reads `finished`, not yet for `pending`."""

@@ -179,7 +179,7 @@ class Mma:
             memory.stamp_write(halves, written, w.engine, w.commits + 1, ins.line)
             for column, n in read:
                 at = slice(0, 8), slice(column, column + n)
-                memory.after_writes(machine, w, *at, ins, engine=True)
+                memory.after_writes(machine, w, *at, ins, engine=True, write=False)
                 memory.stamp_read(*at, -1, w.engine, w.commits + 1, ins.line)
 
     def a_of(self, cta):
