@@ -184,6 +184,65 @@ def test_a_thread_arrives_at_the_cluster_barrier_once():
     run("setp.eq.u32 %p3, %r10, 1;" + arrive + "@%p3 ret; barrier.cluster.wait.aligned;")
 
 
+# ---- mbarriers as memory ----
+TOUCHES = {
+    "store": "@%p0 st.shared.u32 [%r9+4], 1;",
+    "load": "@%p0 ld.shared.u32 %r5, [%r9];",
+    "atomic": "@%p0 red.shared.add.u32 [%r9], 1;",
+    "vector store": "@%p0 st.shared.v4.u32 [%r9], {%r0, %r0, %r0, %r0};",
+    "remote store": "@%p0 st.shared::cluster.u32 [%r15], 1;",
+    "st.async": "@%p0 st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%r15], 7, [%r15];",
+    "cp.async": "@%p0 cp.async.ca.shared.global [%r9], [%d0], 8;",
+    "bulk copy": "@%p0 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+    "[%r9], [%d0], 16, [%r9];",
+    "bulk store": "@%p0 cp.async.bulk.global.shared::cta.bulk_group [%d0], [%r9], 16;",
+    "TMA load": "@%p0 cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes "
+    "[%r9], [%d1, {0, 0}], [%r9];",
+}
+
+
+@pytest.mark.parametrize("touch", TOUCHES)
+def test_only_mbarrier_operations_may_touch_an_mbarrier(touch):
+    """9.7.13.15.3: undefined, until an mbarrier.inval."""
+    fails(JOIN + TOUCHES[touch] + JOIN, "which is initialised: mbarrier.inval first", params=(1,))
+
+
+def test_memory_of_an_mbarrier_is_free_after_its_inval():
+    inval = "@%p0 mbarrier.inval.shared::cta.b64 [%r9];"
+    for touch in ("store", "vector store"):
+        run(JOIN + inval + TOUCHES[touch] + JOIN)
+    other = "setp.eq.u32 %p0, %r0, 32;" + TOUCHES["store"]
+    two = PAIR + inval + "{}" + other
+    for barrier, right in (("bar.sync 0;", True), ("", False)):
+        options = {"block": (64, 1, 1), "smem": 1024, "target": "sm_100a"}
+        if right:
+            run_ptx(two.format(barrier), np.zeros(64, np.uint32), **options)
+        else:
+            with pytest.raises(Fault, match="race: generic store|is initialised"):
+                run_ptx(two.format(barrier), np.zeros(64, np.uint32), **options)
+
+
+def test_an_initialisation_must_come_after_other_uses_of_the_memory():
+    use = "setp.eq.u32 %p3, %r0, 32; @%p3 st.shared.u32 [%r9+512], 1; {}"
+    use += "@%p0 mbarrier.init.shared::cta.b64 [%r9+512], 1;"
+    options = {"block": (64, 1, 1), "smem": 1024}
+    run_ptx(PAIR + use.format("bar.sync 0;"), np.zeros(64, np.uint32), **options)
+    with pytest.raises(Fault, match="race: mbarrier.init of|store of mbarrier"):
+        run_ptx(PAIR + use.format(""), np.zeros(64, np.uint32), **options)
+
+
+@pytest.mark.parametrize("form", ["mbarrier.expect_tx", "mbarrier.arrive.expect_tx"])
+def test_more_bytes_than_an_mbarrier_counts_are_reported(form):
+    """9.7.13.15.2: up to 2**20 - 1."""
+    state = "_, " if "arrive" in form else ""
+    line = f"@%p0 {form}.shared::cta.b64 {state}[%r9], {{}};"
+    run(line.format(2**20 - 1))
+    for n in (2**20, 2**31):
+        fails(line.format(n), "transaction count out of range .* it may be -1048575 to 1048575")
+    once = line.replace("arrive.expect_tx", "expect_tx").replace("_, ", "")
+    fails(once.format(2**20 - 16) + line.format(16), "transaction count out of range")
+
+
 # ---- multicast ----
 def test_a_multicast_reaches_each_cta_at_a_time_of_its_own():
     """That CTA 0 has its copy says nothing of CTA 1's."""

@@ -42,6 +42,7 @@ def init(b, ins):
                 raise Fault("mbarrier.init in another CTA's shared memory")
             if off in cta.mbars:
                 raise Fault(f"mbarrier.init of a valid mbarrier at {off:#x}: mbarrier.inval first")
+            cta.smem.begin_mbarrier(w, ins, off)
             cta.mbars[off] = MBarrier(cta, off, int(n[i]), w, i)
         M.progress = M.tick
 
@@ -58,6 +59,7 @@ def inval(b, ins):
             mb = cta.mbars.pop(off, None)
             if mb is None:
                 raise Fault(f"mbarrier.inval of cta{cta.rank}+{off:#x}, which holds no mbarrier")
+            cta.smem.end_mbarrier(w, off)
 
     return run
 
@@ -92,7 +94,7 @@ def arrival(b, ins, act):
             (w.release_fenced if relaxed else w.release_into)(mb, scope)
             set_state(w, state, mb, i, m)
             if expect:
-                mb.tx += int(n[i])
+                mb.expect_tx(int(n[i]))
                 act(mb, M, 1)
             else:
                 act(mb, M, 1 if n is None else int(n[i]))

@@ -94,7 +94,7 @@ class Cta:
         self.cluster, self.rank, self.ctaid, self.program = cluster, rank, ctaid, program
         foreign = np.arange(cluster.warps) // (cluster.warps // cluster.size) != rank
         self.smem = SharedMemory(f"cta{rank} shared", smem_end, foreign, check)
-        self.mbars, self.bars, self.warps = {}, {}, []
+        self.mbars, self.bars, self.warps = self.smem.mbarriers, {}, []
         self.live_warps = 0
         self.registers = None  # the setmaxnreg pool
         self.spoke = False  # issued griddepcontrol.launch_dependents, or exited

@@ -103,10 +103,17 @@ class MBarrier:
         self.expected -= n
         self.arrive(machine, n)
 
-    def add_tx(self, machine, n):
+    def expect_tx(self, n):
+        """9.7.13.15.2 has the range of the count; more is undefined."""
         self.tx += n
         if abs(self.tx) > TX_RANGE:
-            raise Fault(f"{self}: transaction count out of range")
+            raise Fault(
+                f"{self}: transaction count out of range after {n:+}; it may be {-TX_RANGE} to "
+                f"{TX_RANGE}"
+            )
+
+    def add_tx(self, machine, n):
+        self.expect_tx(n)
         self.settle(machine)
 
     def settle(self, machine):
