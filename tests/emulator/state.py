@@ -41,7 +41,7 @@ class Warp:
         self.inits = set()  # components of mbarriers that its fence.mbarrier_init came after
         # cp.async.bulk out of shared memory; how many groups each lane has committed
         self.bulk_stores, self.bulk_commits = [], np.zeros(LANES, np.int64)
-        self.copy_open, self.copy_groups, self.copies = [], [], []  # cp.async
+        self.copies, self.copy_commits = [], np.zeros(LANES, np.int64)  # cp.async, likewise
         self.wgmma_open, self.wgmma_groups, self.wgmma_issued = [], [], 0
         self.fenced, self.produced = (
             None,
