@@ -243,6 +243,40 @@ def test_more_bytes_than_an_mbarrier_counts_are_reported(form):
     fails(once.format(2**20 - 16) + line.format(16), "transaction count out of range")
 
 
+# ---- st.async works in the generic proxy, 9.7.9.12 ----
+SEND = (
+    JOIN
+    + """
+@%p1 bra OWNER;
+mul.lo.u32 %r3, %r0, 4; add.u32 %r3, %r3, %r15;
+st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%r3+128], 9, [%r15];
+bra LAST;
+OWNER: @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r9], 128;
+"""
+    + WAIT.format(label="WAIT", scope="")
+    + "{fence}"
+    + BULK
+    + "LAST:"
+    + JOIN
+)
+
+
+def test_the_async_proxy_sees_remote_stores_after_a_fence():
+    for seed in SEEDS:
+        assert (run(SEND.format(fence="fence.proxy.async.shared::cta;"), seed)[:32] == 9).all()
+    fails(SEND.format(fence=""), "not followed by a fence.proxy.async .* stored by .*st.async")
+
+
+def test_generic_accesses_around_a_remote_store_need_no_fence():
+    """What the ring of a tile scheduler does: read, arrive, be overwritten, wait, read."""
+    body = SEND.replace("bra LAST;", "bra LAST; ", 1).replace(
+        JOIN, "shl.b32 %r4, %r0, 2; add.u32 %r4, %r4, %r9; st.shared.u32 [%r4+128], 1;" + JOIN, 1
+    )
+    body = body.replace(BULK, "ld.shared.u32 %r5, [%r4+128]; st.global.u32 [%d8], %r5;")
+    for seed in SEEDS:
+        assert (run(body.format(fence=""), seed)[:32] == 9).all()
+
+
 # ---- multicast ----
 def test_a_multicast_reaches_each_cta_at_a_time_of_its_own():
     """That CTA 0 has its copy says nothing of CTA 1's."""

@@ -372,8 +372,3 @@ class SharedMemory:
         self.generic[16][units] = data
         self.asynchronous[16][units] = data
         self.version += 1
-
-    def write_async_bytes(self, off, data):
-        self.generic[1][off : off + len(data)] = data
-        self.asynchronous[1][off : off + len(data)] = data
-        self.version += 1
