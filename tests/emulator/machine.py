@@ -366,6 +366,8 @@ class Machine:
         w.live = w.live & ~lanes
         cta, cluster = w.cta, w.cta.cluster
         cluster.barrier.live_lanes -= int(lanes.sum())
+        if cluster.barrier.phase == w.cluster_target:
+            cluster.barrier.arrived -= int((lanes & w.cluster_arrived).sum())
         if frag.mask is None:
             frag.mask = np.ones(LANES, bool)
         frag.mask = frag.mask & ~lanes

@@ -421,7 +421,7 @@ def store(b, ins):
         memory, lane, column, cells = place(w, first(addr(w.r), m), shape, "tcgen05.st")
         if memory.check:
             for halves, columns in cells:
-                memory.after_writes(M, w, halves, columns, ins)
+                memory.after_writes(M, w, halves, columns, ins, write=True)
                 memory.after_reads(M, w, halves, columns, ins)
         data = np.stack([g(w.r) for g in get])
         op = Store(w, memory, cells, lambda: shape.write(memory.data, lane, column, data), ins)

@@ -179,7 +179,7 @@ class Mma:
             memory.stamp_write(halves, written, engine.component, engine.time, ins.line)
             for column, n in read:
                 at = slice(0, 8), slice(column, column + n)
-                memory.after_writes(machine, w, *at, ins, engine)
+                memory.after_writes(machine, w, *at, ins, engine, write=False)
                 memory.stamp_read(*at, -1, engine.component, engine.time, ins.line)
 
     def a_of(self, cta):

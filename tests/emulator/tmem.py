@@ -17,6 +17,7 @@ to be good, and are a warning of the machine: a load ordered by the use of its r
 import numpy as np
 
 from .memory import Fault, line_of
+from .ordering import before_writes
 from .values import POISON32
 
 COLUMNS = 512
@@ -27,9 +28,12 @@ def name_of(ins):
     return ".".join(ins.parts[:2])
 
 
-def known(w):
-    """What is ordered before a warp's tcgen05 operations; relaxed arrivals count after a fence."""
-    return w.clock if w.tmem_heard is None else np.maximum(w.clock, w.tmem_clock)
+def known(w, write):
+    """What is ordered before a warp's tcgen05 operations (those that write: `write`); relaxed
+    arrivals count after a fence.
+    """
+    clock = w.clock if w.tmem_heard is None else np.maximum(w.clock, w.tmem_clock)
+    return before_writes(clock) if write else clock
 
 
 class Engine:
@@ -129,22 +133,27 @@ class TensorMemory:
         )
 
     # ---- order ----
-    def after_writes(self, machine, w, halves, columns, ins, engine=None):
-        """An access by warp `w` (asynchronous: by `engine`) must come after earlier writes."""
+    def after_writes(self, machine, w, halves, columns, ins, engine=None, write=None):
+        """An access by warp `w` (asynchronous: by `engine`) must come after earlier writes.
+
+        write: whether it writes; by default, that of an engine does.
+        """
+        write = engine is not None if write is None else write
         at = halves, columns
         writer, written = self.writer[at], self.written[at]
-        late = written > known(w)[writer]
+        late = written > known(w, write)[writer]
         if engine is not None:
             late &= writer != engine.component
         if late.any():
             raise self.unordered(w, at, late, ins, self.write_line, "write by")
-        self.after_fence(machine, w, writer, self.write_fence[at], self.write_line[at], ins, engine)
+        stamps = writer, self.write_fence[at], self.write_line[at]
+        self.after_fence(machine, w, *stamps, ins, engine, write)
 
     def after_reads(self, machine, w, halves, columns, ins, engine=None):
         """A write by warp `w` (asynchronous: by `engine`) must come after earlier reads."""
         at = halves, columns
         reader, read = self.reader[at], self.read[at]
-        late = read > known(w)[reader]
+        late = read > known(w, True)[reader]
         if engine is not None:
             late &= reader != engine.component
         if late.any():
@@ -154,16 +163,18 @@ class TensorMemory:
             line = int(self.read_line[at][soft][0])
             what = f"{name_of(ins)} overwrites what a tcgen05.ld read that no tcgen05.wait::ld "
             self.warn(machine, w, what + "follows, only uses of its registers: {}; {}", line, ins)
-        self.after_fence(machine, w, reader, self.read_fence[at], self.read_line[at], ins, engine)
+        stamps = reader, self.read_fence[at], self.read_line[at]
+        self.after_fence(machine, w, *stamps, ins, engine, True)
 
-    def after_fence(self, machine, w, who, fenced, lines, ins, engine):
+    def after_fence(self, machine, w, who, fenced, lines, ins, engine, write):
         """Warns of order that holds without the fences of 9.7.16.6.3."""
         foreign = (fenced != 0) & (who != w.id)
         if engine is not None:
             foreign &= who != engine.component
         if not foreign.any():
             return
-        for missing, clock in (("before", known(w)), ("after", w.tmem_clock)):
+        fences = before_writes(w.tmem_clock) if write else w.tmem_clock
+        for missing, clock in (("before", known(w, write)), ("after", fences)):
             late = foreign & (fenced > clock[who])
             if late.any():
                 what = f"no tcgen05.fence::{missing}_thread_sync between {{}} and {{}}"
@@ -195,7 +206,7 @@ class TensorMemory:
             (self.writer, self.written, self.write_line, "write by"),
             (self.reader, self.read, self.read_line, "read by"),
         ):
-            late = times[at] > w.clock[who[at]]
+            late = times[at] > before_writes(w.clock)[who[at]]
             if late.any():
                 raise self.unordered(w, at, late, ins, lines, kind)
 
