@@ -388,7 +388,29 @@ def emulator_table(figures: Figures) -> str:
     known = [row for row in rows if any(cell.strip(" %") != "–" for cell in row[1:])]
     if not known:
         return "No runs of the emulator have been committed yet."
-    return f"{markdown_table(['', *architectures], known)}\n\n{figures.sources()}"
+    table = markdown_table(["", *architectures], known)
+    return "\n\n".join([table, *sampled(figures, architectures), figures.sources()])
+
+
+def sampled(figures: Figures, architectures: Sequence[str]) -> list[str]:
+    """A sentence that says how large a sample the planted mistakes are, if they are known."""
+    said = []
+    for arch in architectures:
+        units = {"mutants": "tried", "places": "places", "kinds": "count", "a kind": "mutants"}
+        values = [
+            figures.get(f"mutations/{arch}/{metric}", unit, provider=EMULATOR)
+            for metric, unit in units.items()
+        ]
+        if None not in values:
+            drawn, places, kinds, most = (f"{value:.0f}" for value in values)
+            of = f"{drawn} of {places} places on {arch} ({kinds} kinds, up to {most} of each)"
+            said.append(of)
+    if not said:
+        return []
+    return [
+        "The mistakes are samples: " + ", ".join(said) + ". The file names the commit of each "
+        "architecture's run, the mistakes drawn, and the places that rules left out."
+    ]
 
 
 TABLES: dict[str, Callable[[Figures], str]] = {

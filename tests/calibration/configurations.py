@@ -3,34 +3,10 @@
 import hashlib
 from dataclasses import dataclass, fields
 
+from .findings import COPY_FENCE, EMPTY_SEGMENT, LOWEST_LEADER, Finding
+
 OBJECT_NAME = "calibration"  # of the function in every object file
 ARCHITECTURES = ("sm_90a", "sm_100a", "sm_120a")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the emulator rightly reports of a kernel that gives right values on hardware.
-
-    report: part of the message. options: of the Machine, without which the values can be seen.
-    """
-
-    report: str
-    options: dict
-    why: str
-
-
-COPY_FENCE = Finding(
-    "was not followed by a fence.proxy.async",
-    {"copy_fence": False},
-    "A's rows are copied by cp.async, which writes in the generic proxy, and read by wgmma or "
-    "tcgen05.mma, in the async proxy, with an mbarrier but no fence.proxy.async between.",
-)
-EMPTY_SEGMENT = Finding(
-    "race: TMA load of",
-    {"race_check": False},
-    "For a segment without columns the mainloop's first ldmatrix reads a stage that it has not "
-    "waited for, while TMA fills it for the next segment; what it reads is not used.",
-)
 
 
 @dataclass(frozen=True)
@@ -86,11 +62,13 @@ class Configuration:
         return self.arch == "sm_100a" and self.cluster[0] % 2 == 0 and self.tile[0] in (128, 256)
 
     @property
-    def finding(self):
-        """What is rightly reported of it, or None."""
-        if self.arch == "sm_120a":
-            return EMPTY_SEGMENT if self.kind == "varlen_k" and 0 in self.lengths else None
-        return COPY_FENCE if self.gather and not self.tma_gather else None
+    def findings(self) -> list[Finding]:
+        """What is rightly reported of it."""
+        loads_c = self.split == 1 and (self.beta != 0 or self.epilogue.startswith("d"))
+        empty = self.arch == "sm_120a" and self.kind == "varlen_k" and 0 in self.lengths
+        copies = self.arch != "sm_120a" and self.gather and not self.tma_gather
+        known = ((loads_c, LOWEST_LEADER), (empty, EMPTY_SEGMENT), (copies, COPY_FENCE))
+        return [finding for applies, finding in known if applies]
 
     @property
     def key(self):
@@ -227,6 +205,7 @@ def _blackwell():
             "tma_gather": True,
             "tile": (256, 128),
             "cluster": (2, 1),
+            "lengths": (130, 0, 200, 5),  # behind the last rows there are no more indices
         },
         "launch-control": {"dynamic": True},
         "gather-geglu": {"gather": True, "epilogue": "geglu"},
@@ -288,7 +267,7 @@ def _geforce():
         "c": {"beta": 1.0, "row": True, "col": True},
         "gather": {"gather": True},
         "gather-pingpong": {"gather": True, "pingpong": True},
-        "gather-geglu": {"gather": True, "epilogue": "geglu", "tile": (64, 128)},
+        "gather-geglu": {"gather": True, "epilogue": "geglu", "tile": (64, 128), "k": 184},
     }
     depth = {
         "128x128": {"lengths": (130, 77)},

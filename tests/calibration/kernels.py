@@ -80,6 +80,15 @@ class CalibrationKernel:
         the share is at most 1."""
         return compare(self.configuration, tensors)
 
+    def options(self, but=None):
+        """The Machine options under which its Findings, all `but` one, are not reported."""
+        (program,) = self.emulator.programs.values()
+        found = {}
+        for finding in self.configuration.findings:
+            if finding is not but:
+                found |= finding.options(program.kernel)
+        return found
+
     def run(self, policy, seed=0, **options):
         """Runs it once: (`compare`'s result, the Machine). Raises Fault for what is found."""
         tensors = self.make_tensors(seed)

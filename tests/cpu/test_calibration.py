@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from tests.calibration.configurations import ARCHITECTURES, CONFIGURATIONS
+from tests.calibration.findings import first_loads
 from tests.calibration.problems import compare, expected, make_tensors
 from tests.emulator import Policy
+from tests.emulator.mutations import all_mutations
 
 VARIED = (
     "h-dense-c", "h-dense-bias", "h-dense-add", "h-dense-gelu", "h-dense-fp8", "h-rows-dswiglu",
@@ -67,3 +69,42 @@ def test_a_kernel_gives_the_right_values_and_no_report(name):
     kernel = calibration_kernel(name)
     for seed in range(2):
         assert kernel.run(Policy(seed), seed)[0][1] <= 1
+
+
+FOUND = ("h-dense-c", "g-depth-empty", "b-rows-gather")
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_finding_is_reported_and_the_rest_is_checked_without_it(name):
+    from tests.calibration.kernels import available, calibration_kernel
+    from tests.calibration.run import report_of
+
+    if not available(name):
+        pytest.skip("needs quack-kernels; see tests/calibration/README.md")
+    kernel = calibration_kernel(name)
+    (finding,) = kernel.configuration.findings
+    assert finding.report in report_of(kernel, kernel.options(but=finding))
+    assert kernel.run(Policy(1), 1, **kernel.options())[0][1] <= 1
+
+
+def test_the_read_of_an_empty_segment_is_the_only_race_let_through():
+    from tests.calibration.kernels import available, calibration_kernel
+    from tests.emulator import Fault
+
+    name = "g-depth-empty"
+    if not available(name):
+        pytest.skip("needs quack-kernels; see tests/calibration/README.md")
+    kernel = calibration_kernel(name)
+    (program,) = kernel.emulator.programs.values()
+    lines, _ = first_loads(program.kernel)
+    text = kernel.emulator.ptx_text.splitlines()
+    assert lines and all("ldmatrix" in text[line - 1] for line in lines)
+    assert len(lines) < sum("ldmatrix" in line for line in text)
+    wait = next(
+        m
+        for m in all_mutations(kernel.emulator.ptx_text)
+        if m.kind == "mbarrier wait removed" and 0 < min(lines) - m.line < 30
+    )
+    kernel.emulator.load(wait.text)
+    with pytest.raises(Fault, match="race: "):
+        kernel.run(Policy(0), 0, **kernel.options())

@@ -233,10 +233,44 @@ mov.u32 %r9, dynamic; setp.ne.u32 %p0, %r0, 0;
 """
 
 
+BY_LANES = """
+mov.u32 %r9, dynamic; setp.eq.u32 %p0, %r0, 0; setp.ne.u32 %p1, %r0, 0;
+shl.b32 %r12, %r0, 2; add.u32 %r12, %r12, %r9;
+st.shared.u32 [%r12], %r0; {between}
+bar.warp.sync -1; {late}
+@%p0 cp.async.bulk.global.shared::cta.bulk_group [%d0], [%r9], 128;
+@%p0 cp.async.bulk.commit_group; @%p0 cp.async.bulk.wait_group 0;
+"""
+
+
+@pytest.mark.parametrize(
+    "between, late, fenced",
+    [
+        (FENCE, "", True),
+        ("@%p0 " + FENCE, "", False),
+        ("@%p1 " + FENCE, "", False),
+        ("@%p0 " + FENCE + "@%p1 " + FENCE, "", True),
+        ("", "@%p0 " + FENCE, True),  # the lanes have met
+    ],
+)
+def test_a_proxy_fence_of_one_lane_is_about_its_own_stores(between, late, fenced):
+    place = aligned_words()
+    body = BY_LANES.format(between=between, late=late)
+    if fenced:
+        run_ptx(body, place, smem=1024)
+        assert place.tolist() == list(range(32))
+        return
+    with pytest.raises(Fault, match="bulk store .* not followed by a fence.proxy.async"):
+        run_ptx(body, place, smem=1024)
+
+
 @pytest.mark.parametrize("fence", [FENCE, "fence.proxy.async;"])
 def test_a_copy_over_what_was_read_wants_a_proxy_fence_between(fence):
     """It is a warning; a fence before the read does not count."""
-    for before, after, warned in (("", fence, False), ("", "", True), (fence, "", True)):
+    met = "bar.warp.sync -1; @!%p0 " + fence
+    places = [("", fence, False), ("", "", True), (fence, "", True)]
+    places += [("", "@!%p0 " + fence, True), ("", met, False)]
+    for before, after, warned in places:
         body = REUSE.format(before=before, after=after) + WAIT
         machine = run_ptx(body, aligned_words(), smem=1024, target="sm_100a")
         warnings = [w for w in machine.warnings if "no fence.proxy.async between the generic" in w]

@@ -233,9 +233,30 @@ def test_vote_match_elect_redux():
 
 def test_guarded_elect_counts_active_lanes_only():
     body = "setp.gt.u32 %p3, %r0, 9; mov.b32 %r9, 7; @!%p3 bra OUT; elect.sync %r8|%p1, 0xfffffc00;"
-    out = np.zeros(LANES, np.uint32)
-    run_ptx(body + "selp.b32 %r9, 1, 0, %p1; OUT: bar.warp.sync -1;" + STORE, out)
-    assert out.tolist() == [7] * 10 + [1] + [0] * 21
+    for seed in range(8):
+        out = np.zeros(LANES, np.uint32)
+        text = body + "selp.b32 %r9, 1, 0, %p1; OUT: bar.warp.sync -1;" + STORE
+        run_ptx(text, out, policy=Policy(seed))
+        assert out[:10].tolist() == [7] * 10
+        assert sorted(out[10:].tolist()) == [0] * 21 + [1]
+
+
+def test_elect_takes_any_lane_but_the_same_one_every_time():
+    """PTX ISA 9.7.13.14: deterministic for a member mask."""
+    body = "mov.b32 %r9, 0; mov.b32 %r7, 0; AGAIN: elect.sync %r8|%p1, -1; add.u32 %r7, %r7, 1;"
+    body += (
+        "selp.b32 %r6, 1, 0, %p1; add.u32 %r9, %r9, %r6; setp.lt.u32 %p2, %r7, 5; @%p2 bra AGAIN;"
+    )
+    leaders = set()
+    for seed in range(12):
+        out = np.zeros(LANES, np.uint32)
+        run_ptx(body + STORE, out, policy=Policy(seed))
+        assert sorted(out.tolist()) == [0] * 31 + [5]
+        leaders.add(int(out.argmax()))
+        again = np.zeros(LANES, np.uint32)
+        run_ptx(body + STORE, again, policy=Policy(seed))
+        assert (again == out).all()
+    assert len(leaders) > 4
 
 
 @pytest.mark.parametrize("op, want", [("add", 32 * 33 // 2), ("max", 32), ("or", 63)])

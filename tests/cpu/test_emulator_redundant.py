@@ -4,7 +4,6 @@ import pytest
 
 from tests.emulator import ptx
 from tests.emulator.mutations import all_mutations
-from tests.emulator.program import Program
 from tests.emulator.redundant import Flow, why_redundant
 from tests.emulator.report import kind_of
 from tests.emulator.snippet import snippet_text
@@ -14,8 +13,8 @@ def rules(body, kind, target="sm_90a"):
     """The rule that applies to each mutation of a kind."""
     text = snippet_text(body.replace(";", ";\n"), target=target)
     (kernel,) = ptx.parse(text).values()
-    program, flow = Program(kernel), Flow(kernel)
-    return [why_redundant(program, flow, m) for m in all_mutations(text) if m.kind == kind]
+    flow = Flow(kernel)
+    return [why_redundant(flow, m) for m in all_mutations(text) if m.kind == kind]
 
 
 ELECTED = """
@@ -37,28 +36,38 @@ def test_more_lanes_may_wait(block, redundant):
     assert bool(rule) == redundant
 
 
-LOAD = "tcgen05.ld.sync.aligned.32x32b.x2.b32 {%r10, %r11}, [%r3];"
-USE = "add.u32 %r4, %r10, %r11;"
-LOAD_WAIT = "tcgen05.wait::ld.sync.aligned;"
-ARRIVE = "mbarrier.arrive.shared::cta.b64 _, [%r5];"
+FENCE = "fence.proxy.async.shared::cta;"
+BARRIER = "bar.sync 0;"
 
 
 @pytest.mark.parametrize(
-    ("body", "redundant"),
+    ("body", "kind", "redundant"),
     [
-        (LOAD + LOAD_WAIT + USE + ARRIVE, True),
-        (LOAD + USE + LOAD_WAIT + ARRIVE, True),
-        (LOAD + LOAD_WAIT + "st.shared.u32 [%r5], %r10; st.shared.u32 [%r5], %r11;" + ARRIVE, True),
-        (LOAD + LOAD_WAIT + ARRIVE + USE, False),
-        (LOAD + LOAD_WAIT + "add.u32 %r4, %r10, 1;" + ARRIVE, False),
-        (LOAD + LOAD_WAIT + "@%p1 bra END;" + USE + "END:" + ARRIVE, False),
-        (LOAD + LOAD.replace("%r1", "%r2") + LOAD_WAIT + USE + ARRIVE, False),
-        (LOAD_WAIT + USE, False),
+        (FENCE + FENCE, "proxy fence removed", [True, True]),
+        (FENCE + BARRIER + FENCE, "proxy fence removed", [False, False]),
+        # the guarded one is no use to all; it may go itself
+        ("@%p1 " + FENCE + FENCE, "proxy fence removed", [True, False]),
+        (FENCE + "@%p1 " + FENCE, "proxy fence removed", [False, True]),
+        (FENCE + "fence.proxy.async.global;", "proxy fence removed", [False, False]),
+        # who jumps between them executes the second alone
+        ("@%p1 bra HERE;" + FENCE + "HERE:" + FENCE, "proxy fence removed", [True, False]),
+        (WAIT + WAIT, "bulk wait removed", [True, True]),
+        (WAIT + WAIT.replace("0", "1"), "bulk wait removed", [False, False]),
+        (BARRIER + BARRIER, "barrier removed", [True, True]),
+        ("bar.arrive 1, 64;" * 2, "barrier removed", [False, False]),
+        ("mbarrier.arrive.shared::cta.b64 _, [%r5];" * 2, "arrive removed", [False, False]),
+        ("cp.async.bulk.commit_group;" * 2, "bulk commit removed", [False, False]),
     ],
 )
-def test_loads_whose_registers_are_used(body, redundant):
-    (rule,) = rules(body, "tensor memory load wait removed", "sm_100a")
-    assert bool(rule) == redundant
+def test_what_stands_twice_in_a_row(body, kind, redundant):
+    assert [bool(rule) for rule in rules(body, kind)] == redundant
+
+
+def test_a_wait_for_loads_is_never_left_out():
+    """Whether uses of the registers stand in for it is for the emulator to say."""
+    body = "tcgen05.ld.sync.aligned.32x32b.x2.b32 {%r10, %r11}, [%r3];"
+    body += "tcgen05.wait::ld.sync.aligned; add.u32 %r4, %r10, %r11;"
+    assert rules(body, "tensor memory load wait removed", "sm_100a") == [""]
 
 
 def test_kinds_of_warnings_name_no_place():

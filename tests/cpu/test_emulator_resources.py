@@ -127,3 +127,28 @@ def test_registers_of_warps_add_up():
     launch(".maxnreg 128", body.replace("MORE", "216"), block=(256, 1, 1))
     with pytest.raises(Fault, match=r"deadlock(.|\n)*setmaxnreg.inc to 224"):
         launch(".maxnreg 128", body.replace("MORE", "224"), block=(256, 1, 1))
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_all_warps_of_a_warpgroup_change_their_registers(changed):
+    """9.7.19.5: by the same count, each as often as the others; here warp 2 or 6 does not."""
+    body = """
+    setp.lt.u32 %p1, %r0, 128; shr.u32 %r1, %r0, 5; setp.eq.u32 %p2, %r1, WARP;
+    @!%p1 bra TAKE;
+    GIVE bra END;
+    TAKE: MORE END:
+    """
+    lines = ["setmaxnreg.dec.sync.aligned.u32 40;", "setmaxnreg.inc.sync.aligned.u32 176;"]
+
+    def run(line):
+        both = [*lines[:changed], line, *lines[changed + 1 :]]
+        text = body.replace("GIVE", both[0]).replace("MORE", both[1])
+        launch(".maxnreg 128", text.replace("WARP", str(2 + 4 * changed)), block=(256, 1, 1))
+
+    run(lines[changed])
+    run("bra.uni SAME; SAME: " + lines[changed])
+    with pytest.raises(Fault, match=rf"by warp {4 * changed} but not by warp {2 + 4 * changed} of"):
+        run(f"@%p2 bra END; {lines[changed]}")
+    other = f"@!%p2 bra SAME; setmaxnreg.dec.sync.aligned.u32 48; bra END; SAME: {lines[changed]}"
+    with pytest.raises(Fault, match="setmaxnreg to [0-9]+, but to [0-9]+ in warp"):
+        run(other)

@@ -388,6 +388,24 @@ def test_a_relaxed_arrival_orders_with_the_fences():
             handshake(0, **RELAXED, **{missing: ""})
 
 
+MOVED = "mov.b64 %d20, {%r20, %r35};"  # a compiler may do it by renaming registers
+
+
+@pytest.mark.parametrize("mode", ["eager", "lazy", "random"])
+def test_a_mov_of_a_register_waits_for_no_load(mode):
+    """Its result's use does."""
+    later = {"save": "add.s64 %d21, %d20, 1;" + PIECES["save"]}
+    with pytest.raises(
+        Fault, match=r"race: tcgen05\.mma of .* the read by .*tcgen05\.ld.*wait::ld"
+    ):
+        handshake(1, mode, wait="", use=MOVED, **later)
+    used = {"wait": "", "use": MOVED + "mov.b64 %d22, %d20; add.s64 %d21, %d22, 1;"}
+    warning = "tcgen05.mma overwrites what a tcgen05.ld read that no tcgen05.wait::ld follows"
+    assert any(warning in w for w in handshake(1, mode, **used).warnings)
+    for seed in range(3):
+        assert not handshake(seed, mode, use=MOVED, **later).warnings
+
+
 def test_a_later_wait_does_not_move_a_load_that_is_over():
     used = {"wait": "", "use": "add.u32 %r60, %r20, %r35;", "save": WAIT_LD + PIECES["save"]}
     for seed in range(4):

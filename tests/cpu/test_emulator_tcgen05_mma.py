@@ -108,7 +108,7 @@ setp.ne.u32 %p3, 0, 0;
 setp.ne.u32 %p5, 0, 1;
 @!%p1 bra ISSUED;
 {issue}
-tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r2];
+{commit}
 ISSUED:
 WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;
 @!%p2 bra WAIT;
@@ -124,16 +124,20 @@ END:
 """
 
 
+COMMIT = "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r2];"
+
+
 def names(first, n):
     return ", ".join(f"%r{first + i}" for i in range(n))
 
 
-def run(issue, memory, before="", columns=N, seed=0, arrays=()):
+def run(issue, memory, before="", columns=N, seed=0, arrays=(), commit=COMMIT):
     """The first columns of tensor memory after `issue`, (128 lanes, columns) words."""
     out = np.zeros((128, columns), np.uint32)
     save = "".join(f"st.global.u32 [%d9+{4 * i}], %r{20 + i};\n" for i in range(columns))
     body = BODY.format(
         begin=BEGIN.format(first="", ctas=1, allocated=128), before=before, issue=issue,
+        commit=commit,
         columns=columns, registers=names(20, columns),
         width=4 * columns, save=save,
     )  # fmt: skip
@@ -170,6 +174,67 @@ def test_kinds(kind, ta, tb, ca, cb):
     for seed in range(2):
         got = run(issue, image(a=abits, b=bbits), seed=seed).view(np.float32)
         np.testing.assert_allclose(got, 2 * a @ b.T, rtol=1e-5, atol=1e-4)
+
+
+# Lanes 0 and 1 of warp 0 come to the issue; %p8 is lane 0 and %p9 lane 1.
+TWO_LANES = "setp.lt.u32 %p1, %r0, 2; setp.eq.u32 %p8, %r0, 0; setp.eq.u32 %p9, %r0, 1;\n"
+
+
+@pytest.mark.parametrize(
+    "issuer, committer", [("%p8", "%p8"), ("%p9", "%p9"), ("%p8", "%p9"), ("%p9", "%p8")]
+)
+@pytest.mark.parametrize("operation", ["mma", "cp"])
+def test_a_commit_counts_what_its_own_thread_issued(issuer, committer, operation):
+    (abits, a), (bbits, b) = operand("bf16", 128), operand("bf16", N)
+    issue = multiply("f16", idesc(1, 1), "%p3")
+    if operation == "cp":
+        issue = f"tcgen05.cp.cta_group::1.128x256b [%r6], {A};\n"
+    for seed in range(3):
+        arguments = {"before": TWO_LANES, "seed": seed, "commit": f"@{committer} {COMMIT}"}
+        arguments["columns"] = N if operation == "mma" else 8
+        memory = image(a=abits, b=bbits)
+        if issuer == committer:
+            got = run(f"@{issuer} {issue}", memory, **arguments)
+            if operation == "mma":
+                np.testing.assert_allclose(got.view(np.float32), a @ b.T, rtol=1e-5, atol=1e-5)
+            continue
+        with pytest.raises(Fault, match="race: tcgen05.ld .*whose commit's mbarrier nothing here"):
+            run(f"@{issuer} {issue}", memory, **arguments)
+
+
+def test_operations_of_two_lanes_have_no_order():
+    """Those of one thread run in the order of their issue (9.7.16.6.2)."""
+    memory = image(a=operand("bf16", 128)[0], b=operand("bf16", N)[0])
+    first, second = (multiply("f16", idesc(1, 1), enable) for enable in ("%p3", "%p5"))
+    for seed in range(3):
+        arguments = {"before": TWO_LANES, "seed": seed, "commit": f"@%p8 {COMMIT}"}
+        run(f"@%p8 {first}@%p8 {second}", memory, **arguments)
+        with pytest.raises(Fault, match="race: tcgen05.mma of .* after the write by .*tcgen05.mma"):
+            run(f"@%p9 {first}@%p8 {second}", memory, **arguments)
+
+
+@pytest.mark.parametrize("order", ["committed last", "issued after the commit", "of another lane"])
+def test_an_operand_is_read_until_its_own_commit(order):
+    """Two MMAs read the same operands; a commit whose mbarrier counts the first frees none."""
+    memory = image(a=operand("bf16", 128)[0], b=operand("bf16", N)[0])
+    first = multiply("f16", idesc(1, 1), "%p3")
+    second = multiply("f16", idesc(1, 1), "%p3").replace("[%r6]", "[%r9]")
+    texts = {
+        "committed last": f"@%p8 {first}@%p8 {second}@%p8 {COMMIT}\n",
+        "issued after the commit": f"@%p8 {first}@%p8 {COMMIT}\n@%p8 {second}",
+        "of another lane": f"@%p9 {second}@%p8 {first}@%p8 {COMMIT}\n",
+    }
+    # lane 0 overwrites a word of B once the mbarrier's phase is over
+    done = "AGAIN: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r2], 0;\n@!%p2 bra AGAIN;\n"
+    done += f"@%p8 st.shared.u32 [%r2+{OPERANDS + 4096}], 0;\n"
+    issue = "add.u32 %r9, %r6, 64;\n" + texts[order]
+    for seed in range(4):
+        arguments = {"before": TWO_LANES, "seed": seed, "commit": done}
+        if order == "committed last":
+            run(issue, memory, **arguments)
+            continue
+        with pytest.raises(Fault, match="race: generic store"):
+            run(issue, memory, **arguments)
 
 
 @pytest.mark.parametrize("kind, dtype, code", [("f16", "f16", 0), ("f8f6f4", "e4m3", 0)])

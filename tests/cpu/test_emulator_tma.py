@@ -235,6 +235,24 @@ def test_reductions(op):
     np.testing.assert_array_equal(x, want[op])
 
 
+def test_a_reduction_by_every_lane_is_reported():
+    """Each thread reduces the tile once more; that each stores it makes no difference."""
+
+    def run(form):
+        x, new = aligned((8, 32), np.uint32), aligned((8, 32), np.uint32, seed=1)
+        raw = tensor_map("u32", x.ctypes.data, (32, 8), [128], [32, 8])
+        issue = form.format(rank=2) + " [%d2, {0, 0}], [%r9];"
+        body = STORE.format(store=issue, nbytes=1024, wait="_group 0", after="")
+        body = body.replace("@%p0 bra DONE;", "")
+        source = np.frombuffer(new.tobytes(), np.uint32).copy()
+        run_ptx(body, x, source, params=[raw], smem=1024, target="sm_100a")
+        np.testing.assert_array_equal(x, new)
+
+    run(TILE)
+    with pytest.raises(Fault, match="TMA reduction of the same tile by 32 lanes"):
+        run(REDUCE % "add")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_read_after_only_the_source_was_waited_for_is_a_race(seed):
     def run(wait, after):

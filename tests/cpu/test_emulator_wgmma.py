@@ -216,3 +216,26 @@ def form(types, accumulators, tail):
 def test_forms_that_do_not_exist_are_refused(text):
     with pytest.raises(PtxError, match="line 12"):
         run_ptx("wgmma.mma_async.sync.aligned." + text)
+
+
+def test_warpgroups_overtake_each_other():
+    """What the second has waited for says nothing of what the first issued before."""
+    (abits, a), (bbits, b) = operand("f16", 64), operand("f16", N)
+    mma = FENCE + multiply("f32", "f16", "f16", 16, A, "%p3") + "wgmma.commit_group.sync.aligned;"
+    body = FILL + "setp.lt.u32 %p5, %r0, 128; @%p5 bra FIRST; bar.sync 1, 256;" + mma
+    body += "wgmma.wait_group.sync.aligned 0; bar.sync 2, 128; sub.u32 %r3, %r0, 128;"
+    body += "shl.b32 %r3, %r3, 4; add.u32 %r3, %r3, %r2; mov.b32 %r4, 0; "
+    body += "st.shared.v4.b32 [%r3], {%r4, %r4, %r4, %r4};"
+    body += "st.shared.v4.b32 [%r3+8192], {%r4, %r4, %r4, %r4}; fence.proxy.async; bra END; FIRST:"
+    body += mma + "bar.arrive 1, 256; wgmma.wait_group.sync.aligned 0;"
+    body += "mad.wide.u32 %d9, %r0, 32, %d0;"
+    body += "".join(f"st.global.u32 [%d9+{4 * i}], %r{20 + i};" for i in range(8)) + "END:"
+    right = []
+    for seed in range(12):
+        out = np.zeros((128, 8), np.uint32)
+        run_ptx(
+            body, out, image(abits, bbits), block=(256, 1, 1), smem=SIZE, race_check=False,
+            policy=Policy(seed, "random"),
+        )  # fmt: skip
+        right.append(np.allclose(matrix(out.view(np.float32)), a @ b.T, atol=1e-3))
+    assert any(right) and not all(right)

@@ -36,8 +36,8 @@ def load_shared(w, a, size, n, ins, order=PLAIN):
     return values
 
 
-def store_shared(w, a, size, vals, ins, order=PLAIN):
-    """Stores the arrays `vals` to consecutive places at each shared address."""
+def store_shared(w, a, size, vals, ins, order=PLAIN, lanes=None):
+    """Stores the arrays `vals` to consecutive places at each shared address, those of `lanes`."""
     n = len(vals)
     if (a % np.uint32(size * n)).any():
         raise misaligned("shared store", a, size * n)
@@ -50,7 +50,7 @@ def store_shared(w, a, size, vals, ins, order=PLAIN):
         for j in range(n):
             view[at + j] = vals[j][sel]
         index = at if n == 1 else np.concatenate([at + j for j in range(n)])
-        w.dirty.add(cta.smem.note_store(index, size, (w, ins)))
+        w.stores(cta.smem.note_store(index, size, (w, ins)), lanes)
 
 
 def window(a):
@@ -105,6 +105,7 @@ def load(b, ins):
             a = a[m]
         where = window(a) if space in ("generic", "param") else space
         if where == "shared":
+            w.reads(m)
             finish(
                 w,
                 load_shared(
@@ -190,6 +191,7 @@ def store(b, ins):
                 vals,
                 ins,
                 order,
+                m,
             )
         elif where == "local":
             off, lanes = local_bytes(w, a, nbytes), np.asarray(lanes_of(m))

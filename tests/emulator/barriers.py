@@ -1,17 +1,25 @@
 """Barriers, fences and the dependence of launches (PTX ISA 9.7.13.1-5, 9.7.13.14, 8.7)."""
 
+import numpy as np
+
 from .builder import BLOCK, converged, first, instruction
 from .memory import Fault
 from .ordering import proxy_fence
+from .races import CLUSTER, learn, scope_of
 from .races import fence as order_fence
-from .races import learn, scope_of
 from .sync import NamedBarrier
 from .values import LANES
 
 
 @instruction("bar.warp.sync")
 def bar_warp(b, ins):
-    return lambda M, w, frag, m: None if converged(w, frag) else BLOCK
+    def meet(M, w, frag, m):
+        if not converged(w, frag):
+            return BLOCK
+        w.meet()
+        return None
+
+    return meet
 
 
 def named_barrier(b, ins):
@@ -40,6 +48,8 @@ def named_barrier(b, ins):
             if n % 32 or barrier.expected not in (0, n):
                 raise Fault(f"{barrier}: this warp expects {n} threads")
             barrier.expected = n
+        if not arrive_only:
+            w.meet()
         barrier.arrived += LANES
         barrier.warps.append(w)
         barrier.dirty |= w.dirty
@@ -64,23 +74,39 @@ for _name in ("bar", "barrier"):
 
 @instruction("barrier.cluster.arrive", "release relaxed aligned")
 def cluster_arrive(b, ins):
+    """9.7.13.4: once a thread, before it waits; a relaxed arrival releases what fences did."""
     relaxed = "relaxed" in ins.parts
 
     def arrive(M, w, frag, m):
-        barrier = w.cta.cluster.barrier
-        if (
-            relaxed
-        ):  # orders the initialisations that a fence.mbarrier_init came after, nothing else
-            barrier.clock[w.id] = max(int(barrier.clock[w.id]), w.init_fence)
+        barrier, lanes = w.cta.cluster.barrier, np.ones(LANES, bool) if m is None else m
+        if (w.cluster_arrived & lanes).any():
+            raise Fault("barrier.cluster.arrive of threads that have not waited since their last")
+        w.cluster_arrived = w.cluster_arrived | lanes
+        if relaxed:
+            release_fenced(w, barrier)
         else:
             publish_inits(w)
             barrier.dirty |= w.dirty
             w.release(barrier.clock)
         w.cluster_target = barrier.phase
-        barrier.arrived += LANES if m is None else int(m.sum())
+        barrier.arrived += int(lanes.sum())
         barrier.settle(M)
 
     return arrive
+
+
+def release_fenced(w, barrier):
+    """A relaxed arrival: with a fence before it a release pattern (8.8), of what that fence orders.
+
+    A fence.mbarrier_init orders initialisations of the warp's mbarriers, nothing else (9.7.13.5).
+    """
+    for component in w.inits:
+        barrier.clock[component] = max(int(barrier.clock[component]), 1)
+    for scope, known in w.fences.items():
+        if scope >= CLUSTER:
+            clock = known.clocks[w.cta.cluster.serial]
+            np.maximum(barrier.clock, clock, out=barrier.clock)
+            barrier.dirty |= known.dirty
 
 
 @instruction("barrier.cluster.wait", "acquire aligned")
@@ -88,7 +114,9 @@ def cluster_wait(b, ins):
     def wait(M, w, frag, m):
         barrier = w.cta.cluster.barrier
         if barrier.phase > w.cluster_target:
+            w.cluster_arrived = np.zeros(LANES, bool) if m is None else w.cluster_arrived & ~m
             w.dirty |= {d for d in barrier.visible if not d.flushed}
+            w.meet()
             w.acquire(barrier.seen)
             return None
         w.why = barrier
@@ -107,17 +135,25 @@ def publish_inits(w):
 
 @instruction("fence.proxy.async", "global shared::cta shared::cluster")
 def fence_proxy_async(b, ins):
-    """Publishes generic stores to the async proxy: those to all memory, or to one space."""
-    to_shared = "global" not in ins.parts
+    """Publishes generic stores to the async proxy: those to all memory, or to one space.
+
+    `.shared::cta` is the memory of the executing CTA; that of the others of its cluster is in
+    `.shared::cluster` alone (5.1.7, 9.7.13.5).
+    """
+    to_shared, own = "global" not in ins.parts, "shared::cta" in ins.parts
     to_global = b.program.mixes_proxies and not any("shared" in p for p in ins.parts)
 
     def fence(M, w, frag, m):
         if to_shared:
-            for d in w.dirty:
+            smem = w.cta.smem
+            reached = [d for d in w.dirty if d.smem is smem or not own]
+            fenced = {d for d in reached if w.fences_store(d, m)}
+            for d in fenced:
                 d.flush()
-            w.dirty = set()
+            w.dirty = w.dirty - fenced
             publish_inits(w)
-            proxy_fence(w)
+            if w.fences_reads(m):
+                proxy_fence(w)
         if to_global:
             M.memory.order.add_fence(w, M.memory.order.proxy_fences, ins)
 
@@ -133,9 +169,13 @@ def fence_async_generic(b, ins):
 
 @instruction("fence.mbarrier_init", "release cluster")
 def fence_mbarrier_init(b, ins):
+    """9.7.13.5: about the mbarrier.inits of the same thread before it."""
+
     def fence(M, w, frag, m):
-        publish_inits(w)
-        w.init_fence = int(w.clock[w.id])
+        for mb in w.cta.mbars.values():
+            if mb.init_warp is w and (m is None or m[mb.init_lane]):
+                mb.published = True
+                w.inits.add(mb.id)
 
     return fence
 

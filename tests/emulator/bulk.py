@@ -4,6 +4,8 @@ A copy to shared memory completes on an mbarrier some time after its issue; a co
 first reads shared memory, then writes, each some time later, and completes its bulk group.
 """
 
+import functools
+
 import numpy as np
 
 from .builder import BLOCK, instruction, lanes_of
@@ -136,8 +138,7 @@ def enter_read(M, w, ins, region, off, nbytes, what, bars):
     if not order.check or region.track is None:
         return
     for mb in bars:
-        time = mb.completed + 1
-        number = order.new(w, ins, what, mb.id, time, proxy="async")
+        number = order.new(w, ins, what, mb.id, mb.now, proxy="async")
         region.track.read(w, ins, off, nbytes, what, number=number)
 
 
@@ -246,23 +247,33 @@ def bulk_in(b, ins, op):
                 enter_read(M, w, ins, region, one(s - region.base), n, what, bars)
                 read = data.copy
 
-            def run(jobs=jobs, read=read, n=n, units=units):
-                data = read().reshape(-1, 16)
-                for smem, access, mb in jobs:
-                    new = data
-                    if op:
-                        old = smem.asynchronous[16][units].reshape(-1).view(UINT[elem])
-                        flat = data.reshape(-1).view(UINT[elem])
-                        new = combine(old, flat, dtype, op).view(np.uint8).reshape(-1, 16)
-                    smem.write_async(units, new)
-                    smem.end_access(access)
-                    smem.written_by(access, mb)
-                    mb.add_tx(M, -n)
+            def reduced(smem, data, units=units):
+                old = smem.asynchronous[16][units].reshape(-1).view(UINT[elem])
+                flat = data.reshape(-1).view(UINT[elem])
+                return combine(old, flat, dtype, op).view(np.uint8).reshape(-1, 16)
 
-            M.later("tma_load", run, cause=(w, ins))
+            land(M, w, ins, jobs, units, read, n, reduced if op else None)
             M.count("bulk_copy")
 
     return copy
+
+
+def land(M, w, ins, jobs, units, read, n, reduced=None):
+    """Schedules the writes of a copy of n bytes to shared memory, in each CTA at a time of its own.
+
+    jobs: (SharedMemory, Access, MBarrier) of each; read: reads the source, once, as the first one
+    lands; reduced: what to write instead, a function of (SharedMemory, bytes).
+    """
+    data = functools.cache(lambda: read().reshape(-1, 16))
+
+    def arrive(smem, access, mb):
+        smem.write_async(units, reduced(smem, data()) if reduced else data())
+        smem.end_access(access)
+        smem.written_by(access, mb)
+        mb.add_tx(M, -n)
+
+    for job in jobs:
+        M.later("tma_load", functools.partial(arrive, *job), cause=(w, ins))
 
 
 def from_cta(w, ins, addr, n):

@@ -1,9 +1,8 @@
 """Non-bulk asynchronous copies, global to shared (PTX ISA 9.7.9.25.3).
 
 A cp.async reads and writes at any time between its issue and the completion mechanism that the
-thread waits on. It works
-in the generic proxy: wgmma and TMA see its data only after a fence.proxy.async that is ordered
-    after its completion.
+thread waits on. It works in the generic proxy: wgmma and TMA see its data only after a
+fence.proxy.async that is ordered after its completion.
 """
 
 import numpy as np
@@ -11,23 +10,27 @@ import numpy as np
 from .builder import BLOCK, instruction, lanes_of, split_by_cta
 from .memory import Fault
 from .ptx import PtxError
+from .sync import live
+from .values import LANES
 
 
 class Copies:
-    """The copies of one cp.async instruction: `words` of `smem`, in flight until `finish`.
+    """The copies of one cp.async instruction, in flight until `finish`: a thread's are its own.
 
-    `covered`: an mbarrier arrival or a wait has taken charge of saying when others may rely on
-    them.
+    words: of `smem`, by lane (ids: which); groups: how many groups each lane of the warp had
+    committed. left: lanes whose copies neither an mbarrier's phase nor a wait of the lane covers,
+    which say when others may rely on them.
     """
 
     __slots__ = (
-        "lanes", "smem", "words", "done", "covered", "dirty", "waiters", "arrivals", "event",
+        "smem", "ids", "words", "groups", "left", "done", "dirty", "waiters", "arrivals", "event",
     )  # fmt: skip
 
-    def __init__(self, lanes, smem, words):
-        self.lanes, self.smem, self.words = lanes, smem, words
-        self.done, self.covered = False, False
-        self.dirty, self.waiters, self.arrivals = set(), [], []
+    def __init__(self, smem, ids, words, groups):
+        self.smem, self.ids, self.words, self.groups = smem, ids, words, groups
+        self.left = np.zeros(LANES, bool)
+        self.left[ids] = True
+        self.done, self.dirty, self.waiters, self.arrivals = False, set(), [], []
 
     def finish(self, M, dirty):
         self.done, self.dirty = True, dirty
@@ -36,34 +39,44 @@ class Copies:
         for arrival in self.arrivals:
             arrival.settle(M)
 
-    def rely(self, component, time):
-        """From `time` of the clock's `component` on, what was copied may be used."""
+    def take(self, lanes):
+        """Those of the lanes that are left, which are no longer."""
+        mine = self.left & lanes
+        self.left = self.left & ~lanes
+        return mine
+
+    def rely(self, lanes, component, time):
+        """From `time` of the clock's `component` on, what these lanes copied may be used."""
         if self.smem.check:
-            self.smem.history.end_copy(self.words, component, time)
-        if self.event is not None:
+            self.smem.history.end_copy(self.words[lanes[self.ids]].reshape(-1), component, time)
+        if self.event is not None and not self.left.any():
             self.event.component, self.event.time = component, int(time)
 
 
 class Arrival:
-    """A cp.async.mbarrier.arrive: it waits for the earlier `copies`, then arrives once a lane."""
+    """A cp.async.mbarrier.arrive of some lanes: it waits for all their earlier copies, then arrives
+    once a lane. It says when those that nothing covered before may be used.
+    """
 
     __slots__ = ("mb", "count", "copies", "pending")
 
-    def __init__(self, mb, count, copies):
-        self.mb, self.count, self.copies = mb, count, copies
-        self.pending = 1 + sum(not c.done for c in copies)
-        for c in copies:
-            c.covered = True
-            if not c.done:
+    def __init__(self, mb, lanes, earlier):
+        self.mb, self.count = mb, int(lanes.sum())
+        self.pending = 1
+        for c in earlier:
+            if not c.done and lanes[c.ids].any():
+                self.pending += 1
                 c.arrivals.append(self)
+        taken = [(c, c.take(lanes)) for c in earlier]
+        self.copies = [(c, mine) for c, mine in taken if mine.any()]
 
     def settle(self, M):
         self.pending -= 1
         if self.pending:
             return
-        for c in self.copies:
-            c.rely(self.mb.id, self.mb.completed + 1)
-        self.mb.release({d for c in self.copies for d in c.dirty})
+        for c, lanes in self.copies:
+            c.rely(lanes, self.mb.id, self.mb.now)
+        self.mb.near.add_stores({d for c, _ in self.copies for d in c.dirty})
         self.mb.arrive(M, self.count)
 
 
@@ -101,21 +114,17 @@ def cp_async(b, ins):
             raise Fault("cp.async into another CTA's shared memory")
         smem = w.cta.smem
         smem.check_generic(w, ins, parts[0][2], size, write=True, what="cp.async write")
-        live = locate_live(M.memory, g, n)
+        sources = locate_live(M.memory, g, n)
         off = parts[0][2].astype(np.int64)
-        words = ((off >> 2)[:, None] + np.arange(size // 4)).reshape(-1)
-        copies = Copies(frozenset(lanes.tolist()), smem, words)
-        copies.event = read_by_copy(M.memory.order, w, ins, live)
-        w.copies = [c for c in w.copies if not c.covered]
+        words = (off >> 2)[:, None] + np.arange(size // 4)
+        copies = Copies(smem, lanes, words, w.copy_commits)
+        copies.event = read_by_copy(M.memory.order, w, ins, sources)
         w.copies.append(copies)
-        if len(w.copy_open) > 64:  # a kernel that waits by mbarrier never commits a group
-            w.copy_open = [c for c in w.copy_open if not (c.done and c.covered)]
-        w.copy_open.append(copies)
-        access = smem.begin("cp.async", words, ins, w)
+        access = smem.begin("cp.async", words.reshape(-1), ins, w)
 
         def land():
             data = np.zeros((len(off), size), np.uint8)
-            for rows, region, at, k in live:
+            for rows, region, at, k in sources:
                 data[rows, :k] = region.data[at[:, None] + np.arange(k)]
             index = off[:, None] + np.arange(size)
             smem.generic[1][index] = data
@@ -133,12 +142,12 @@ def cp_async(b, ins):
     return run
 
 
-def read_by_copy(order, w, ins, live):
+def read_by_copy(order, w, ins, sources):
     """Enters the reads of a cp.async, in flight until `rely`; returns their event."""
     if not order.check:
         return None
     number = order.new(w, ins, "cp.async read", w.id)
-    for _, region, at, k in live:
+    for _, region, at, k in sources:
         if region.track:
             region.track.read(w, ins, at, k, "cp.async read", number=number)
     return order.events[number]
@@ -158,74 +167,75 @@ for _level in ("ca", "cg"):
     instruction(f"cp.async.{_level}.shared::cta.global", PREFETCH)(cp_async)
 
 
+# Groups are a thread's own: each lane commits what it has issued itself (9.7.9.25.3.2-3).
 @instruction("cp.async.commit_group")
 def commit_group(b, ins):
-    def run(M, w, frag, m):
-        w.copy_groups.append(w.copy_open)
-        w.copy_open = []
-
-    return run
+    return lambda M, w, frag, m: commit(w, m)
 
 
-def wait_for(w, groups):
-    """BLOCK while any copy of the groups is in flight; else orders the warp after them."""
-    pending = [c for g in groups for c in g if not c.done]
-    if not pending:
-        for g in groups:
-            for c in g:
-                w.dirty |= {d for d in c.dirty if not d.flushed}
-                if not c.covered:
-                    c.covered = True
-                    c.rely(w.id, w.clock[w.id])
-        return None
-    w.why = f"{len(pending)} cp.async in flight"
-    pending[0].waiters.append(w)
-    return BLOCK
+def commit(w, m):
+    w.copy_commits = w.copy_commits + (1 if m is None else m)
 
 
-@instruction("cp.async.wait_group")
+def wait_for(w, lanes, last):
+    """BLOCK while copies of the lanes are in flight, of each lane those in its groups before number
+    `last`; else orders the warp after them.
+    """
+    older = [(c, (c.groups < last) & lanes) for c in w.copies]
+    pending = [c for c, mine in older if not c.done and mine[c.ids].any()]
+    if pending:
+        w.why = f"{len(pending)} cp.async in flight"
+        pending[0].waiters.append(w)
+        return BLOCK
+    for c, mine in older:
+        mine = c.take(mine)
+        if mine.any():
+            for d in live(c.dirty):
+                w.stores(d, mine)
+            c.rely(mine, w.id, w.clock[w.id])
+    w.copies = still_needed(w.copies)
+    return None
+
+
+def still_needed(copies):
+    return [c for c in copies if not c.done or c.left.any()]
+
+
 def wait_group(b, ins):
-    n = ins.operands[0].bits
+    n = ins.operands[0].bits if ins.operands else None  # None: wait_all, which commits before
 
     def run(M, w, frag, m):
-        older = w.copy_groups[: max(len(w.copy_groups) - n, 0)]
-        out = wait_for(w, older)
-        if out is None:
-            w.copy_groups = w.copy_groups[len(older) :]
+        lanes = np.ones(LANES, bool) if m is None else m
+        out = wait_for(w, lanes, w.copy_commits + 1 if n is None else w.copy_commits - n)
+        if out is None and n is None:
+            commit(w, m)
         return out
 
     return run
 
 
-@instruction("cp.async.wait_all")
-def wait_all(b, ins):
-    def run(M, w, frag, m):
-        out = wait_for(w, [*w.copy_groups, w.copy_open])
-        if out is None:
-            w.copy_groups, w.copy_open = [], []
-        return out
-
-    return run
+instruction("cp.async.wait_group")(wait_group)
+instruction("cp.async.wait_all")(wait_group)
 
 
 @instruction("cp.async.mbarrier.arrive", "noinc shared shared::cta")
 def mbarrier_arrive(b, ins):
-    """9.7.13.15.17: arrives once the thread's copies are complete; no .noinc: count raised."""
+    """9.7.13.15.15: arrives once the thread's copies are complete; no .noinc: count raised."""
     addr = b.shared_address(ins.operands[0])
     noinc = "noinc" in ins.parts
 
     def run(M, w, frag, m):
         a = addr(w.r)
-        lanes = list(lanes_of(m))
+        lanes = np.ones(LANES, bool) if m is None else m
         for where in np.unique(a[lanes]).tolist():
-            own = frozenset(i for i in lanes if int(a[i]) == where)
+            own = lanes & (a == where)
             mb = w.cta.cluster.mbarrier(w, int(where))
             if mb.cta is not w.cta:
                 raise Fault("cp.async.mbarrier.arrive on another CTA's mbarrier")
             if not noinc:
-                mb.pending += len(own)
-            earlier = [c for c in w.copies if not c.covered and c.lanes & own]
-            Arrival(mb, len(own), earlier).settle(M)
+                mb.pending += int(own.sum())
+            Arrival(mb, own, w.copies).settle(M)
+        w.copies = still_needed(w.copies)
         M.progress = M.tick
 
     return run

@@ -4,9 +4,9 @@
 
 For each kernel of `subjects.py` and each kind of change of `mutations.py` a few places that the
 kernel executes are drawn, the same ones in every run, among those that no rule of `redundant.py`
-proves to be without effect; each changed kernel runs with one seed after another until something is
-reported or the result is wrong. A result file keeps the entries of the architectures that are not
-run. What is missed needs a sentence in `missed.json`.
+proves to be without effect, which the file lists; each changed kernel runs with one seed after
+another until something is reported or the result is wrong. A result file keeps the entries of the
+architectures that are not run. What is missed needs a sentence in `missed.json`.
 """
 
 import argparse
@@ -106,6 +106,13 @@ def shortened(report: str) -> str:
     return line.split(": ", 1)[-1][:160]
 
 
+def described(subject: Subject, mutant: Mutation) -> dict[str, Any]:
+    """What a result file says of a mutation of the loaded text."""
+    ptx, source = instruction_at(subject, mutant)
+    place = {"arch": subject.arch, "kernel": subject.name, "kind": mutant.kind}
+    return place | {"detail": mutant.detail, "line": mutant.line, "ptx": ptx, "source": source}
+
+
 def instruction_at(subject: Subject, mutant: Mutation) -> tuple[str, str]:
     """(PTX text, Python source line) of the place that a mutation changes, in the loaded text."""
     kernel = next(iter(subject.emulator.programs.values())).kernel
@@ -136,24 +143,26 @@ def baseline(subject: Subject) -> Baseline:
 
 def mutants_by_kind(
     subject: Subject, lines: set[int]
-) -> tuple[dict[str, list[Mutation]], Counter[str]]:
+) -> tuple[dict[str, list[Mutation]], list[dict[str, Any]], int]:
     """The mutations of executed places of one kernel, by kind, in a drawn order.
 
-    Without those that change nothing by a rule of `redundant.py`; how many each rule leaves out.
+    Without those that change nothing by a rule of `redundant.py`, which are listed; and how many
+    are of places that no run executes.
     """
     found = defaultdict(list)
-    left_out: Counter[str] = Counter()
-    program = next(iter(subject.emulator.programs.values()))
-    flow = Flow(program.kernel)
+    left_out = []
+    not_executed = 0
+    flow = Flow(next(iter(subject.emulator.programs.values())).kernel)
     for mutant in all_mutations(subject.emulator.ptx_text):
-        if lines & set(range(mutant.line, mutant.last + 1)):
-            if rule := why_redundant(program, flow, mutant):
-                left_out[rule] += 1
-            else:
-                found[mutant.kind].append(mutant)
+        if not lines & set(range(mutant.line, mutant.last + 1)):
+            not_executed += 1
+        elif rule := why_redundant(flow, mutant):
+            left_out.append(described(subject, mutant) | {"rule": rule})
+        else:
+            found[mutant.kind].append(mutant)
     for kind, mutants in found.items():
         random.Random(f"{subject.name} {kind}").shuffle(mutants)
-    return dict(found), left_out
+    return dict(found), left_out, not_executed
 
 
 def sample(
@@ -195,35 +204,36 @@ def run_architecture(arch: str, per_kind: int, only: str) -> dict[str, Any]:
         known = ", ".join(subject.name for subject in every)
         raise SystemExit(f"--only {only}: no kernel of {arch} has that in its name; it has {known}")
     by_subject, unchanged = [], []
-    left_out: Counter[str] = Counter()
+    left_out: list[dict[str, Any]] = []
+    not_executed = 0
     for subject in made:
         unchanged.append(baseline(subject))
-        mutants, redundant = mutants_by_kind(subject, unchanged[-1].lines)
+        mutants, redundant, others = mutants_by_kind(subject, unchanged[-1].lines)
         by_subject.append(mutants)
         left_out += redundant
+        not_executed += others
         count = sum(map(len, by_subject[-1].values()))
         print(f"{arch} {subject.name}: {count} places, {unchanged[-1].steps} steps", flush=True)
     entries = []
     for i, chosen in enumerate(sample(by_subject, per_kind)):
         subject, original = made[i], made[i].emulator.ptx_text
-        for kind, mutant in chosen:
+        for _, mutant in chosen:
             subject.emulator.load(original)
-            ptx, source = instruction_at(subject, mutant)
-            entry: dict[str, Any] = {"arch": arch, "kernel": subject.name, "kind": kind}
-            entry |= {"detail": mutant.detail, "line": mutant.line, "ptx": ptx, "source": source}
+            entry = described(subject, mutant)
             entry |= trial(subject, mutant, unchanged[i])
             entries.append(entry)
             print(
                 f"{entry['caught']:9}{entry['seeds']} {entry.get('seconds', 0):6.2f} s  "
-                f"{subject.name}: {mutant.name}: {ptx[:60]}  {source}",
+                f"{subject.name}: {mutant.name}: {entry['ptx'][:60]}  {entry['source']}",
                 flush=True,
             )
         subject.emulator.load(original)
     places = sum(len(mutants) for kinds in by_subject for mutants in kinds.values())
-    summary = {"places": places, "redundant_by_rule": dict(left_out)}
+    by_rule = dict(Counter(place["rule"] for place in left_out))
+    summary = {"places": places, "redundant_by_rule": by_rule, "not_executed": not_executed}
     summary |= {"seeds": len(SEEDS), "per_kind": per_kind}
     summary["seconds"] = round(time.perf_counter() - start, 1)
-    return explained({"summary": summary, "mutants": entries})
+    return explained({"summary": summary, "left_out": left_out, "mutants": entries})
 
 
 def explained(entry: dict[str, Any]) -> dict[str, Any]:
@@ -268,6 +278,8 @@ def rows(architectures: dict[str, Any]) -> list[dict[str, Any]]:
             (arch, "mutants", summary["mutants"], "tried"),
             (arch, "caught", summary["caught"], "mutants"),
             (arch, "without effect", summary["without_effect"], "mutants"),
+            (arch, "places", summary["places"], "places"),
+            (arch, "a kind", summary["per_kind"], "mutants"),
             (arch, "redundant by rule", sum(summary["redundant_by_rule"].values()), "places"),
             (arch, "kinds", summary["kinds"], "count"),
             (arch, "seconds", summary["seconds"], "s"),
@@ -312,14 +324,15 @@ def main() -> int:
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     arguments = parser.parse_args()
     path = arguments.json
-    result: dict[str, Any] = {"architectures": earlier(path)}
+    earlier(path)
     head = start()
     for arch in arguments.arch or ARCHITECTURES:
         entry = run_architecture(arch, arguments.per_kind, arguments.only)
         print(json.dumps(entry["summary"], indent=1))
-        result["architectures"][arch] = {"commit": head["commit"]} | entry
         if path:
-            content = head | {"rows": rows(result["architectures"]), **result}
+            made = earlier(path) | {arch: {"commit": head["commit"]} | entry}
+            made = {arch: made[arch] for arch in ARCHITECTURES if arch in made}
+            content = head | {"rows": rows(made), "architectures": made}
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content, indent=1) + "\n")
     return 0

@@ -5,7 +5,7 @@ import numpy as np
 from .builder import BLOCK, converged, instruction, set_reg, split_by_cta
 from .formats import unpack_padded
 from .memory import Fault
-from .values import LANES
+from .values import LANES, POISON32
 
 MATRIX = "m8n8 x1 x2 x4 trans shared shared::cta"
 PADDED = {"b6x16_p32": 6, "b4x16_p64": 4}
@@ -68,8 +68,12 @@ def ldmatrix(b, ins):
         if not converged(w, frag):
             return BLOCK
         smem, off = matrix_rows(w, addr, count, "ldmatrix")
-        smem.check_generic(w, ins, off, 16, write=False)
-        rows = smem.generic[16][off >> np.uint32(4)]
+        if M.unused is not None and M.unused(w, ins):
+            rows = np.full((count, 4), POISON32, np.uint32).view(np.uint8)
+        else:
+            w.reads(None)
+            smem.check_generic(w, ins, off, 16, write=False)
+            rows = smem.generic[16][off >> np.uint32(4)]
         if width:
             rows = unpack_padded(rows, width)
         out = square(rows, n) if shape == "m16n16" else plain(rows, n, trans)
@@ -102,7 +106,7 @@ def stmatrix(b, ins):
             data = data.transpose(0, 2, 1) if trans else data
         units = (off >> np.uint32(4)).astype(np.int64)
         smem.generic[16][units] = np.ascontiguousarray(data).view(np.uint8).reshape(-1, 16)
-        w.dirty.add(smem.note_store(units, 16, (w, ins)))
+        w.stores(smem.note_store(units, 16, (w, ins)), None)
         M.progress = M.tick
 
     return run

@@ -166,7 +166,8 @@ class Grid:
         if not self.started:
             self.start()
         cdim, warps = self.cluster_dim, -(-self.threads // LANES)
-        cluster = Cluster(self, at, self.ctas_per_cluster * warps, machine.new_cluster_serial())
+        size = self.ctas_per_cluster
+        cluster = Cluster(self, at, size, size * warps, machine.new_cluster_serial())
         for rank in range(self.ctas_per_cluster):
             local = (rank % cdim[0], rank // cdim[0] % cdim[1], rank // (cdim[0] * cdim[1]))
             ctaid = tuple(a * c + i for a, c, i in zip(at, cdim, local, strict=True))

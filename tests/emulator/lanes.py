@@ -1,5 +1,7 @@
 """Instructions across the lanes of a warp (PTX ISA 9.7.9.6, 9.7.13.9-12)."""
 
+import random
+
 import numpy as np
 
 from .builder import BLOCK, converged, first, instruction, member_lanes, set_reg
@@ -38,17 +40,30 @@ def shfl(b, ins):
     return run
 
 
+def leader_of(M, w, members, active):
+    """The active lane that a warp elects among `members`: any, by the seed, but the same one
+    every time."""
+    order = w.leaders.get(members)
+    if order is None:
+        drawn = random.Random(f"{M.policy.seed} {w.cta.rank} {w.index} {members}")
+        order = drawn.sample(range(LANES), LANES) if M.any_leader else range(LANES)
+        w.leaders[members] = order
+    return next(lane for lane in order if active[lane])
+
+
 @instruction("elect.sync")
 def elect(b, ins):
+    """9.7.13.14: code that works with the lowest lane alone is found to."""
     d, members = ins.operands
     gm = b.get(members, "u4")
 
     def run(M, w, frag, m):
-        need = member_lanes(first(gm(w.r), m))
+        members = first(gm(w.r), m)
+        need = member_lanes(members)
         if not converged(w, frag, need):
             return BLOCK
         active = w.live & need if m is None else m & need
-        leader = int(np.argmax(active))
+        leader = leader_of(M, w, members, active)
         set_reg(w, d.first, np.full(LANES, leader, np.uint32), m)
         set_reg(w, d.second, np.arange(LANES) == leader, m)
 

@@ -9,7 +9,9 @@ two words a lane.
 import numpy as np
 
 from .builder import instruction, lanes_of, set_reg
+from .bulk import land
 from .memory import Fault
+from .ordering import before_writes
 from .ptx import Reg, Vec
 from .values import LANES
 
@@ -65,7 +67,7 @@ def try_cancel(b, ins):
     def issue(M, w, i):
         cluster = w.cta.cluster
         for component, time in cluster.refusals:
-            if w.clock[component] >= time:
+            if before_writes(w.clock)[component] >= time:
                 raise Fault("clusterlaunchcontrol.try_cancel after a refusal was seen: undefined")
         d, bar_at = int(gd(w.r)[i]), int(gb(w.r)[i])
         off, bar_off = d & 0xFFFFFF, bar_at & 0xFFFFFF
@@ -82,14 +84,9 @@ def try_cancel(b, ins):
         def answer():
             at = cluster.grid.cancel(REFUSAL)
             words = [0, 0, 0, ANSWER] if at is None else [*at, ANSWER | 1]
-            data = np.array(words, np.uint32).view(np.uint8).reshape(1, 16)
-            for smem, access, mb in jobs:
-                smem.write_async(units, data)
-                smem.end_access(access)
-                smem.written_by(access, mb)
-                mb.add_tx(M, -16)
+            return np.array(words, np.uint32).view(np.uint8)
 
-        M.later("tma_load", answer, cause=(w, ins))
+        land(M, w, ins, jobs, units, answer, 16)
         M.count("try_cancel")
 
     def run(M, w, frag, m):

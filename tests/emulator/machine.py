@@ -29,6 +29,9 @@ class Machine:
     gpu: a name in `gpus.GPUS`, whose limits hold; by default the usual one for the code's target.
     any_cancel: cluster launch control hands out clusters in any order, as the ISA allows, not in
         that of the launch, on which known kernels rely.
+    any_leader: elect.sync takes any lane, as the ISA allows, not the lowest.
+    unused: a function of (warp, instruction), or None: whether an ldmatrix reads what is not used,
+        so that it may race. It gives NaN.
     """
 
     def __init__(
@@ -40,12 +43,15 @@ class Machine:
         exit_check=True,
         copy_fence=True,
         any_cancel=False,
+        any_leader=True,
+        unused=None,
         max_steps=50_000_000,
         gpu=None,
     ):
         self.memory, self.policy, self.resident = memory, policy or Policy(), resident
         self.race_check, self.exit_check, self.max_steps = race_check, exit_check, max_steps
-        self.copy_fence, self.any_cancel = copy_fence, any_cancel
+        self.copy_fence, self.any_cancel, self.any_leader = copy_fence, any_cancel, any_leader
+        self.unused = unused
         self.rng, self.gpu = self.policy.rng, gpu
         memory.order.check = race_check
         self.stats, self.warnings, self.output = {}, set(), []
@@ -360,6 +366,8 @@ class Machine:
         w.live = w.live & ~lanes
         cta, cluster = w.cta, w.cta.cluster
         cluster.barrier.live_lanes -= int(lanes.sum())
+        if cluster.barrier.phase == w.cluster_target:
+            cluster.barrier.arrived -= int((lanes & w.cluster_arrived).sum())
         if frag.mask is None:
             frag.mask = np.ones(LANES, bool)
         frag.mask = frag.mask & ~lanes

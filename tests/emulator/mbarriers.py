@@ -5,11 +5,16 @@ import numpy as np
 from .builder import SOFT, instruction, lanes_of, set_reg
 from .memory import Fault
 from .ptx import Mem, PtxError, Sink
-from .races import CLUSTER, Knowledge, Release
-from .sync import MBarrier
+from .races import CLUSTER, CTA, Knowledge, Release
+from .sync import MBarrier, live
 from .values import LANES
 
 MODIFIERS = "shared shared::cta shared::cluster release relaxed acquire cta cluster"
+
+
+def scope_of(ins):
+    """The scope of an arrival or a wait, which is not the space where the mbarrier lies."""
+    return CLUSTER if "cluster" in ins.parts else CTA
 
 
 def operands(b, ins):
@@ -37,7 +42,8 @@ def init(b, ins):
                 raise Fault("mbarrier.init in another CTA's shared memory")
             if off in cta.mbars:
                 raise Fault(f"mbarrier.init of a valid mbarrier at {off:#x}: mbarrier.inval first")
-            cta.mbars[off] = MBarrier(cta, off, int(n[i]), w)
+            cta.smem.begin_mbarrier(w, ins, off)
+            cta.mbars[off] = MBarrier(cta, off, int(n[i]), w, i)
         M.progress = M.tick
 
     return run
@@ -53,6 +59,7 @@ def inval(b, ins):
             mb = cta.mbars.pop(off, None)
             if mb is None:
                 raise Fault(f"mbarrier.inval of cta{cta.rank}+{off:#x}, which holds no mbarrier")
+            cta.smem.end_mbarrier(w, off)
 
     return run
 
@@ -78,15 +85,16 @@ def arrive_drop(b, ins):
 def arrival(b, ins, act):
     state, addr, rest = operands(b, ins)
     expect, relaxed = "expect_tx" in ins.parts, "relaxed" in ins.parts
+    scope = scope_of(ins)
 
     def run(M, w, frag, m):
         a, n = addr(w.r), rest[0](w.r) if rest else None
         for i in lanes_of(m):
             mb = w.cta.cluster.mbarrier(w, int(a[i]))
-            (w.release_fenced if relaxed else w.release_into)(mb)
+            (w.release_fenced if relaxed else w.release_into)(mb, scope)
             set_state(w, state, mb, i, m)
             if expect:
-                mb.tx += int(n[i])
+                mb.expect_tx(int(n[i]))
                 act(mb, M, 1)
             else:
                 act(mb, M, 1 if n is None else int(n[i]))
@@ -126,6 +134,7 @@ def waiting(b, ins):
     if not isinstance(mem, Mem):
         raise PtxError(f"line {ins.line}: unsupported instruction {ins.text}")
     sleeps, relaxed = ins.parts[1] == "try_wait", "relaxed" in ins.parts
+    scope = scope_of(ins)
 
     def run(M, w, frag, m):
         a, p = addr(w.r), phase(w.r)
@@ -133,7 +142,7 @@ def waiting(b, ins):
         for i in lanes_of(m):
             key = (int(a[i]), int(p[i]) & 1 if parity else int(p[i]))
             if key not in seen:
-                seen[key] = test(w, *key, parity, relaxed)
+                seen[key] = test(w, *key, parity, relaxed, scope)
             done[i] = seen[key]
         set_reg(w, pred, done, m)
         if all(seen.values()):
@@ -147,7 +156,7 @@ def waiting(b, ins):
     return run
 
 
-def test(w, addr, phase, parity, relaxed):
+def test(w, addr, phase, parity, relaxed, scope):
     """Whether the wait is over; if so, the warp is ordered after the phase's releases.
 
     relaxed: not before its next fence.
@@ -160,19 +169,33 @@ def test(w, addr, phase, parity, relaxed):
         mb.waiters.append(w)
         w.why = (mb, phase)
         return False
-    if relaxed:
-        seen = mb.seen.copy()
-        seen[mb.id] = max(int(seen[mb.id]), mb.completed)
-        known = Knowledge({w.cta.cluster.serial: seen}, dirty=set(mb.visible))
-        w.heard.append(Release(CLUSTER, w.cta.cluster.serial, w.cta.rank, known))
-        return True
-    w.acquire(mb.seen)
-    if mb.tmem.ndim:
-        w.tmem_heard = np.maximum(w.tmem_clock, mb.tmem)
-    w.clock[mb.id] = max(int(w.clock[mb.id]), mb.completed)
-    if mb.visible:
-        w.dirty |= {d for d in mb.visible if not d.flushed}
+    (hear if relaxed else acquire)(w, mb, scope)
     return True
+
+
+def acquire(w, mb, scope):
+    """A wait is over: what it acquires. Asynchronous copies are over for waits of either scope."""
+    for released in (mb.near, mb.far if scope == CLUSTER else None):
+        if released:
+            w.acquire(released.seen)
+            if released.visible:
+                w.hear_stores(live(released.visible))
+            if released.tmem.ndim:
+                heard = w.tmem_clock if w.tmem_heard is None else w.tmem_heard
+                w.tmem_heard = np.maximum(heard, released.tmem)
+    w.clock[mb.id] = max(int(w.clock[mb.id]), mb.completed + 1)
+
+
+def hear(w, mb, scope):
+    """The same for a relaxed wait, after which a fence acquires."""
+    serial = w.cta.cluster.serial
+    seen = mb.near.seen.copy()
+    seen[mb.id] = max(int(seen[mb.id]), mb.completed + 1)
+    known = Knowledge({serial: seen}, dirty=set(mb.near.visible))
+    w.heard.append(Release(CLUSTER, serial, w.cta.rank, known))
+    if mb.far and scope == CLUSTER:
+        known = Knowledge({serial: mb.far.seen.copy()}, dirty=set(mb.far.visible))
+        w.heard.append(Release(CLUSTER, serial, None, known))  # by no CTA that scope .cta includes
 
 
 for _name in ("try_wait", "test_wait"):

@@ -157,11 +157,15 @@ def line_of(w, line):
 
 
 class SharedMemory:
-    """One CTA's shared memory, allocated up to offset `end`; `check`: report races."""
+    """One CTA's shared memory, allocated up to offset `end`.
 
-    def __init__(self, name, end, warps, check=True):
+    foreign: which warps of the cluster are other CTAs' (bools). check: report races.
+    """
+
+    def __init__(self, name, end, foreign, check=True):
         self.name, self.end, self.check = name, end, check
-        self.history = History(end if check else 16, warps)
+        self.history = History(end if check else 16, foreign)
+        self.mbarriers = {}  # by offset, those that are initialised
         self.releases = {}  # by offset, see `races`
         self.reduced = set()  # words that red.async works on
         data = np.full(SMEM_BYTES // 4, POISON32, np.uint32).view(np.uint8)
@@ -220,9 +224,9 @@ class SharedMemory:
     def written_by(self, access, mbarrier):
         """A copy has completed and its bytes are about to be counted on an mbarrier."""
         if self.check and access.kind in BY_WORDS:
-            self.history.end_copy(access.units, mbarrier.id, mbarrier.completed + 1)
+            self.history.end_copy(access.units, mbarrier.id, mbarrier.now)
         elif self.check:
-            self.history.end_write(access.units, mbarrier.id, mbarrier.completed + 1)
+            self.history.end_write(access.units, mbarrier.id, mbarrier.now)
 
     def reads_over(self, w, finished, pending):
         """A warp has waited for its asynchronous reads `finished`, not yet for `pending`."""
@@ -282,11 +286,29 @@ class SharedMemory:
     def unordered(self, w, what, kind, granule, warps):
         """The Fault for an access that nothing orders after an earlier one."""
         h = self.history
+        mb = self.mbarriers.get(granule * h.granule & ~7)
+        if mb is not None:
+            return Fault(f"{what} of {mb}, which is initialised: mbarrier.inval first")
         by = f" by warp {', '.join(map(str, warps))} of the cluster" if warps else ""
         return Fault(
             f"race: {what} of {self.name}+{granule * h.granule:#x}, which nothing orders after the "
             f"{kind}{by}, {line_of(w, h.line_of(kind, granule))}"
         )
+
+    def begin_mbarrier(self, w, ins, off):
+        """An mbarrier.init: until its inval, only mbarrier operations may touch the eight bytes.
+
+        9.7.13.15.3-4: they count as being written all the while.
+        """
+        at = np.array([off], np.uint32)
+        self.check_generic(w, ins, at, 8, True, what="mbarrier.init", enter=False)
+        if self.check:
+            self.history.begin_copy(w, np.array([off // 4, off // 4 + 1]), ins.line)
+
+    def end_mbarrier(self, w, off):
+        if self.check:
+            words = np.array([off // 4, off // 4 + 1])
+            self.history.end_copy(words, w.id, w.clock[w.id])
 
     def check_async(self, w, units, what, write):
         """An async-proxy read or write of 16-byte units, as warp `w` issues it."""
@@ -349,9 +371,4 @@ class SharedMemory:
         """An async-proxy write of 16-byte units: both proxies see it once it is complete."""
         self.generic[16][units] = data
         self.asynchronous[16][units] = data
-        self.version += 1
-
-    def write_async_bytes(self, off, data):
-        self.generic[1][off : off + len(data)] = data
-        self.asynchronous[1][off : off + len(data)] = data
         self.version += 1

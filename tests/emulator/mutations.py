@@ -60,6 +60,23 @@ AT_DATA = {
     "matrix load": r"ldmatrix\.[^;\[]*" + ADDRESS,
     "matrix store": r"stmatrix\.[^;\[]*" + ADDRESS,
 }
+# An election, and the branch of the lanes that were not elected; without it all of them go on.
+ELECTED = (
+    rf"(elect\.sync\s+(%r\d+)\|(%p\d+), -1;){GAP}not\.pred\s+(%p\d+), \3;{GAP}"
+    r"(@\4 bra\s+([\w$]+);)"
+)
+# What all lanes of a warp do, each for itself, as group 1.
+BY_EVERY_LANE = {
+    "copy arrive": r"(cp\.async\.mbarrier\.arrive[^;]*;)",
+    "copy commit": r"(cp\.async\.commit_group[^;]*;)",
+    "copy wait": r"(cp\.async\.wait_(?:group|all)[^;]*;)",
+    "proxy fence": rf"(fence\.proxy\.async[^;]*;){GAP}(?:bar|barrier)\.(?:warp\.)?sync",
+}
+# What counts the operations of the thread that executes it; and those, where they stand apart.
+OF_ONE_THREAD = {
+    "commit": (r"tcgen05\.commit", r"tcgen05\.(?:mma|cp)\."),
+    "bulk wait": (r"cp\.async\.bulk\.wait_group", r"async\.bulk\.(?!wait_group|commit_group)"),
+}
 
 
 @dataclass(frozen=True)
@@ -91,13 +108,6 @@ def definition(text, register, before):
     return found[-1] if found else None
 
 
-def is_doubled(text, m):
-    """Whether a matched instruction stands twice in a row, so that one of them may go."""
-    same = re.escape(m.group())
-    before, after = text[max(0, m.start() - 300) : m.start()], text[m.end() : m.end() + 300]
-    return bool(re.match(GAP + same, after) or re.search(same + GAP + r"\Z", before))
-
-
 def removals(text):
     """Every synchronisation, copy and MMA, one at a time, removed."""
     for m in WAIT.finditer(text):
@@ -105,8 +115,6 @@ def removals(text):
     for name, pattern in REMOVED.items():
         for m in re.finditer(pattern, text):
             start = m.start()
-            if is_doubled(text, m):
-                continue
             # a guarded instruction goes with its guard
             guard = re.search(r"@!?%?\w+\s+$", text[max(0, start - 40) : start])
             start -= len(guard.group()) if guard else 0
@@ -114,10 +122,8 @@ def removals(text):
     # A register that is toggled in place is the phase of a ring.
     for m in re.finditer(r"xor\.b32\s+(%r\d+), \1, [^;]*;", text):
         yield mutation(text, m.start(), m.end(), "", "phase not advanced")
-    # The branch of the lanes that were not elected; without it all of them go on.
-    elected = rf"elect\.sync\s+%r\d+\|(%p\d+), -1;{GAP}not\.pred\s+(%p\d+), \1;{GAP}(@\2 bra[^;]*;)"
-    for m in re.finditer(elected, text):
-        yield mutation(text, m.start(3), m.end(3), "", "all lanes elected")
+    for m in re.finditer(ELECTED, text):
+        yield mutation(text, m.start(5), m.end(5), "", "all lanes elected")
 
 
 def numbers(text):
@@ -189,6 +195,34 @@ def copies(text):
         yield mutation(text, m.start(1), m.end(1), other, "rank of a peer")
 
 
+def lanes(text):
+    """What every lane must do done by one, what one thread must do done by another."""
+    for what, pattern in BY_EVERY_LANE.items():
+        for m in re.finditer(pattern, text):
+            if re.search(r"@!?%?\w+\s+$", text[max(0, m.start() - 40) : m.start()]):
+                continue
+            one = "{ .reg .pred one; .reg .b32 lane; mov.u32 lane, %laneid; "
+            one += f"setp.eq.u32 one, lane, 0; @one {m.group(1)} }}"
+            yield mutation(text, *m.span(1), one, "by one lane", what)
+    for m in re.finditer(ELECTED, text):
+        leader, predicate, label = m.group(2), m.group(3), m.group(6)
+        end = re.compile(rf"^{re.escape(label)}:", re.M).search(text, m.end())
+        block = text[m.end() : end.start()] if end else ""
+        for what, (there, apart) in OF_ONE_THREAD.items():
+            if re.search(there, block) and not re.search(apart, block):
+                next_lane = "{ .reg .b32 lane, next; mov.u32 lane, %laneid; "
+                next_lane += f"add.u32 next, {leader}, 1; and.b32 next, next, 31; "
+                next_lane += f"setp.eq.u32 {predicate}, lane, next; }}"
+                yield mutation(
+                    text,
+                    m.start(1),
+                    m.end(1),
+                    m.group(1) + " " + next_lane,
+                    "by another lane",
+                    what,
+                )
+
+
 def layouts(text):
     """Swizzles that are off: of matrix descriptors, and of addresses that threads compute."""
     # A descriptor's constant half: swizzle in its top bits, the stride between row groups above 32.
@@ -216,5 +250,5 @@ def executed_lines(emulator):
 
 def all_mutations(text):
     """Every mutation of a PTX text."""
-    for family in (removals, numbers, copies, stages, layouts):
+    for family in (removals, numbers, copies, stages, lanes, layouts):
         yield from family(text)

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .ordering import PENDING, Fault
+from .ordering import CLUSTER, CTA, GPU, PASSED, PENDING, WEAK, Fault
 
-WEAK, CTA, CLUSTER, GPU = range(4)  # strength of an access: weak, or strong with that scope
 SCOPES = {"cta": CTA, "cluster": CLUSTER, "gpu": GPU, "sys": GPU, "gl": GPU}
 SCOPE_NAMES = ("weak", "scope cta", "scope cluster", "scope gpu or sys")
 SEVERAL, MIXED = -1, -2  # stamps: several strong accesses of scope gpu; several of any kind
@@ -39,6 +38,14 @@ class Event:
     strength: int
     proxy: str = "generic"
 
+    def before(self, clock, write):
+        """Whether it is ordered before what the owner of a clock of its cluster does next.
+
+        write: a write, which may come after what it does not see (see `ordering`).
+        """
+        at = self.component
+        return self.time <= clock[at] or (write and self.time <= clock[PASSED][at])
+
     def __str__(self):
         grid, ctaid, rank, index = self.warp
         return f"{self.what} by {grid}, cta{ctaid} rank {rank} warp {index}, {self.ins.where()}"
@@ -52,11 +59,9 @@ class Knowledge:
     grids: frozenset = frozenset()
     dirty: set = field(default_factory=set)
 
-    def covers(self, event):
+    def covers(self, event, write=False):
         clock = self.clocks.get(event.cluster)
-        return event.grid in self.grids or (
-            clock is not None and event.time <= clock[event.component]
-        )
+        return event.grid in self.grids or (clock is not None and event.before(clock, write))
 
     def joined(self, other):
         """Both; the clocks are shared, never changed."""
@@ -208,19 +213,19 @@ class GlobalOrder:
         )  # fmt: skip
         return len(self.events) - 1
 
-    def knows(self, w, e):
-        """Whether an event is ordered before what the warp does next."""
+    def knows(self, w, e, write=False):
+        """Whether an event is ordered before what the warp does next (a write: `write`)."""
         cluster = w.cta.cluster
         if e.cluster == cluster.serial:
-            return e.time <= w.clock[e.component]
+            return e.before(w.clock, write)
         if e.grid < cluster.grid.serial and e.grid not in cluster.grid.behind:
             return True
-        return bool(cluster.imports) and any(k.covers(e) for k in imported(w))
+        return bool(cluster.imports) and any(k.covers(e, write) for k in imported(w))
 
-    def compatible(self, w, e, strength):
+    def compatible(self, w, e, strength, write):
         """Whether an access of the warp may come after the event: ordered, or morally strong."""
         both = min(strength, e.strength)
-        return (both and includes(both, e.cluster, e.rank, w)) or self.knows(w, e)
+        return (both and includes(both, e.cluster, e.rank, w)) or self.knows(w, e, write)
 
     def fenced(self, w, e, fences):
         """Whether a fence stands between the event and the warp, in causality order."""
@@ -241,29 +246,29 @@ def distinct(numbers):
 class Stamps:
     """Per granule of a buffer, the accesses of one kind that later ones must be compared with."""
 
-    def __init__(self, order, granules):
-        self.order, self.last = order, np.zeros(granules, np.int32)
+    def __init__(self, order, granules, writes):
+        self.order, self.writes, self.last = order, writes, np.zeros(granules, np.int32)
         self.log, self.logged = [], set()
 
-    def conflict(self, w, granules, strength):
+    def conflict(self, w, granules, strength, write):
         """(granule, Event) of an access that one of the warp's races with, or None."""
         last = self.last[granules]
         if not last.any():
             return None
         order = self.order
         for n in distinct(last):
-            if n > 0 and not order.compatible(w, order.events[n], strength):
+            if n > 0 and not order.compatible(w, order.events[n], strength, write):
                 return int(granules[last == n][0]), order.events[n]
             if n == MIXED or (n == SEVERAL and strength != GPU):
-                found = self.search(w, granules[last == n], strength)
+                found = self.search(w, granules[last == n], strength, write)
                 if found:
                     return found
         return None
 
-    def search(self, w, granules, strength):
+    def search(self, w, granules, strength, write):
         for where, n in reversed(self.log):
             e = self.order.events[n]
-            if not self.order.compatible(w, e, strength):
+            if not self.order.compatible(w, e, strength, write):
                 hit = np.intersect1d(where, granules)
                 if len(hit):
                     return int(hit[0]), e
@@ -298,7 +303,7 @@ class Stamps:
         ):
             return False
         if w is not None:
-            return self.order.knows(w, old)
+            return self.order.knows(w, old, self.writes and not new.strength)
         same = (new.cluster, new.component) == (old.cluster, old.component)
         return same and old.time <= new.time != PENDING
 
@@ -353,8 +358,8 @@ class Track:
         count = nbytes // self.granule
         return first if count == 1 else (first[:, None] + np.arange(count)).reshape(-1)
 
-    def made(self):
-        return Stamps(self.order, -(-self.size // self.granule))
+    def made(self, writes):
+        return Stamps(self.order, -(-self.size // self.granule), writes)
 
     def fault(self, w, what, granule, event, strength):
         where = f"race: {what} of {self.name} + {granule * self.granule:#x}"
@@ -380,18 +385,18 @@ class Track:
                 self.enter_deferred()
             return
         granules = self.granules(off, nbytes)
-        found = self.writes.conflict(w, granules, strength)
+        found = self.writes.conflict(w, granules, strength, write=False)
         if found:
             raise self.fault(w, what, *found, strength)
         if self.order.events[number].proxy != "generic":
             self.check_proxy(w, granules, what)
         if self.reads is None:
-            self.reads = self.made()
+            self.reads = self.made(writes=False)
         self.reads.stamp(w, granules, number)
 
     def enter_deferred(self):
         if self.reads is None:
-            self.reads = self.made()
+            self.reads = self.made(writes=False)
         for number, off, nbytes in self.deferred:
             granules = self.granules(off, nbytes)
             self.reads.stamp(None, granules, number)
@@ -404,17 +409,17 @@ class Track:
         if not self.order.check:
             return
         if self.writes is None:
-            self.writes = self.made()
+            self.writes = self.made(writes=True)
         if number is None:
             number = self.order.event(w, ins, what, strength)
         granules = self.granules(off, nbytes)
         if self.deferred:
             self.enter_deferred()
         if self.reads is not None:
-            found = self.reads.conflict(w, granules, strength)
+            found = self.reads.conflict(w, granules, strength, write=True)
             if found:
                 raise self.fault(w, what, *found, strength)
-        found = self.writes.conflict(w, granules, strength)
+        found = self.writes.conflict(w, granules, strength, write=not strength)
         if found and not (same and found[1].time != PENDING and same()):
             raise self.fault(w, what, *found, strength)
         self.writes.stamp(w, granules, number)

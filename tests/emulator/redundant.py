@@ -1,83 +1,59 @@
 """Mutations that change nothing, by rules that look at a kernel's text alone, before it runs.
 
-What no rule proves is tried.
+What no rule proves is tried. The result file lists each place that one leaves out.
 """
 
-from .inflight import registers
-
-LOAD, LOAD_WAIT = ("tcgen05", "ld"), ("tcgen05", "wait::ld")
 BULK_WAIT = ("cp", "async", "bulk", "wait_group")
-# what other warps and asynchronous units cannot tell apart from doing it earlier or later
-PRIVATE = {"ld", "st", "stmatrix", "ldmatrix"}
+# removals of what is as good once as twice in a row
+IDEMPOTENT = {
+    f"{name} removed"
+    for name in (
+        "proxy fence", "init fence", "mma fence", "tensor memory fence", "bulk wait", "mma wait",
+        "tensor memory load wait", "tensor memory store wait", "cluster wait",
+    )
+}  # fmt: skip
 
 
 class Flow:
-    """The control flow of a kernel, by positions in `Kernel.instrs`; `before`: predecessors."""
+    """The control flow of a kernel, by positions in `Kernel.instrs`; `targets`: of branches."""
 
     def __init__(self, kernel):
         self.instrs = kernel.instrs
-        self.before = [[] for _ in self.instrs]
-        for i, ins in enumerate(self.instrs):
-            following = [ins.target] if ins.parts[0] == "bra" else []
-            if ins.parts[0] not in ("bra", "ret", "exit") or ins.guard is not None:
-                following.append(i + 1)
-            for j in following:
-                if j < len(self.instrs):
-                    self.before[j].append(i)
-
-    def since(self, at, head):
-        """Positions on the paths to `at` that begin after the last instruction with that `head`."""
-        found, todo = set(), list(self.before[at])
-        while todo:
-            i = todo.pop()
-            if i in found or self.instrs[i].parts[: len(head)] == head:
-                continue
-            found.add(i)
-            todo += self.before[i]
-        return found
-
-
-def named(ins):
-    """The registers in the operands and the guard of an instruction."""
-    return set().union(*(registers(x) for x in [*ins.operands, ins.guard]))
+        self.targets = {ins.target for ins in self.instrs if ins.parts[0] == "bra"}
 
 
 def only_waits(flow, at):
-    """More lanes run a block in which a thread waits for bulk stores that it issued itself."""
+    """A branch keeps lanes out of a block that only waits for a thread's own bulk stores: without
+    it, more lanes wait, which ends by itself and makes nothing earlier."""
     block = flow.instrs[at + 1 : flow.instrs[at].target]
     return bool(block) and all(ins.parts[:4] == BULK_WAIT for ins in block)
 
 
-def needless_load_wait(flow, at, is_arithmetic):
-    """PTX ISA 9.7.16.6.4.5: the use of a register of a tcgen05.ld waits for it. So all loads are
-    over where each has had all its registers used before anything that others can notice."""
-    loads = [i for i in flow.since(at, LOAD_WAIT) if flow.instrs[i].parts[:2] == LOAD]
-    return bool(loads) and all(used_at_once(flow, i, is_arithmetic) for i in loads)
+def is_idempotent(mutant, ins):
+    return mutant.kind in IDEMPOTENT or mutant.kind == "barrier removed" and "sync" in ins.parts
 
 
-def used_at_once(flow, at, is_arithmetic):
-    """Whether all registers of a load are used before its block, or its privacy, ends."""
-    unused = registers(flow.instrs[at].operands[0])
-    i = at + 1
-    while unused and i < len(flow.instrs):
-        ins = flow.instrs[i]
-        if ins.parts[:2] not in (LOAD, LOAD_WAIT):
-            if not (is_arithmetic(ins) or ins.parts[0] in PRIVATE):
-                return False
-            unused -= named(ins)
-        i += 1
-    return not unused
+def same_beside(flow, at):
+    """Whether whoever comes to an instruction executes the same one right before or after it."""
+    ins = flow.instrs[at]
+
+    def same(i):
+        if not 0 <= i < len(flow.instrs) or flow.instrs[i].guard is not None:
+            return False
+        other = flow.instrs[i]
+        return other.parts == ins.parts and other.operands == ins.operands
+
+    return same(at + 1) or (at not in flow.targets and same(at - 1))
 
 
-def why_redundant(program, flow, mutant):
+def why_redundant(flow, mutant):
     """The rule by which a mutation of a program changes nothing, or ""."""
     places = (i for i, x in enumerate(flow.instrs) if mutant.line <= x.line <= mutant.last)
     at = next(places, None)
     if at is None:
         return ""
     if mutant.kind == "all lanes elected" and only_waits(flow, at):
-        return "more lanes wait for bulk stores, of which they have issued none"
-    if mutant.kind == "tensor memory load wait removed":
-        if needless_load_wait(flow, at, program.codegen.handles):
-            return "the registers of the loads are used at once, which waits for them"
+        return "more lanes wait for their own bulk stores"
+    if is_idempotent(mutant, flow.instrs[at]) and same_beside(flow, at):
+        return "the same fence, wait or barrier stands beside it"
     return ""

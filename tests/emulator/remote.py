@@ -1,6 +1,8 @@
 """Stores and reductions to a CTA of the cluster that complete on an mbarrier there, later.
 
-PTX ISA 9.7.9.12 (st.async), 9.7.13.8 (red.async).
+PTX ISA 9.7.9.12 (st.async), 9.7.13.8 (red.async). Both work in the generic proxy, which the two
+sections name: TMA and the tensor cores see what they wrote after a fence.proxy.async of a warp that
+waited on the mbarrier, and what was read or written in the generic proxy before needs none.
 """
 
 import numpy as np
@@ -49,9 +51,13 @@ def remote(b, ins, op):
                 if op:
                     old = smem.generic[size][off // size : off // size + 1].view(NP[kind])
                     data = np.asarray(OPERATIONS[op](old, data.view(NP[kind])), NP[kind])
-                smem.write_async_bytes(off, data.view(np.uint8))
+                smem.generic[1][off : off + nbytes] = data.view(np.uint8)
+                stores = {
+                    smem.note_store(np.arange(off // size, (off + nbytes) // size), size, (w, ins))
+                }
                 smem.end_access(access)
                 smem.written_by(access, mb)
+                mb.near.add_stores(stores)
                 mb.add_tx(M, -nbytes)
 
             M.later("tma_store", land, cause=(w, ins))

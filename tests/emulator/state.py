@@ -4,7 +4,7 @@ import numpy as np
 
 from .memory import SMEM_RESERVED, Fault, SharedMemory
 from .ordering import COMPONENTS, new_clock
-from .sync import ClusterBarrier
+from .sync import ClusterBarrier, live
 from .values import LANES
 
 
@@ -34,13 +34,17 @@ class Warp:
         self.dirty = (
             set()
         )  # unfenced generic stores that are ordered before what this warp does next
+        # by which lanes they were stored, until all lanes meet or those issue a proxy fence
+        self.apart = {}
+        self.read_apart = np.zeros(LANES, bool)  # the lanes that read shared memory, likewise
         self.stamped = {}  # its events of the races on global memory, to be shared
         self.heard, self.fences, self.learned = [], {}, {}  # of releases and fences, see `races`
-        self.cluster_target = 0
-        self.init_fence = 0  # the time of its last fence.mbarrier_init
+        # of barrier.cluster: the phase it waits for, lanes that have arrived since their last wait
+        self.cluster_target, self.cluster_arrived = 0, np.zeros(LANES, bool)
+        self.inits = set()  # components of mbarriers that its fence.mbarrier_init came after
         # cp.async.bulk out of shared memory; how many groups each lane has committed
         self.bulk_stores, self.bulk_commits = [], np.zeros(LANES, np.int64)
-        self.copy_open, self.copy_groups, self.copies = [], [], []  # cp.async
+        self.copies, self.copy_commits = [], np.zeros(LANES, np.int64)  # cp.async, likewise
         self.wgmma_open, self.wgmma_groups, self.wgmma_issued = [], [], 0
         self.fenced, self.produced = (
             None,
@@ -48,8 +52,9 @@ class Warp:
         )  # registers at the last wgmma.fence, and those a wgmma wrote since
         self.accessed = {}  # accumulators used since the last wgmma.fence -> by which instruction
         self.late = {}  # register -> asynchronous operation that has not finished with it
-        self.engine, self.commits = None, 0  # its tcgen05 operations: their clock component, time
-        self.mma_open = []  # those since the last commit
+        self.leaders = {}  # by member mask, the order in which elect.sync prefers lanes
+        self.engines = {}  # by lane, the Engine of its asynchronous tcgen05 operations
+        self.engine_reads = {}  # access -> memory, of these, before the arrival of their commit
         self.tmem_clock = new_clock()  # its clock at the last tcgen05.fence::after_thread_sync
         # what its tcgen05.fence::before_thread_sync published, what relaxed arrivals brought it
         self.tmem_fenced, self.tmem_heard = None, None
@@ -61,6 +66,45 @@ class Warp:
     def __str__(self):
         return f"cta{self.cta.ctaid} rank {self.cta.rank} warp {self.index}"
 
+    def stores(self, dirty, lanes):
+        """A generic store to shared memory, by the lanes of a mask (None: all)."""
+        self.dirty.add(dirty)
+        stored = self.live if lanes is None else lanes
+        before = self.apart.get(dirty)
+        self.apart[dirty] = stored if before is None else stored | before
+
+    def fences_store(self, dirty, lanes):
+        """Whether fences, the last by the lanes of a mask, come after a store: each lane's own, or
+        any after a barrier at which the lanes met."""
+        stored = self.apart.pop(dirty, None)
+        if stored is None or lanes is None or not (left := stored & ~lanes).any():
+            return True
+        self.apart[dirty] = left
+        return False
+
+    def reads(self, lanes):
+        """A generic load of shared memory."""
+        self.read_apart = self.live if lanes is None else self.read_apart | lanes
+
+    def fences_reads(self, lanes):
+        """The same as `fences_store` for all loads so far."""
+        if lanes is None:
+            self.read_apart = np.zeros(LANES, bool)
+        else:
+            self.read_apart = self.read_apart & ~lanes
+        return not self.read_apart.any()
+
+    def hear_stores(self, dirty):
+        """Stores are ordered before what any lane does next."""
+        self.dirty |= dirty
+        for d in self.apart.keys() & dirty:
+            del self.apart[d]
+
+    def meet(self):
+        """A barrier of the warp: what its lanes did is ordered before what any of them does."""
+        self.apart.clear()
+        self.read_apart = np.zeros(LANES, bool)
+
     def release(self, clock):
         """Orders what the warp did before what those do that acquire the clock."""
         np.maximum(clock, self.clock, out=clock)
@@ -70,19 +114,20 @@ class Warp:
         """Orders what was released into the clock before what the warp does next."""
         np.maximum(self.clock, clock, out=self.clock)
 
-    def release_into(self, barrier):
+    def release_into(self, barrier, scope):
         """An arrival at an mbarrier, with its release."""
-        self.release(barrier.clock)
         if self.dirty:
-            self.dirty = barrier.release(self.dirty)
+            self.dirty = live(self.dirty)
+        barrier.release(self.clock, self.dirty, self.cta, scope)
+        self.clock[self.id] += 1
 
-    def release_fenced(self, barrier):
+    def release_fenced(self, barrier, scope):
         """A relaxed arrival: with a fence before it, a release pattern (PTX ISA 8.8)."""
-        for known in self.fences.values():
-            np.maximum(barrier.clock, known.clocks[self.cta.cluster.serial], out=barrier.clock)
-            barrier.release(known.dirty)
+        for of_fence, known in self.fences.items():
+            clock = known.clocks[self.cta.cluster.serial]
+            barrier.release(clock, known.dirty, self.cta, min(scope, of_fence))
         if self.tmem_fenced is not None:
-            barrier.tmem = np.maximum(barrier.tmem, self.tmem_fenced)
+            barrier.release_tmem(self.tmem_fenced, self.cta, scope)
 
 
 class Cta:
@@ -90,8 +135,9 @@ class Cta:
 
     def __init__(self, cluster, rank, ctaid, program, smem_end, check):
         self.cluster, self.rank, self.ctaid, self.program = cluster, rank, ctaid, program
-        self.smem = SharedMemory(f"cta{rank} shared", smem_end, cluster.warps, check)
-        self.mbars, self.bars, self.warps = {}, {}, []
+        foreign = np.arange(cluster.warps) // (cluster.warps // cluster.size) != rank
+        self.smem = SharedMemory(f"cta{rank} shared", smem_end, foreign, check)
+        self.mbars, self.bars, self.warps = self.smem.mbarriers, {}, []
         self.live_warps = 0
         self.registers = None  # the setmaxnreg pool
         self.spoke = False  # issued griddepcontrol.launch_dependents, or exited
@@ -100,6 +146,8 @@ class Cta:
 
     def check_exit(self, machine):
         """The rules for a CTA whose last warp has exited."""
+        if self.registers:
+            self.registers.check_exit()
         if self.tmem and self.tmem.taken:
             raise Fault(f"cta{self.ctaid} exits with TMEM still allocated: {self.tmem.taken}")
         for access in self.smem.accesses:
@@ -112,8 +160,9 @@ class Cta:
 class Cluster:
     """The CTAs of a cluster and their common barrier."""
 
-    def __init__(self, grid, index, warps, serial):
+    def __init__(self, grid, index, size, warps, serial):
         self.grid, self.serial = grid, serial  # `serial` numbers the clusters of the machine
+        self.size = size  # CTAs
         self.index, self.warps, self.ctas, self.live_warps = index, warps, [], 0
         self.components = 0  # of its clocks, in use
         self.refusals = []  # (component, time) of the queries that saw one (launchcontrol)
@@ -156,6 +205,6 @@ class Cluster:
                 f"use of {mb} by another CTA or an asynchronous unit, but its initialisation was "
                 "never fenced"
             )
-        if mb.init_time > warp.clock[mb.init_warp.id]:
+        if not warp.clock[mb.id]:
             raise Fault(f"use of {mb}, which nothing orders after its initialisation")
         return mb

@@ -95,7 +95,7 @@ def _hopper() -> list[tuple[str, GroupedGemm, TileConfig, int]]:
     cooperative, pingpong = Schedule.COOPERATIVE, Schedule.PINGPONG
     overlapped = Schedule.OVERLAPPED
     swiglu, reglu, bf16 = ActivationType.SWIGLU, ActivationType.REGLU, "bfloat16"
-    deep = Sizes(6, 328, 136, (130, 0, 7))
+    deep = Sizes(6, 584, 136, (130, 0, 7))
     wide = Sizes(6, 200, 456, (130, 0, 7))
     many_tiles = Sizes(6, 520, 104, (130, 0, 7))
     long = Sizes(6, 264, 136, (200, 0, 137))
@@ -168,9 +168,10 @@ def _calibration_subject(arch: str, name: str) -> Subject:
     from tests.calibration import calibration_kernel
 
     kernel = calibration_kernel(name)
+    options = kernel.options()
 
     def run(seed: int, max_steps: int) -> tuple[str, set[str]]:
-        (error, share), machine = kernel.run(Policy(seed), max_steps=max_steps)
+        (error, share), machine = kernel.run(Policy(seed), max_steps=max_steps, **options)
         right = share <= 1
         text = f"an error of {error:.3g} of the largest value, {share:.3g} times the bound"
         return "" if right else text, set(machine.warnings)

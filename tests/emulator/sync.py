@@ -3,15 +3,46 @@
 import numpy as np
 
 from .memory import Fault
-from .ordering import new_clock
+from .ordering import CLUSTER, new_clock, pass_narrowly
 
 TX_RANGE = (1 << 20) - 1
 
 
-class MBarrier:
-    """An mbarrier (9.7.13.15): a phase ends when no arrivals and no bytes are pending."""
+def live(dirty):
+    return {d for d in dirty if not d.flushed}
 
-    def __init__(self, cta, offset, count, warp):
+
+class Released:
+    """What arrivals of this phase release (`clock`, `dirty`) and those of completed ones did."""
+
+    def __init__(self):
+        self.clock, self.seen, self.dirty, self.visible = new_clock(), new_clock(), set(), set()
+        self.tmem = np.int32(0)  # a clock for tcgen05 only: relaxed arrivals after its fence
+
+    def add(self, clock, dirty):
+        np.maximum(self.clock, clock, out=self.clock)
+        self.add_stores(dirty)
+
+    def add_stores(self, dirty):
+        if dirty:
+            self.dirty |= live(dirty)
+
+    def complete(self):
+        np.maximum(self.seen, self.clock, out=self.seen)
+        if self.dirty or self.visible:
+            self.visible, self.dirty = live(self.visible | self.dirty), set()
+
+
+class MBarrier:
+    """An mbarrier (9.7.13.15): a phase ends when no arrivals and no bytes are pending.
+
+    Only its own CTA waits on it (9.7.13.15.8). Arrivals and waits are of scope .cta unless they say
+    more (9.7.13.15.13, 16): `near` is what every wait acquires, `far` what other CTAs released with
+    scope .cluster, for waits of that scope; None if there was none. Its component of the clocks is
+    1 once it is initialised and one more with each completed phase.
+    """
+
+    def __init__(self, cta, offset, count, warp, lane):
         if not 1 <= count <= TX_RANGE:
             raise Fault(f"mbarrier.init with count {count}")
         self.cta, self.offset, self.expected, self.pending, self.tx, self.phase = (
@@ -24,14 +55,11 @@ class MBarrier:
         )
         self.completed = 0
         self.waiters = []
-        self.init_warp, self.init_time, self.published = warp, int(warp.clock[warp.id]), False
+        self.init_warp, self.init_lane, self.published = warp, lane, False
         self.id = cta.cluster.new_component()
-        self.clock, self.seen = new_clock(), new_clock()  # released into it; by completed phases
-        self.tmem = np.int32(0)  # a clock for tcgen05 only: relaxed arrivals after its fence
-        self.released, self.visible = (
-            set(),
-            set(),
-        )  # unfenced generic stores released into this / the completed phase
+        warp.clock[self.id] = 1
+        self.near, self.far = Released(), None
+        self.clock = self.near.clock
 
     def __str__(self):
         return (
@@ -40,11 +68,30 @@ class MBarrier:
             f"pending bytes {self.tx}"
         )
 
-    def release(self, dirty):
-        """What an arriving warp stored before becomes ordered before what the waiters do."""
-        live = {d for d in dirty if not d.flushed}
-        self.released |= live
-        return live
+    @property
+    def now(self):
+        """The time of its component once the phase under way is complete."""
+        return self.completed + 2
+
+    def release(self, clock, dirty, cta, scope):
+        """An arrival by a warp of a CTA: what comes before it comes before what waiters do."""
+        if cta is self.cta:
+            self.near.add(clock, dirty)
+            return
+        pass_narrowly(clock, self.near.clock)
+        if scope >= CLUSTER:
+            self.far = self.far or Released()
+            self.far.add(clock, dirty)
+
+    def release_tmem(self, clock, cta, scope):
+        """The same for what a tcgen05.fence::before_thread_sync came after, in tensor memory."""
+        if cta is not self.cta:
+            if scope >= CLUSTER:
+                self.far = self.far or Released()
+                self.far.tmem = np.maximum(self.far.tmem, clock)
+            clock, wide = new_clock(), clock
+            pass_narrowly(wide, clock)
+        self.near.tmem = np.maximum(self.near.tmem, clock)
 
     def arrive(self, machine, n):
         if n > self.pending:
@@ -56,10 +103,17 @@ class MBarrier:
         self.expected -= n
         self.arrive(machine, n)
 
-    def add_tx(self, machine, n):
+    def expect_tx(self, n):
+        """9.7.13.15.2 has the range of the count; more is undefined."""
         self.tx += n
         if abs(self.tx) > TX_RANGE:
-            raise Fault(f"{self}: transaction count out of range")
+            raise Fault(
+                f"{self}: transaction count out of range after {n:+}; it may be {-TX_RANGE} to "
+                f"{TX_RANGE}"
+            )
+
+    def add_tx(self, machine, n):
+        self.expect_tx(n)
         self.settle(machine)
 
     def settle(self, machine):
@@ -68,11 +122,9 @@ class MBarrier:
             self.phase ^= 1
             self.completed += 1
             self.pending = self.expected
-            np.maximum(self.seen, self.clock, out=self.seen)
-            self.visible, self.released = (
-                {d for d in self.visible | self.released if not d.flushed},
-                set(),
-            )
+            self.near.complete()
+            if self.far:
+                self.far.complete()
             for w in self.waiters:
                 machine.wake(w)
             self.waiters.clear()

@@ -1,8 +1,9 @@
 """tcgen05: allocation, fences, loads and stores of tensor memory (PTX ISA 9.7.16.7-8, 9.7.16.6).
 
 A load reads at its issue or as late as it may, by chance: at `tcgen05.wait::ld` or when one of its
-registers is used, since 9.7.16.6.4.5 has a true register dependency respected. A store is a later
-event, over at the latest at `tcgen05.wait::st`. `tmem` checks what is ordered.
+registers is used, since 9.7.16.6.4.5 has a true register dependency respected; a mov of one hands
+that on to its destination. A store is a later event, over at the latest at `tcgen05.wait::st`.
+`tmem` checks what is ordered.
 """
 
 import numpy as np
@@ -312,12 +313,28 @@ class Load:
     def touched(self, M, w, ins, register):
         """An instruction is about to use one of the registers: so the load is over."""
         self.finish(w)
+        self.forget(w)
         self.time = int(w.clock[w.id])
         self.stamp(w, self.time, by_registers=True)
+
+    def moved(self, M, w, ins, register, targets):
+        """A mov copies a register: the use of `targets` will tell that the load is over."""
+        self.finish(w)
+        for target in targets:
+            other = w.late.get(target)
+            if other not in (None, self):
+                other.touched(M, w, ins, target)
+            w.late[target] = self
+
+    def forget(self, w):
+        """No register tells of the load any more."""
+        for register in [r for r, op in w.late.items() if op is self]:
+            del w.late[register]
 
     def waited(self, w):
         """A wait::ld orders the read, unless others may rely on the registers' use already."""
         self.finish(w)
+        self.forget(w)
         if self.time is None or self.time == w.clock[w.id]:
             self.stamp(w, int(w.clock[w.id]))
 
@@ -404,7 +421,7 @@ def store(b, ins):
         memory, lane, column, cells = place(w, first(addr(w.r), m), shape, "tcgen05.st")
         if memory.check:
             for halves, columns in cells:
-                memory.after_writes(M, w, halves, columns, ins)
+                memory.after_writes(M, w, halves, columns, ins, write=True)
                 memory.after_reads(M, w, halves, columns, ins)
         data = np.stack([g(w.r) for g in get])
         op = Store(w, memory, cells, lambda: shape.write(memory.data, lane, column, data), ins)

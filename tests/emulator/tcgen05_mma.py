@@ -13,6 +13,7 @@ from .ptx import Mem, Vec
 from .tcgen05 import GROUPS, cta_group
 from .tensorcore import BLOCK, Mma, shape_of
 from .tma import ranks_of
+from .tmem import begin_read, end_reads, engine_of
 
 KINDS = (
     "cta_group::1 cta_group::2 kind::f16 kind::tf32 kind::f8f6f4 kind::i8 kind::mxf8f6f4 "
@@ -20,13 +21,6 @@ KINDS = (
     "block32"
 )
 COLLECTOR = "collector::a::fill collector::a::use collector::a::lastuse collector::a::discard"
-
-
-def engine_of(w):
-    """The clock component of a warp's asynchronous tcgen05 operations."""
-    if w.engine is None:
-        w.engine = w.cta.cluster.new_component()
-    return w.engine
 
 
 def pair_of(w, g, what):
@@ -79,11 +73,12 @@ def mma(b, ins):
         r = w.r
         for i in lanes_of(m):
             shape = shape_of(int(gi(r)[i]), kind, scales)
-            engine_of(w)
+            engine = engine_of(w, int(i))
             op = Mma(
                 M,
                 w,
                 ins,
+                engine,
                 pair_of(w, g, "tcgen05.mma"),
                 shape,
                 int(gd(r)[i]),
@@ -95,7 +90,7 @@ def mma(b, ins):
                 scale=scale,
                 scales=[int(f(r)[i]) for f in addresses] or None,
             )
-            w.mma_open.append(op)
+            engine.open.append(op)
             M.later("mma", op.run, queue=(w, i), cause=(w, ins))
             M.count("mma")
 
@@ -124,9 +119,9 @@ COPIES = {
 
 
 class Copy:
-    """One tcgen05.cp that warp `w` issued for `ctas`; `run` does it later."""
+    """One tcgen05.cp that a thread of warp `w` issued for `ctas`; `run` does it later."""
 
-    def __init__(self, machine, w, ins, ctas, address, desc, form):
+    def __init__(self, machine, w, ins, engine, ctas, address, desc, form):
         self.ctas, self.desc, self.form, self.reads = ctas, desc, form, []
         self.lane, self.column = address >> 16 & 0x7F, address & 0xFFFF
         rows, width, copies = form
@@ -142,12 +137,11 @@ class Copy:
             c.tmem.check_columns(self.column, width // 4)
             for half in touched if c.tmem.check else ():
                 at = slice(half, half + 1), columns
-                c.tmem.after_writes(machine, w, *at, ins, engine=True)
-                c.tmem.after_reads(machine, w, *at, ins, engine=True)
-                c.tmem.stamp_write(*at, w.engine, w.commits + 1, ins.line)
+                c.tmem.after_writes(machine, w, *at, ins, engine)
+                c.tmem.after_reads(machine, w, *at, ins, engine)
+                c.tmem.stamp_write(*at, engine.component, engine.time, ins.line)
             check_extent(c.smem, units, "tcgen05.cp")
-            c.smem.check_async(w, units, "tcgen05.cp read", write=False)
-            self.reads.append((c.smem, c.smem.begin("tcgen05.cp read", units, ins, w)))
+            self.reads.append(begin_read(w, c.smem, units, ins, "tcgen05.cp read"))
 
     def run(self):
         rows, width, copies = self.form
@@ -175,10 +169,9 @@ def copy(b, ins):
 
     def run(M, w, frag, m):
         for i in lanes_of(m):
-            engine_of(w)
-            ctas = pair_of(w, g, "tcgen05.cp")
-            op = Copy(M, w, ins, ctas, int(gd(w.r)[i]), int(gs(w.r)[i]), form)
-            w.mma_open.append(op)
+            engine, ctas = engine_of(w, int(i)), pair_of(w, g, "tcgen05.cp")
+            op = Copy(M, w, ins, engine, ctas, int(gd(w.r)[i]), int(gs(w.r)[i]), form)
+            engine.open.append(op)
             M.later("mma", op.run, queue=(w, i), cause=(w, ins))
             M.count("tcgen05.cp")
 
@@ -187,7 +180,8 @@ def copy(b, ins):
 
 @instruction("tcgen05.commit", GROUPS + " mbarrier::arrive::one shared::cluster multicast::cluster")
 def commit(b, ins):
-    """An arrival when the thread's earlier operations are complete; a fence::before_thread_sync."""
+    """An arrival when the earlier operations of this thread are complete, no other lane's; a
+    fence::before_thread_sync."""
     mem, *rest = ins.operands
     cta_group(b, ins)
     addr = b.shared_address(mem)
@@ -198,16 +192,15 @@ def commit(b, ins):
             a = int(addr(w.r)[i])
             ranks = [a >> 24] if mask is None else ranks_of(int(mask(w.r)[i]))
             bars = [w.cta.cluster.mbarrier(w, x << 24 | a & 0xFFFFFF, remote=True) for x in ranks]
-            ops, w.mma_open = w.mma_open, []
+            engine = engine_of(w, int(i))
+            ops, engine.open = engine.open, []
             clock, time = new_clock(), int(w.clock[w.id])
             w.release(clock)
-            w.commits += 1
-            clock[engine_of(w)] = w.commits
+            engine.commits += 1
+            clock[engine.component] = engine.commits
 
             def fire(ops=ops, bars=bars, clock=clock, time=time):
-                for op in ops:
-                    for smem, access in op.reads:
-                        smem.read_over_at(w, access, time)
+                end_reads(w, ops, time)
                 for mb in bars:
                     if mb.cta.live_warps == 0 and mb.cta is w.cta:
                         M.warnings.add(f"tcgen05.commit still pending on {mb} when its CTA exited")

@@ -16,6 +16,7 @@ import numpy as np
 from .formats import TABLES, to_float, unpack_nibbles
 from .memory import Fault
 from .operands import ELEM, check_extent, operand_offsets, read_operand
+from .tmem import begin_read
 from .values import UINT
 
 NARROW = {0: "e4m3", 1: "e5m2", 3: "e2m3", 4: "e3m2", 5: "e2m1"}
@@ -119,13 +120,13 @@ def scale_factors(data, address, rows, shape, identifier):
 
 
 class Mma:
-    """One tcgen05.mma that warp `w` issued for `ctas`; `run` does it later.
+    """One tcgen05.mma that a thread of warp `w` issued for `ctas`; `run` does it later.
 
     d, a, b: addresses or descriptors; `disabled`: lanes of each CTA that stay as they are;
     `scale`: scale-input-d; `scales`: the addresses of scale A and scale B, or None.
     """
 
-    def __init__(self, machine, w, ins, ctas, shape, d, a, b, accumulate, **options):
+    def __init__(self, machine, w, ins, engine, ctas, shape, d, a, b, accumulate, **options):
         self.ctas, self.shape, self.accumulate = ctas, shape, accumulate
         self.a, self.b, self.a_in_tmem = a, b, options["a_in_tmem"]
         self.disabled, self.scale = options["disabled"], options["scale"]
@@ -138,7 +139,7 @@ class Mma:
         self.columns = s.n // 2 if self.split_n else s.n
         if self.lane and not (s.m == 64 and self.lane == 16):
             raise Fault(f"tcgen05.mma: M={s.m} with the accumulator at TMEM lane {self.lane}")
-        self.issue_tensor_memory(machine, w, ins)
+        self.issue_tensor_memory(machine, w, ins, engine)
         self.issue_shared_memory(w, ins)
 
     def issue_shared_memory(self, w, ins):
@@ -152,10 +153,9 @@ class Mma:
                 elem = ELEM[dtype]
                 units = operand_offsets(desc, rows, bytes_k // elem, elem, bool(mn), True)[1]
                 check_extent(c.smem, units, "tcgen05.mma")
-                c.smem.check_async(w, units, "tcgen05.mma operand read", write=False)
-                self.reads.append((c.smem, c.smem.begin("tcgen05.mma read", units, ins, w)))
+                self.reads.append(begin_read(w, c.smem, units, ins, "tcgen05.mma operand read"))
 
-    def issue_tensor_memory(self, machine, w, ins):
+    def issue_tensor_memory(self, machine, w, ins, engine):
         """Bounds and order of what it writes and reads in tensor memory."""
         s = self.shape
         halves = slice(self.lane // 16, 8, 2) if s.m == 64 else slice(0, 8)
@@ -175,12 +175,12 @@ class Mma:
                 memory.check_columns(column, n)
             if not memory.check:
                 continue
-            memory.mma_order(machine, w, halves, written, ins)
-            memory.stamp_write(halves, written, w.engine, w.commits + 1, ins.line)
+            memory.mma_order(machine, w, halves, written, ins, engine)
+            memory.stamp_write(halves, written, engine.component, engine.time, ins.line)
             for column, n in read:
                 at = slice(0, 8), slice(column, column + n)
-                memory.after_writes(machine, w, *at, ins, engine=True)
-                memory.stamp_read(*at, -1, w.engine, w.commits + 1, ins.line)
+                memory.after_writes(machine, w, *at, ins, engine, write=False)
+                memory.stamp_read(*at, -1, engine.component, engine.time, ins.line)
 
     def a_of(self, cta):
         """This CTA's rows of A."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import tensormap
 from .builder import instruction, lanes_of
-from .bulk import REDUCTIONS, combine, enter_read, enter_write, ranks_of, stored
+from .bulk import REDUCTIONS, combine, enter_read, enter_write, land, ranks_of, stored
 from .maps import read_map
 from .memory import SMEM_RESERVED, Fault
 from .races import GPU, WEAK
@@ -207,15 +207,7 @@ def tma_load(b, ins):
             bars = [mb for _, _, mb in jobs]
             enter_read(M, w, ins, box.region, box.off, box.nbytes, "TMA load", bars)
 
-        def run():
-            data = tensormap.flipped(units, box.read(), t.atom)
-            for smem, access, mb in jobs:
-                smem.write_async(units, data)
-                smem.end_access(access)
-                smem.written_by(access, mb)
-                mb.add_tx(M, -nbytes)
-
-        M.later("tma_load", run, cause=(w, ins))
+        land(M, w, ins, jobs, units, lambda: tensormap.flipped(units, box.read(), t.atom), nbytes)
         M.count("tma_load")
 
     def load(M, w, frag, m):
@@ -254,12 +246,18 @@ def tma_store(b, ins, op):
 
     def store(M, w, frag, m):
         # Lanes that issue the very same store: the hardware's instruction is one of the warp, and
-        # known kernels rely on it. All of them must wait for it, each for its own groups.
+        # known kernels rely on it. All of them must wait for it, each for its own groups. By the
+        # ISA each thread stores, which makes no difference; that each reduces (9.7.9.27.1.3) does.
         same = {}
         for i in lanes_of(m):
             at = tuple(int(c(w.r)[i]) for c in tile.coords)
             same.setdefault((int(gs(w.r)[i]), *at), []).append(i)
         for (addr, *_), lanes in same.items():
+            if op and len(lanes) > 1:
+                raise Fault(
+                    f"{what} of the same tile by {len(lanes)} lanes, each of which reduces it: let "
+                    "one thread issue it (elect.sync)"
+                )
             issue(M, w, lanes, addr)
 
     return store

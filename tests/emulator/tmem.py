@@ -2,9 +2,10 @@
 
 PTX ISA 9.7.16.1 (allocation) and 9.7.16.6 (order). The columns are an SM's: CTAs that share one get
 different ones, though each has its own data here. Each group of 16 lanes of a column remembers who
-wrote and read it last, as shared memory does (see `ordering`). MMAs and copies of a warp are an
-own component of the clocks, its engine, whose time counts the warp's commits: who has waited for a
-commit's mbarrier is ordered after them, whoever has merely heard from the warp is not. A
+wrote and read it last, as shared memory does (see `ordering`). MMAs and copies of a thread are an
+own component of the clocks, its Engine, whose time counts the thread's commits: who has waited for
+a commit's mbarrier is ordered after them, whoever has merely heard from the warp, or waited for
+another lane's commit, is not. A
 `tcgen05.ld` is over at `wait::ld`, a `tcgen05.st` at `wait::st`, and until then its stamp is
 PENDING.
 
@@ -16,6 +17,7 @@ to be good, and are a warning of the machine: a load ordered by the use of its r
 import numpy as np
 
 from .memory import Fault, line_of
+from .ordering import before_writes
 from .values import POISON32
 
 COLUMNS = 512
@@ -26,9 +28,52 @@ def name_of(ins):
     return ".".join(ins.parts[:2])
 
 
-def known(w):
-    """What is ordered before a warp's tcgen05 operations; relaxed arrivals count after a fence."""
-    return w.clock if w.tmem_heard is None else np.maximum(w.clock, w.tmem_clock)
+def known(w, write):
+    """What is ordered before a warp's tcgen05 operations (those that write: `write`); relaxed
+    arrivals count after a fence.
+    """
+    clock = w.clock if w.tmem_heard is None else np.maximum(w.clock, w.tmem_clock)
+    return before_writes(clock) if write else clock
+
+
+class Engine:
+    """The asynchronous tcgen05 operations of one thread: their `component` of the clocks, whose
+    time counts the thread's commits, and those that came after the last one, `open`."""
+
+    def __init__(self, component):
+        self.component, self.commits, self.open = component, 0, []
+
+    @property
+    def time(self):
+        """When operations that the thread issues now are over."""
+        return self.commits + 1
+
+
+def engine_of(w, lane):
+    """The Engine of a thread."""
+    if lane not in w.engines:
+        w.engines[lane] = Engine(w.cta.cluster.new_component())
+    return w.engines[lane]
+
+
+def begin_read(w, smem, units, ins, what):
+    """The (memory, access) of an operand's read, checked."""
+    smem.check_async(w, units, what, write=False)
+    access = smem.begin(f"{ins.parts[0]}.{ins.parts[1]} read", units, ins, w)
+    w.engine_reads[access] = smem
+    return smem, access
+
+
+def end_reads(w, ops, time):
+    """The reads of operations are over for those who know of the warp's `time`. Others of the
+    same warp go on, perhaps of the same units."""
+    for op in ops:
+        for smem, access in op.reads:
+            smem.read_over_at(w, access, time)
+            del w.engine_reads[access]
+    for access, smem in w.engine_reads.items():
+        if smem.check:
+            smem.history.begin_read(w, access.units, access.ins.line)
 
 
 def free_columns(memories, columns):
@@ -88,24 +133,29 @@ class TensorMemory:
         )
 
     # ---- order ----
-    def after_writes(self, machine, w, halves, columns, ins, engine=False):
-        """An access by warp `w` (by its engine: `engine`) must come after earlier writes."""
+    def after_writes(self, machine, w, halves, columns, ins, engine=None, write=None):
+        """An access by warp `w` (asynchronous: by `engine`) must come after earlier writes.
+
+        write: whether it writes; by default, that of an engine does.
+        """
+        write = engine is not None if write is None else write
         at = halves, columns
         writer, written = self.writer[at], self.written[at]
-        late = written > known(w)[writer]
-        if engine and w.engine is not None:
-            late &= writer != w.engine
+        late = written > known(w, write)[writer]
+        if engine is not None:
+            late &= writer != engine.component
         if late.any():
             raise self.unordered(w, at, late, ins, self.write_line, "write by")
-        self.after_fence(machine, w, writer, self.write_fence[at], self.write_line[at], ins, engine)
+        stamps = writer, self.write_fence[at], self.write_line[at]
+        self.after_fence(machine, w, *stamps, ins, engine, write)
 
-    def after_reads(self, machine, w, halves, columns, ins, engine=False):
-        """A write by warp `w` (by its engine: `engine`) must come after earlier reads."""
+    def after_reads(self, machine, w, halves, columns, ins, engine=None):
+        """A write by warp `w` (asynchronous: by `engine`) must come after earlier reads."""
         at = halves, columns
         reader, read = self.reader[at], self.read[at]
-        late = read > known(w)[reader]
-        if engine and w.engine is not None:
-            late &= reader != w.engine
+        late = read > known(w, True)[reader]
+        if engine is not None:
+            late &= reader != engine.component
         if late.any():
             raise self.unordered(w, at, late, ins, self.read_line, "read by")
         soft = self.by_registers[at]
@@ -113,16 +163,18 @@ class TensorMemory:
             line = int(self.read_line[at][soft][0])
             what = f"{name_of(ins)} overwrites what a tcgen05.ld read that no tcgen05.wait::ld "
             self.warn(machine, w, what + "follows, only uses of its registers: {}; {}", line, ins)
-        self.after_fence(machine, w, reader, self.read_fence[at], self.read_line[at], ins, engine)
+        stamps = reader, self.read_fence[at], self.read_line[at]
+        self.after_fence(machine, w, *stamps, ins, engine, True)
 
-    def after_fence(self, machine, w, who, fenced, lines, ins, engine):
+    def after_fence(self, machine, w, who, fenced, lines, ins, engine, write):
         """Warns of order that holds without the fences of 9.7.16.6.3."""
         foreign = (fenced != 0) & (who != w.id)
-        if engine and w.engine is not None:
-            foreign &= who != w.engine
+        if engine is not None:
+            foreign &= who != engine.component
         if not foreign.any():
             return
-        for missing, clock in (("before", known(w)), ("after", w.tmem_clock)):
+        fences = before_writes(w.tmem_clock) if write else w.tmem_clock
+        for missing, clock in (("before", known(w, write)), ("after", fences)):
             late = foreign & (fenced > clock[who])
             if late.any():
                 what = f"no tcgen05.fence::{missing}_thread_sync between {{}} and {{}}"
@@ -154,17 +206,17 @@ class TensorMemory:
             (self.writer, self.written, self.write_line, "write by"),
             (self.reader, self.read, self.read_line, "read by"),
         ):
-            late = times[at] > w.clock[who[at]]
+            late = times[at] > before_writes(w.clock)[who[at]]
             if late.any():
                 raise self.unordered(w, at, late, ins, lines, kind)
 
-    def mma_order(self, machine, w, halves, columns, ins):
+    def mma_order(self, machine, w, halves, columns, ins, engine):
         """An MMA's accumulators must come after earlier accesses; repeats are checked once."""
-        key = w.id, halves, columns, self.version
+        key = engine.component, halves, columns, self.version
         if self.checked == key:
             return
-        self.after_writes(machine, w, halves, columns, ins, engine=True)
-        self.after_reads(machine, w, halves, columns, ins, engine=True)
+        self.after_writes(machine, w, halves, columns, ins, engine)
+        self.after_reads(machine, w, halves, columns, ins, engine)
         self.checked = key
 
     def stamp_write(self, halves, columns, component, time, line):

@@ -72,6 +72,9 @@ class Part:
             f"have ended: {self.ins.where()}"
         )
 
+    def moved(self, M, w, ins, register, targets):
+        self.touched(M, w, ins, register)
+
     def over(self):
         """A wait_group has seen the end; the accumulators' next use is noted, for `check_fence`."""
         late, self.ended = self.warp.late, True
@@ -271,7 +274,8 @@ def mma_async(b, ins):
         op.parts[w] = Part(w, ins, form, rows, reads)
         w.wgmma_open.append(op)
         if len(op.parts) == 4:
-            M.later("mma", lambda: fire(M, smem, op, b_desc, keep), queue=w.cta, cause=(w, ins))
+            queue = w.cta, w.index // 4  # those of a warpgroup are in order, of two are not
+            M.later("mma", lambda: fire(M, smem, op, b_desc, keep), queue=queue, cause=(w, ins))
             M.count("wgmma")
 
     def fire(M, smem, op, b_desc, keep):
