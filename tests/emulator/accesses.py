@@ -10,7 +10,7 @@ from .builder import MASK24, instruction, lanes_of, set_reg, split_by_cta
 from .memory import LOCAL_WINDOW, SHARED_WINDOW, Fault, misaligned
 from .ptx import Mem, PtxError, Sink, Sym
 from .semantics import PLAIN, Semantics
-from .values import LANES, NP, UINT, bf16_bits, bf16_float
+from .values import LANES, NP, UINT, bf16_bits, bf16_float, only
 
 CACHE = (
     "weak relaxed acquire release acq_rel volatile mmio cta cluster gpu sys shared shared::cta "
@@ -265,7 +265,8 @@ def atomic(b, ins, dst, mem, rest):
         sequence = list(lanes_of(m))
         M.rng.shuffle(sequence)
         for i in sequence:
-            cell = cell_at(M, w, int(a[i]), space, size * width, ins, order).view(UINT[size])
+            cell = cell_at(M, w, i, int(a[i]), space, size * width, ins, order)
+            cell = cell.view(UINT[size])
             for j in range(width):
                 old = cell[j : j + 1].copy()
                 out[j][i] = old[0]
@@ -282,8 +283,8 @@ def atomic(b, ins, dst, mem, rest):
     return run
 
 
-def cell_at(M, w, addr, space, nbytes, ins, order):
-    """The bytes that an atomic operation works on."""
+def cell_at(M, w, lane, addr, space, nbytes, ins, order):
+    """The bytes that an atomic operation of a lane works on."""
     if space == "shared" or SHARED_WINDOW <= addr < LOCAL_WINDOW:
         cta, off = w.cta.cluster.resolve(addr & 0xFFFFFFFF)
         if off % nbytes:
@@ -293,7 +294,7 @@ def cell_at(M, w, addr, space, nbytes, ins, order):
         order.observe(w, cta.smem.releases, cell)
         order.publish(w, cta.smem.releases, cell, keep=True)
         index = np.arange(off & int(MASK24), off + nbytes)
-        w.dirty.add(cta.smem.note_store(index, 1, (w, ins)))
+        w.stores(cta.smem.note_store(index, 1, (w, ins)), only(lane))
         return cta.smem.generic[1][off : off + nbytes]
     ((_, region, off),) = M.memory.locate(np.array([addr], np.uint64), nbytes, "atomic")
     if region.track:

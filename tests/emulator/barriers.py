@@ -5,7 +5,7 @@ import numpy as np
 from .builder import BLOCK, converged, first, instruction
 from .memory import Fault
 from .ordering import proxy_fence
-from .races import CLUSTER, learn, scope_of
+from .races import CLUSTER, learn, live, scope_of
 from .races import fence as order_fence
 from .sync import NamedBarrier
 from .values import LANES
@@ -45,7 +45,7 @@ def named_barrier(b, ins):
             return None
         if len(ids) > 1:
             n = first(ids[1](w.r), m)
-            if n % 32 or barrier.expected not in (0, n):
+            if n == 0 or n % LANES or barrier.expected not in (0, n):
                 raise Fault(f"{barrier}: this warp expects {n} threads")
             barrier.expected = n
         if not arrive_only:
@@ -85,7 +85,7 @@ def cluster_arrive(b, ins):
         if relaxed:
             release_fenced(w, barrier)
         else:
-            publish_inits(w)
+            publish_inits(w, m)
             barrier.dirty |= w.dirty
             w.release(barrier.clock)
         w.cluster_target = barrier.phase
@@ -112,10 +112,12 @@ def release_fenced(w, barrier):
 @instruction("barrier.cluster.wait", "acquire aligned")
 def cluster_wait(b, ins):
     def wait(M, w, frag, m):
-        barrier = w.cta.cluster.barrier
+        barrier, lanes = w.cta.cluster.barrier, np.ones(LANES, bool) if m is None else m
+        if (lanes & ~w.cluster_arrived).any():
+            raise Fault("barrier.cluster.wait of threads that have not arrived since their last")
         if barrier.phase > w.cluster_target:
-            w.cluster_arrived = np.zeros(LANES, bool) if m is None else w.cluster_arrived & ~m
-            w.dirty |= {d for d in barrier.visible if not d.flushed}
+            w.cluster_arrived = w.cluster_arrived & ~lanes
+            w.dirty |= live(barrier.visible)
             w.meet()
             w.acquire(barrier.seen)
             return None
@@ -126,11 +128,18 @@ def cluster_wait(b, ins):
     return wait
 
 
-def publish_inits(w):
-    """Lets other CTAs and asynchronous units use the mbarriers that this warp initialised."""
+def publish_inits(w, lanes, met=True):
+    """Lets other CTAs and asynchronous units use the mbarriers that these lanes of the warp
+    initialised (None: all), and with `met` the others' before the lanes last met; gives them.
+    """
+    published = []
     for mb in w.cta.mbars.values():
-        if mb.init_warp is w:
+        if mb.init_warp is w and (
+            lanes is None or lanes[mb.init_lane] or (met and mb.init_meeting < w.meetings)
+        ):
             mb.published = True
+            published.append(mb)
+    return published
 
 
 @instruction("fence.proxy.async", "global shared::cta shared::cluster")
@@ -147,12 +156,12 @@ def fence_proxy_async(b, ins):
         if to_shared:
             smem = w.cta.smem
             reached = [d for d in w.dirty if d.smem is smem or not own]
-            fenced = {d for d in reached if w.fences_store(d, m)}
+            fenced = {d for d in reached if w.fence_store(d, m)}
             for d in fenced:
                 d.flush()
             w.dirty = w.dirty - fenced
-            publish_inits(w)
-            if w.fences_reads(m):
+            publish_inits(w, m)
+            if w.fence_reads(m):
                 proxy_fence(w)
         if to_global:
             M.memory.order.add_fence(w, M.memory.order.proxy_fences, ins)
@@ -172,10 +181,7 @@ def fence_mbarrier_init(b, ins):
     """9.7.13.5: about the mbarrier.inits of the same thread before it."""
 
     def fence(M, w, frag, m):
-        for mb in w.cta.mbars.values():
-            if mb.init_warp is w and (m is None or m[mb.init_lane]):
-                mb.published = True
-                w.inits.add(mb.id)
+        w.inits.update(mb.id for mb in publish_inits(w, m, met=False))
 
     return fence
 

@@ -10,7 +10,7 @@ import numpy as np
 from .builder import BLOCK, instruction, lanes_of, split_by_cta
 from .memory import Fault
 from .ptx import PtxError
-from .sync import live
+from .races import live
 from .values import LANES
 
 

@@ -11,6 +11,7 @@ from . import tensormap
 from .builder import BLOCK, converged, instruction, lanes_of
 from .memory import LOCAL_WINDOW, SHARED_WINDOW, Fault, misaligned
 from .ptx import Imm, PtxError
+from .values import only
 
 MAP_BYTES = 128
 
@@ -160,7 +161,7 @@ def replace(b, ins):
             if field == "global_stride" and new % 16:
                 raise Fault(f"tensormap.replace: stride {new} is no multiple of 16 bytes")
             if shared:
-                replace_shared(w, ins, x, field, ordinal, new)
+                replace_shared(w, ins, i, x, field, ordinal, new)
                 continue
             raw = M.memory.read(x, MAP_BYTES).copy()
             tensormap.replace(raw, field, ordinal, new)
@@ -169,9 +170,10 @@ def replace(b, ins):
     return run
 
 
-def replace_shared(w, ins, addr, field, ordinal, value):
+def replace_shared(w, ins, lane, addr, field, ordinal, value):
     cta, off = w.cta.cluster.resolve(addr & 0xFFFFFFFF)
     lines = np.array([off], np.uint32) + np.arange(0, MAP_BYTES, 16, dtype=np.uint32)
     cta.smem.check_generic(w, ins, lines, 16, write=True)
     tensormap.replace(cta.smem.generic[1][off : off + MAP_BYTES], field, ordinal, value)
-    w.dirty.add(cta.smem.note_store(np.arange(off // 16, off // 16 + 8), 16, (w, ins)))
+    stores = cta.smem.note_store(np.arange(off // 16, off // 16 + 8), 16, (w, ins))
+    w.stores(stores, only(lane))

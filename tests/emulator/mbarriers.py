@@ -4,10 +4,11 @@ import numpy as np
 
 from .builder import SOFT, instruction, lanes_of, set_reg
 from .memory import Fault
+from .ordering import before_writes
 from .ptx import Mem, PtxError, Sink
-from .races import CLUSTER, CTA, Knowledge, Release
-from .sync import MBarrier, live
-from .values import LANES
+from .races import CLUSTER, CTA, Knowledge, Release, live
+from .sync import MBarrier
+from .values import LANES, only
 
 MODIFIERS = "shared shared::cta shared::cluster release relaxed acquire cta cluster"
 
@@ -59,6 +60,13 @@ def inval(b, ins):
             mb = cta.mbars.pop(off, None)
             if mb is None:
                 raise Fault(f"mbarrier.inval of cta{cta.rank}+{off:#x}, which holds no mbarrier")
+            known = before_writes(w.clock)
+            for user, time in mb.users.items():
+                if user != w.id and time > known[user]:
+                    raise Fault(
+                        f"race: mbarrier.inval of {mb}, which nothing orders after its use by warp "
+                        f"{user} of the cluster"
+                    )
             cta.smem.end_mbarrier(w, off)
 
     return run
@@ -68,8 +76,7 @@ def set_state(w, state, mb, lane, m):
     """The opaque state token: here the number of completed phases of the barrier."""
     if state is not None and not isinstance(state, Sink):
         value = np.full(LANES, mb.completed, np.uint64)
-        only = np.arange(LANES) == lane
-        set_reg(w, state, value, only)
+        set_reg(w, state, value, only(lane))
 
 
 @instruction("mbarrier.arrive", MODIFIERS + " expect_tx noComplete")

@@ -117,18 +117,16 @@ class GlobalMemory:
 
 
 class Dirty:
-    """Generic-proxy stores that no proxy fence has published to the async proxy yet."""
+    """Generic-proxy stores that no proxy fence has published to the async proxy yet.
 
-    __slots__ = ("smem", "index", "size", "flushed", "origin")
+    They are of one warp, between two of its releases.
+    """
 
-    def __init__(self, smem, index, size, origin):
-        self.smem, self.index, self.size, self.flushed, self.origin = (
-            smem,
-            index,
-            size,
-            False,
-            origin,
-        )
+    __slots__ = ("smem", "index", "size", "flushed", "origin", "when")
+
+    def __init__(self, smem, index, size, origin, when):
+        self.smem, self.index, self.size = smem, index, size
+        self.flushed, self.origin, self.when = False, origin, when
 
     def flush(self):
         if not self.flushed:
@@ -359,11 +357,16 @@ class SharedMemory:
         self.unfenced[size][index] = 0
 
     def note_store(self, index, size, origin):
-        """The Dirty of a generic store; a store to the same places shares one while unfenced."""
-        key = (size, index.tobytes())
+        """The Dirty of a generic store, which replaces what an earlier one to the same places left
+        to be fenced.
+        """
+        key, warp = (size, index.tobytes()), origin[0]
+        when = warp, int(warp.clock[warp.id])
         d = self.stores.get(key)
-        if d is None or d.flushed:
-            d = self.stores[key] = Dirty(self, index, size, origin)
+        if d is None or d.flushed or d.when != when:
+            if d is not None:
+                d.flushed = True
+            d = self.stores[key] = Dirty(self, index, size, origin, when)
         self.unfenced[size][index] = MARKED[size]
         return d
 

@@ -51,6 +51,11 @@ class Event:
         return f"{self.what} by {grid}, cta{ctaid} rank {rank} warp {index}, {self.ins.where()}"
 
 
+def live(dirty):
+    """Of stores to shared memory, those that no proxy fence has published yet."""
+    return {d for d in dirty if not d.flushed}
+
+
 @dataclass(slots=True)
 class Knowledge:
     """What a release makes known: clocks by cluster, complete launches, unfenced shared stores."""
@@ -106,7 +111,7 @@ def imported(w):
 def snapshot(w):
     """What is ordered before what the warp does next, to be released; its clock then ticks."""
     cluster = w.cta.cluster
-    known = Knowledge({cluster.serial: w.clock.copy()}, dirty={d for d in w.dirty if not d.flushed})
+    known = Knowledge({cluster.serial: w.clock.copy()}, dirty=live(w.dirty))
     for other in imported(w):
         known = known.joined(other)
     w.clock[w.id] += 1
@@ -124,7 +129,8 @@ def learn(w, known):
     own = known.clocks.get(cluster.serial)
     if own is not None:
         w.acquire(own)
-    w.dirty |= {d for d in known.dirty if not d.flushed}
+    if known.dirty:
+        w.hear_stores(live(known.dirty))
     if known.grids or len(known.clocks) > (own is not None):
         entries = cluster.imports.setdefault(w.id, [])
         time = int(w.clock[w.id])

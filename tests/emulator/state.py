@@ -4,7 +4,8 @@ import numpy as np
 
 from .memory import SMEM_RESERVED, Fault, SharedMemory
 from .ordering import COMPONENTS, new_clock
-from .sync import ClusterBarrier, live
+from .races import live
+from .sync import ClusterBarrier
 from .values import LANES
 
 
@@ -31,12 +32,11 @@ class Warp:
         self.rank = 0.0  # scheduling priority, where the policy uses one
         self.why = None  # what it waits for, for reports
         self.failed = 0  # failed try_waits in a row
-        self.dirty = (
-            set()
-        )  # unfenced generic stores that are ordered before what this warp does next
+        self.dirty = set()  # unfenced generic stores, ordered before what this warp does next
         # by which lanes they were stored, until all lanes meet or those issue a proxy fence
         self.apart = {}
         self.read_apart = np.zeros(LANES, bool)  # the lanes that read shared memory, likewise
+        self.meetings = 0  # of its lanes
         self.stamped = {}  # its events of the races on global memory, to be shared
         self.heard, self.fences, self.learned = [], {}, {}  # of releases and fences, see `races`
         # of barrier.cluster: the phase it waits for, lanes that have arrived since their last wait
@@ -46,10 +46,8 @@ class Warp:
         self.bulk_stores, self.bulk_commits = [], np.zeros(LANES, np.int64)
         self.copies, self.copy_commits = [], np.zeros(LANES, np.int64)  # cp.async, likewise
         self.wgmma_open, self.wgmma_groups, self.wgmma_issued = [], [], 0
-        self.fenced, self.produced = (
-            None,
-            {},
-        )  # registers at the last wgmma.fence, and those a wgmma wrote since
+        # registers at the last wgmma.fence, and those that a wgmma wrote since
+        self.fenced, self.produced = None, {}
         self.accessed = {}  # accumulators used since the last wgmma.fence -> by which instruction
         self.late = {}  # register -> asynchronous operation that has not finished with it
         self.leaders = {}  # by member mask, the order in which elect.sync prefers lanes
@@ -73,7 +71,7 @@ class Warp:
         before = self.apart.get(dirty)
         self.apart[dirty] = stored if before is None else stored | before
 
-    def fences_store(self, dirty, lanes):
+    def fence_store(self, dirty, lanes):
         """Whether fences, the last by the lanes of a mask, come after a store: each lane's own, or
         any after a barrier at which the lanes met."""
         stored = self.apart.pop(dirty, None)
@@ -86,8 +84,8 @@ class Warp:
         """A generic load of shared memory."""
         self.read_apart = self.live if lanes is None else self.read_apart | lanes
 
-    def fences_reads(self, lanes):
-        """The same as `fences_store` for all loads so far."""
+    def fence_reads(self, lanes):
+        """The same as `fence_store` for all loads so far."""
         if lanes is None:
             self.read_apart = np.zeros(LANES, bool)
         else:
@@ -103,6 +101,7 @@ class Warp:
     def meet(self):
         """A barrier of the warp: what its lanes did is ordered before what any of them does."""
         self.apart.clear()
+        self.meetings += 1
         self.read_apart = np.zeros(LANES, bool)
 
     def release(self, clock):
@@ -207,4 +206,5 @@ class Cluster:
             )
         if not warp.clock[mb.id]:
             raise Fault(f"use of {mb}, which nothing orders after its initialisation")
+        mb.users[warp.id] = int(warp.clock[warp.id])
         return mb

@@ -4,12 +4,9 @@ import numpy as np
 
 from .memory import Fault
 from .ordering import CLUSTER, new_clock, pass_narrowly
+from .races import live
 
 TX_RANGE = (1 << 20) - 1
-
-
-def live(dirty):
-    return {d for d in dirty if not d.flushed}
 
 
 class Released:
@@ -56,10 +53,11 @@ class MBarrier:
         self.completed = 0
         self.waiters = []
         self.init_warp, self.init_lane, self.published = warp, lane, False
+        self.init_meeting = warp.meetings
+        self.users = {}  # by warp's component, the time of the last operation on it
         self.id = cta.cluster.new_component()
         warp.clock[self.id] = 1
         self.near, self.far = Released(), None
-        self.clock = self.near.clock
 
     def __str__(self):
         return (
@@ -155,7 +153,7 @@ class NamedBarrier:
         self.arrived, self.expected = 0, 0
         self.generation += 1
         machine.progress = machine.tick
-        known = {d for d in self.dirty if not d.flushed}
+        known = live(self.dirty)
         for x in self.joined:  # those that only arrived learn nothing
             x.dirty |= known
             x.acquire(self.clock)
@@ -182,7 +180,7 @@ class ClusterBarrier:
         if self.arrived and self.arrived == self.live_lanes:
             self.arrived = 0
             self.phase += 1
-            self.visible, self.dirty = {d for d in self.dirty if not d.flushed}, set()
+            self.visible, self.dirty = live(self.dirty), set()
             self.seen[:] = self.clock
             machine.progress = machine.tick
             for x in self.waiters:

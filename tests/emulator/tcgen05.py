@@ -153,14 +153,15 @@ def relinquish(b, ins):
 def fence_before(b, ins):
     """9.7.16.6.3: earlier tcgen05 operations come before what follows, for other threads too."""
 
-    def run(M, w, frag, m):
-        for fenced, at in w.tmem_unfenced.values():
-            fenced[at] = w.clock[w.id]
-        w.tmem_unfenced.clear()
-        w.tmem_fenced = w.clock.copy()
-        w.clock[w.id] += 1
+    return lambda M, w, frag, m: fence_before_sync(w)
 
-    return run
+
+def fence_before_sync(w):
+    for fenced, at in w.tmem_unfenced.values():
+        fenced[at] = w.clock[w.id]
+    w.tmem_unfenced.clear()
+    w.tmem_fenced = w.clock.copy()
+    w.clock[w.id] += 1
 
 
 @instruction("tcgen05.fence::after_thread_sync")

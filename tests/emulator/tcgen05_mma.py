@@ -8,9 +8,9 @@ import numpy as np
 from .builder import instruction, lanes_of
 from .memory import Fault
 from .operands import check_extent, operand_offsets
-from .ordering import new_clock
+from .ordering import CLUSTER, new_clock, pass_narrowly
 from .ptx import Mem, Vec
-from .tcgen05 import GROUPS, cta_group
+from .tcgen05 import GROUPS, cta_group, fence_before_sync
 from .tensorcore import BLOCK, Mma, shape_of
 from .tma import ranks_of
 from .tmem import begin_read, end_reads, engine_of
@@ -180,8 +180,11 @@ def copy(b, ins):
 
 @instruction("tcgen05.commit", GROUPS + " mbarrier::arrive::one shared::cluster multicast::cluster")
 def commit(b, ins):
-    """An arrival when the earlier operations of this thread are complete, no other lane's; a
-    fence::before_thread_sync."""
+    """An arrival when the earlier operations of this thread are complete, no other lane's.
+
+    It makes these visible, to waits of either scope, and as a fence::before_thread_sync what that
+    fence covers. It is no release of the thread's loads and stores, but comes after them.
+    """
     mem, *rest = ins.operands
     cta_group(b, ins)
     addr = b.shared_address(mem)
@@ -195,11 +198,15 @@ def commit(b, ins):
             engine = engine_of(w, int(i))
             ops, engine.open = engine.open, []
             clock, time = new_clock(), int(w.clock[w.id])
-            w.release(clock)
+            pass_narrowly(w.clock, clock)
+            if w.tmem_unfenced:
+                fence_before_sync(w)
+            fenced = w.tmem_fenced
+            w.clock[w.id] += 1
             engine.commits += 1
             clock[engine.component] = engine.commits
 
-            def fire(ops=ops, bars=bars, clock=clock, time=time):
+            def fire(ops=ops, bars=bars, clock=clock, time=time, fenced=fenced):
                 end_reads(w, ops, time)
                 for mb in bars:
                     if mb.cta.live_warps == 0 and mb.cta is w.cta:
@@ -207,7 +214,9 @@ def commit(b, ins):
                         continue
                     if mb.cta.live_warps == 0:
                         raise Fault(f"tcgen05.commit arrives at {mb} of a CTA that has exited")
-                    np.maximum(mb.clock, clock, out=mb.clock)
+                    mb.near.add(clock, ())
+                    if fenced is not None:
+                        mb.release_tmem(fenced, w.cta, CLUSTER)
                     mb.arrive(M, 1)
 
             M.later("mma", fire, queue=(w, i), cause=(w, ins))

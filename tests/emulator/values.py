@@ -26,6 +26,11 @@ UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 LANE_IDS = np.arange(LANES, dtype=np.uint32)
 
 
+def only(lane):
+    """The mask of one lane."""
+    return LANE_IDS == lane
+
+
 def bf16_bits(x):
     """float32 -> bf16 bit patterns, round to nearest even, NaN -> 0x7FFF."""
     u = x.view(np.uint32)
