@@ -1,6 +1,7 @@
 """Runs the configurations and writes what came out.
 
 python -m tests.calibration.run [--json FILE] [--arch sm_100a] [--seeds 3] [--only PART_OF_A_NAME]
+    [--jobs 2]
 
 Every configuration runs with `--seeds` seeds of "mixed" timing and one each of "eager" and "lazy",
 on a problem of its own for each. A configuration is right if each run's values are within the bound
@@ -11,18 +12,21 @@ report must be the one expected. Exit status 1 if any is not right.
 
 import argparse
 import json
+import multiprocessing
 import re
 import shlex
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from itertools import repeat
 from pathlib import Path
 
 import torch
 
 from benchmarks.measure import environment
-from benchmarks.options import not_negative, output_file
+from benchmarks.options import not_negative, output_file, positive
 from benchmarks.report import EMULATOR, Row
 from tests.emulator import Fault, Policy, PtxError
 from tests.emulator.report import kind_of
@@ -165,6 +169,7 @@ def main():
     parser.add_argument("--arch", choices=ARCHITECTURES)
     parser.add_argument("--seeds", type=not_negative, default=3)
     parser.add_argument("--only", default="")
+    parser.add_argument("--jobs", type=positive, default=1, help="processes")
     args = parser.parse_args()
     chosen = [
         c for c in CONFIGURATIONS.values() if args.only in c.name and args.arch in (None, c.arch)
@@ -175,8 +180,9 @@ def main():
     head = start()
     compile_missing(chosen)
     rows, versions = [], {}
-    for c in chosen:
-        rows.append(row := calibrate(c, args.seeds))
+    pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
+    for c, row in zip(chosen, pool.map(calibrate, chosen, repeat(args.seeds)), strict=True):
+        rows.append(row)
         if is_compiled(c):
             versions |= about(c)["versions"]
         print(
