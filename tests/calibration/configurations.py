@@ -64,7 +64,8 @@ class Configuration:
     @property
     def findings(self) -> list[Finding]:
         """What is rightly reported of it."""
-        loads_c = self.split == 1 and (self.beta != 0 or self.epilogue.startswith("d"))
+        once = self.split > 1 and self.n <= self.tile[1]  # too few loads to use a buffer again
+        loads_c = (self.beta != 0 or self.epilogue.startswith("d")) and not once
         empty = self.arch == "sm_120a" and self.kind == "varlen_k" and 0 in self.lengths
         copies = self.arch != "sm_120a" and self.gather and not self.tma_gather
         known = ((loads_c, LOWEST_LEADER), (empty, EMPTY_SEGMENT), (copies, COPY_FENCE))

@@ -7,8 +7,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Finding:
-    """report: part of the message. options: of the Machine, from the kernel's `ptx.Kernel`, under
-    which that report alone goes away, so that the values and all other checks remain."""
+    """report: a pattern in the message. options: of the Machine, from the kernel's `ptx.Kernel`,
+    under which that report alone goes away, so that the values and all other checks remain."""
 
     report: str
     options: Callable[[Any], dict[str, Any]]
@@ -22,7 +22,7 @@ COPY_FENCE = Finding(
     "tcgen05.mma, in the async proxy, with an mbarrier but no fence.proxy.async between.",
 )
 LOWEST_LEADER = Finding(
-    "deadlock",
+    "deadlock|no progress|step limit",
     lambda kernel: {"any_leader": False},
     "The epilogue's warps free a buffer of C by an arrival of the lane that is both the lowest and "
     "the one that elect.sync takes, which may be any, but is the lowest on hardware.",
