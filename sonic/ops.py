@@ -353,6 +353,7 @@ def experts_gradients(*arguments: Any) -> SomeGradients:
                     offset_by_expert,
                     layout=order,
                     gated=act.is_gated,
+                    hidden_size=hidden_size,
                 )
                 if first + columns == hidden_size:
                     del dh
