@@ -128,12 +128,13 @@ class Fixed:
 
     def __init__(self, bound: Bound, programs: int, integers: tuple[int, ...]):
         self._bound, self._programs, self._integers = bound, programs, integers
+        self._kernel = bound.kernel
         # Replaced as a whole: threads may share a launch.
-        self._known: tuple[Any, ...] = (-1, (), None, ())
+        self._known: tuple[Any, ...] = (None, (), None, None, None)
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch on the current stream of the device of the first tensor."""
-        device, dtypes, compiled, trailing = self._known
+        device, dtypes, stream_of, compiled, trailing = self._known
         addresses: list[int | None] = []
         bits = 0
         for tensor, dtype in zip(tensors, dtypes, strict=False):
@@ -147,15 +148,14 @@ class Fixed:
                 addresses.append(address)
         else:
             if (
-                compiled is not None
+                device is not None
                 and not bits & 15
                 and tensors[0].get_device() == device == current_device()  # type: ignore[union-attr]
-                and not is_observed(self._bound.kernel)
+                and not is_observed(self._kernel)
             ):
-                stream = triton.runtime.driver.active.get_current_stream(device)
                 compiled.run(
-                    self._programs, 1, 1, stream, compiled.function, compiled.packed_metadata,
-                    None, None, None, *addresses, *trailing,
+                    self._programs, 1, 1, stream_of(device), compiled.function,
+                    compiled.packed_metadata, None, None, None, *addresses, *trailing,
                 )  # fmt: skip
                 return
         self._launch_anew(tensors)
@@ -168,8 +168,9 @@ class Fixed:
             return
         compiled, constants = found
         dtypes = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
-        device = tensors[0].get_device()
-        self._known = device, dtypes, compiled, (*self._integers, *constants)
+        stream_of = triton.runtime.driver.active.get_current_stream
+        trailing = *self._integers, *constants
+        self._known = tensors[0].get_device(), dtypes, stream_of, compiled, trailing
 
 
 def _look(argument: Any, by_width: bool) -> Any:
@@ -186,7 +187,6 @@ def is_observed(kernel: Any) -> bool:
     if kernel.pre_run_hooks:
         return True
     runtime = triton.knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if getattr(hook, "calls", hook):  # a chain of them; None or one callable before triton 3.5
-            return True
-    return False
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # Chains of them; None or one callable before triton 3.5.
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
