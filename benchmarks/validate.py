@@ -470,6 +470,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"The shapes {', '.join(big)} are too large for the reference on a CPU.")
             print("Pass --shapes with small sizes T,H,I,E,K, or --parts random mutations.")
             return 2
+    # Every problem has one number of tokens. Workers inherit it.
+    os.environ.setdefault("SONIC_COMPILE", "needed")
     result = Result(environment(device), provider=provider_of(arguments.impl))
     budget = 8 * 2**30
     if device.type == "cuda":

@@ -20,6 +20,9 @@ class _Backend:
     def default_config(self, problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
         return tiles.default_config(problem, rows_per_expert, n, k)
 
+    def default_configs(self, problem: Problem, n: int, k: int) -> list[TileConfig]:
+        return tiles.default_configs(problem, n, k)
+
     def candidates(self, problem: Problem, rows_per_expert: int, k: int) -> list[TileConfig]:
         return [config for config, _ in tiles.candidates(problem, rows_per_expert, k)]
 

@@ -22,6 +22,8 @@ _ELEMENT_BYTES = 2
 _BARRIER_BYTES = 1024
 _MAX_STAGES = 8
 _MANY_ROWS = 1024  # per expert; see candidates
+# Rows per expert, one number for all between which the choice of tiles makes no difference.
+_KINDS_OF_ROWS = (1, WARPGROUP + 1, _MANY_ROWS)
 TILE_SLOTS = 8  # tiles taken ahead of the slowest warp, with a dynamic tile order
 
 
@@ -225,3 +227,9 @@ def default_config(problem: Problem, rows_per_expert: int, n: int, k: int) -> Ti
         return rate
 
     return max(candidates(problem, rows_per_expert, k), key=expected)[0]
+
+
+def default_configs(problem: Problem, n: int, k: int) -> list[TileConfig]:
+    """Every choice of :func:`default_config` for these extents, whatever the rows per expert."""
+    choices = (default_config(problem, rows, n, k) for rows in _KINDS_OF_ROWS)
+    return list(dict.fromkeys(choices))

@@ -57,7 +57,9 @@ from sonic.runtime.eager import (
 )
 from sonic.runtime.errors import ArgumentError, UnsupportedError
 
-_NUM_DIFFERENTIABLE = 6  # x, w1, b1, w2, b2, scores: the first inputs of sonic::experts_forward
+# Inputs of sonic::experts_forward.
+_NUM_DIFFERENTIABLE = 6  # x, w1, b1, w2, b2, scores: the first ones
+_STORE_PREACT = 16
 
 
 def experts_forward(*inputs: Any) -> Tensor:
@@ -70,8 +72,11 @@ def experts_forward(*inputs: Any) -> Tensor:
 
 
 def experts_direct(*inputs: Any) -> Tensor:
-    """:func:`experts_forward` where that needs no dispatcher."""
-    if torch.is_grad_enabled() and any_requires_grad(inputs[:_NUM_DIFFERENTIABLE]):
+    """:func:`experts_forward` where that needs no dispatcher.
+
+    A pre-activation is stored where a gradient is wanted, and nowhere else.
+    """
+    if inputs[_STORE_PREACT]:
         # One argument for all that has no gradient: autograd takes time for each.
         out: Tensor = _Experts.apply(*inputs[:_NUM_DIFFERENTIABLE], inputs[_NUM_DIFFERENTIABLE:])
         return out

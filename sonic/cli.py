@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sonic.enums import ActivationType
-from sonic.runtime.columns import column_slices
+from sonic.runtime.columns import column_slices, slice_widths
 from sonic.runtime.errors import SonicError
 from sonic.runtime.problem import (
     Arch,
@@ -124,6 +124,26 @@ def layer_kernels(
     ]
 
 
+def layer_kernels_of_any_tokens(
+    default_configs: Callable[[Problem, int, int], list[TileConfig]],
+    size: LayerSize,
+    activation: ActivationType,
+    dtype: str,
+    add_bias: bool,
+) -> list[tuple[Problem, TileConfig]]:
+    """:func:`layer_kernels` of a layer of this size with every number of tokens, each once."""
+    width = size.intermediate * (2 if activation.is_gated else 1)
+    slices = up_backward_act_problem(dtype, activation.is_gated)
+    launches = layer_launches(size, activation, dtype, add_bias)
+    launches += [(slices, columns, width) for columns in slice_widths(size.hidden, width)]
+    kernels = {
+        (problem, config): None
+        for problem, n, k in launches
+        for config in default_configs(problem, n, k)
+    }
+    return list(kernels)
+
+
 def _sliced_launches(
     size: LayerSize, activation: ActivationType, dtype: str
 ) -> list[tuple[Problem, int, int]]:
@@ -154,6 +174,12 @@ def _parser() -> argparse.ArgumentParser:
     compiling.set_defaults(run=_compile)
     compiling.add_argument("--arch", choices=[a.value for a in Arch], default=Arch.SM90.value)
     _add_layer_arguments(compiling, compiling)
+    compiling.add_argument(
+        "--these_tokens",
+        action="store_true",
+        help="only what T tokens need, of use with SONIC_COMPILE=needed; "
+        "otherwise what any number of tokens may need",
+    )
     tuning = commands.add_parser(
         "tune", help="search for the fastest tiles of a layer on this GPU, and keep them"
     )
@@ -213,17 +239,14 @@ def _compile(parsed: argparse.Namespace) -> int:
     arch = Arch(parsed.arch)
     backend = load_backend(arch)
     folder = folder_to_fill(arch)
-    kernels = {
-        kernel: None
-        for size in parsed.thiek
-        for kernel in layer_kernels(
-            backend.default_config,
-            size,
-            ActivationType(parsed.activation),
-            parsed.dtype,
-            parsed.add_bias,
-        )
-    }
+    how = ActivationType(parsed.activation), parsed.dtype, parsed.add_bias
+    kernels: dict[tuple[Problem, TileConfig], None] = {}
+    for size in parsed.thiek:
+        if parsed.these_tokens:
+            kernels |= dict.fromkeys(layer_kernels(backend.default_config, size, *how))
+        else:
+            configs = backend.default_configs
+            kernels |= dict.fromkeys(layer_kernels_of_any_tokens(configs, size, *how))
     jobs = min(parsed.jobs, len(kernels))
     print(f"{len(kernels)} kernels for {arch.value} into {folder}, {jobs} at a time")
     return compile_kernels(arch, list(kernels), jobs)

@@ -110,16 +110,16 @@ def experts(
         >>> sonic.experts(x, ids, torch.full((3, 2), 0.5), w1, w2).shape
         torch.Size([3, 16])
     """
-    op, routing, parameters = "experts", (topk_ids, topk_weights), (w1, b1, w2, b2)
+    op, x = "experts", hidden_states
     if torch.compiler.is_compiling() or autocast_may_be_on():
-        impl = _check_experts(hidden_states, *routing, impl)
-        operands = _operands(op, hidden_states, *parameters, activation, layout, impl, main_grads)
+        impl = _check_experts(x, topk_ids, topk_weights, impl)
+        operands = _operands(op, x, w1, b1, w2, b2, activation, layout, impl, main_grads)
         return _run(operands, topk_weights, plan_of_topk(topk_ids, w1.shape[0], _PLAN_IMPL[impl]))
     # What most calls are, in one look at the arguments.
-    how = _check_all(hidden_states, *routing, *parameters, activation, layout, impl)
-    tensors, into = (hidden_states, *parameters), _main_grads(op, main_grads, w1, w2)
+    how = _check_all(x, topk_ids, topk_weights, w1, b1, w2, b2, activation, layout, impl)
+    tensors, into = (x, w1, b1, w2, b2), _main_grads(op, main_grads, w1, w2)
     choice = topk_ids, w1.shape[0], _PLAN_IMPL[how[2]]
-    if needs_dispatcher((*tensors, *routing, *into)):
+    if needs_dispatcher((*tensors, topk_ids, topk_weights, *into)):
         return _run((tensors, how, into), topk_weights, plan_of_topk(*choice))
     differentiable, store_preact = _differentiable(tensors, topk_weights)
     options = topk_ids.shape[1], *how, store_preact, *into
@@ -583,7 +583,8 @@ def _check_operands(
 def _differentiable(tensors: tuple[Any, ...], weights: Tensor) -> tuple[tuple[Any, ...], bool]:
     """(x, w1, b1, w2, b2) and the scores, and whether one of them will want its gradient."""
     # float64 only in the reference, where it lets gradcheck see the scores exactly.
-    scores = weights.to(torch.float64 if tensors[0].dtype == torch.float64 else torch.float32)
+    dtype = torch.float64 if tensors[0].dtype is torch.float64 else torch.float32
+    scores = weights if weights.dtype is dtype else weights.to(dtype)
     differentiable = (*tensors, scores.contiguous())
     asked = differentiable
     if torch._C._are_functorch_transforms_active():

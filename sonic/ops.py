@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.runtime.columns import column_slices
+from sonic.runtime.eager import current_device
 from sonic.runtime.errors import ArgumentError, LayoutError
 from sonic.runtime.layout import packed_to_rows
 from sonic.runtime.limits import message
@@ -102,7 +103,7 @@ def _region(x: Tensor, impl: str) -> AbstractContextManager[Any]:
     """
     if impl == "cute":
         index = x.get_device()
-        return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
+        return _HERE if index == current_device() else torch.cuda.device(index)
     kind = x.device.type
     if kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind):
         return torch.autocast(x.device.type, enabled=False)
@@ -156,30 +157,6 @@ def _rows_16b(x: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------- forward
 
 
-class _Forward(NamedTuple):
-    """Arguments of ``experts_forward``, in the order of its schema."""
-
-    x: Tensor
-    w1: Tensor
-    b1: Tensor | None
-    w2: Tensor
-    b2: Tensor | None
-    scores: Tensor
-    offset_by_expert: Tensor
-    token_by_row: Tensor
-    slot_by_row: Tensor
-    row_by_slot: Tensor
-    offset_by_token: Tensor | None
-    slot_by_position: Tensor | None
-    top_k: int
-    activation: str
-    layout: str
-    impl: str
-    store_preact: bool
-    w1_main_grad: Tensor | None
-    w2_main_grad: Tensor | None
-
-
 @_impl("experts_forward")
 def experts_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``out[t] = sum over t's slots of score * (act(x[t] @ w1[e].T + b1[e]) @ w2[e].T + b2[e])``.
@@ -191,46 +168,59 @@ def experts_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, out.new_empty((0,)) if h is None else h
 
 
-def experts_output(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+def experts_output(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    scores: Tensor,
+    offset_by_expert: Tensor,
+    token_by_row: Tensor,
+    slot_by_row: Tensor,
+    row_by_slot: Tensor,
+    offset_by_token: Tensor | None,
+    slot_by_position: Tensor | None,
+    top_k: int,
+    activation: str,
+    layout: str,
+    impl: str,
+    store_preact: bool,
+    w1_main_grad: Tensor | None,
+    w2_main_grad: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """What the forward operator computes, with None for a pre-activation that is not stored."""
-    call = _Forward(*arguments)
-    x, w1, w2 = call.x, call.w1, call.w2
-    num_tokens, hidden_size = x.shape
-    if call.token_by_row.shape[0] == 0:
-        h = x.new_empty((0, w1.shape[1])) if call.store_preact else None
-        return x.new_zeros((num_tokens, hidden_size)), h
-    stages = _load_stages(call.impl, x.device)
-    require_aligned(call.impl, w1=w1, w2=w2)
-    with _region(x, call.impl):
+    num_tokens = x.shape[0]
+    if token_by_row.shape[0] == 0:
+        h = x.new_empty((0, w1.shape[1])) if store_preact else None
+        return x.new_zeros(x.shape), h
+    stages = _load_stages(impl, x.device)
+    if (w1.data_ptr() | w2.data_ptr()) & 15:
+        require_aligned(impl, w1=w1, w2=w2)
+    with _region(x, impl):
         h, a = stages.up_forward(
             _rows_16b(x),
             w1,
-            call.b1,
-            call.token_by_row,
-            call.offset_by_expert,
-            activation=_ACTIVATIONS[call.activation],
-            layout=_LAYOUTS[call.layout],
-            store_preact=call.store_preact,
+            b1,
+            token_by_row,
+            offset_by_expert,
+            activation=_ACTIVATIONS[activation],
+            layout=_LAYOUTS[layout],
+            store_preact=store_preact,
         )
-        y = stages.down_forward(a, w2, call.b2, call.offset_by_expert)
+        y = stages.down_forward(a, w2, b2, offset_by_expert)
         del a
         out = stages.combine(
-            y,
-            call.row_by_slot,
-            call.scores,
-            call.offset_by_token,
-            call.slot_by_position,
-            num_tokens,
-            call.top_k,
+            y, row_by_slot, scores, offset_by_token, slot_by_position, num_tokens, top_k
         )
     return out, h
 
 
 @_fake("experts_forward")
-def _experts_forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    call = _Forward(*arguments)
-    preact_shape = (call.token_by_row.shape[0], call.w1.shape[1]) if call.store_preact else (0,)
-    return call.x.new_empty(call.x.shape), call.x.new_empty(preact_shape)
+def _experts_forward_fake(x: Tensor, w1: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, token_by_row, _, _, _, _, _, _, _, _, store_preact, _, _ = others
+    preact_shape = (token_by_row.shape[0], w1.shape[1]) if store_preact else (0,)
+    return x.new_empty(x.shape), x.new_empty(preact_shape)
 
 
 # ------------------------------------------------------------------------------- backward
@@ -363,6 +353,7 @@ def experts_gradients(*arguments: Any) -> SomeGradients:
                     offset_by_expert,
                     layout=order,
                     gated=act.is_gated,
+                    hidden_size=hidden_size,
                 )
                 if first + columns == hidden_size:
                     del dh

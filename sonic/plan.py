@@ -9,6 +9,7 @@ Source: the grouped, gather-based formulation of SonicMoE (arXiv 2512.14080).
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from sonic.runtime.errors import (
 from sonic.runtime.limits import MAX_EXPERTS, MAX_SLOTS, message
 
 _IMPLS = ("auto", "triton", "torch")
+_Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,13 +269,24 @@ def _plan_rows(
     num_tokens: int,
     top_k: int,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if impl == "torch" or (impl == "auto" and not expert_ids.is_cuda):
-        return _plan_torch(expert_ids, token_ids, num_experts, num_tokens, top_k)
-    triton_plan = _load_triton_plan(impl, expert_ids.device)
-    if triton_plan.method_for(expert_ids.numel(), num_experts) == "sorted":
-        return _plan_torch(expert_ids, token_ids, num_experts, num_tokens, top_k)
-    return triton_plan.sort_slots_by_expert(expert_ids, token_ids, num_experts, num_tokens, top_k)
+) -> _Rows:
+    how = _sort(impl, expert_ids.device, expert_ids.numel(), num_experts)
+    return how(expert_ids, token_ids, num_experts, num_tokens, top_k)
+
+
+# Routing changes the number of slots from call to call.
+@functools.lru_cache(maxsize=4096)
+def _sort(
+    impl: str, device: torch.device, num_slots: int, num_experts: int
+) -> Callable[..., _Rows]:
+    """What makes the four row tensors of so many slots."""
+    if impl == "torch" or (impl == "auto" and device.type != "cuda"):
+        return _plan_torch
+    triton_plan = _load_triton_plan(impl, device)
+    if triton_plan.method_for(num_slots, num_experts) == "sorted":
+        return _plan_torch
+    sort: Callable[..., _Rows] = triton_plan.sort_slots_by_expert
+    return sort
 
 
 @functools.cache

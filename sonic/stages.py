@@ -12,9 +12,11 @@ import functools
 import torch
 
 from sonic.enums import ActivationType, GateUpLayout
-from sonic.runtime.launch import GroupedGemm, config_for, grouped_gemm, prepared
+from sonic.runtime.columns import slice_widths
+from sonic.runtime.launch import GroupedGemm, compile_ahead, config_for, grouped_gemm, prepared
 from sonic.runtime.problem import (
     Operand,
+    Problem,
     down_backward_act_problem,
     down_problem,
     up_backward_act_problem,
@@ -68,6 +70,31 @@ def _with_expert_stride(weight: torch.Tensor) -> torch.Tensor:
 # Each stage below prepares its GEMM by one of these, from what decides it: how its tensors look.
 
 
+def _gemm(
+    problem: Problem,
+    device: torch.device,
+    *,
+    rows: int,
+    experts: int,
+    n: int,
+    k: int,
+    m: int = 0,
+    strides: tuple[int, int] = (0, 0),
+    widths: tuple[int, ...] = (),
+) -> GroupedGemm:
+    """For this size, and compiled for all others that come with other numbers of tokens.
+
+    :param n, k: columns of the output, and the weight's other axis.
+    :param widths: each ``n`` that may come, if there is more than this one.
+    """
+    config = config_for(problem, device, rows, experts, n, k)
+    gemm = grouped_gemm(
+        problem, config, device, rows=rows, experts=experts, m=m, n=n, strides=strides
+    )
+    compile_ahead(problem, device, widths or (n,), k)
+    return gemm
+
+
 def _up_gemm(
     activation: ActivationType,
     layout: GateUpLayout,
@@ -81,15 +108,8 @@ def _up_gemm(
 ) -> GroupedGemm:
     problem = up_problem(activation, _name(dtype), has_bias, store_preact)
     experts, width, hidden = w1_shape
-    return grouped_gemm(
-        problem,
-        config_for(problem, device, rows, experts, width, hidden),
-        device,
-        rows=rows,
-        experts=experts,
-        n=width,
-        strides=_row_strides(layout, activation.is_gated, w1_shape, w1_strides),
-    )
+    strides = _row_strides(layout, activation.is_gated, w1_shape, w1_strides)
+    return _gemm(problem, device, rows=rows, experts=experts, n=width, k=hidden, strides=strides)
 
 
 def _down_gemm(
@@ -97,8 +117,7 @@ def _down_gemm(
 ) -> GroupedGemm:
     problem = down_problem(_name(dtype), has_bias)
     experts, hidden, width = w2_shape
-    config = config_for(problem, device, rows, experts, hidden, width)
-    return grouped_gemm(problem, config, device, rows=rows, experts=experts, n=hidden)
+    return _gemm(problem, device, rows=rows, experts=experts, n=hidden, k=width)
 
 
 def _down_backward_act_gemm(
@@ -110,8 +129,7 @@ def _down_backward_act_gemm(
 ) -> GroupedGemm:
     problem = down_backward_act_problem(activation, _name(dtype))
     experts, hidden, width = w2_shape
-    config = config_for(problem, device, rows, experts, width, hidden)
-    return grouped_gemm(problem, config, device, rows=rows, experts=experts, n=width)
+    return _gemm(problem, device, rows=rows, experts=experts, n=width, k=hidden)
 
 
 def _up_backward_act_gemm(
@@ -122,17 +140,19 @@ def _up_backward_act_gemm(
     rows: int,
     w1_shape: torch.Size,
     w1_strides: tuple[int, ...],
+    hidden_size: int | None,
 ) -> GroupedGemm:
     problem = up_backward_act_problem(_name(dtype), gated)
-    experts, width, hidden = w1_shape
-    return grouped_gemm(
+    experts, width, columns = w1_shape
+    return _gemm(
         problem,
-        config_for(problem, device, rows, experts, hidden, width),
         device,
         rows=rows,
         experts=experts,
-        n=hidden,
+        n=columns,
+        k=width,
         strides=_row_strides(layout, gated, w1_shape, w1_strides),
+        widths=() if hidden_size is None else slice_widths(hidden_size, width),
     )
 
 
@@ -149,14 +169,14 @@ def _weight_grad_gemm(
 ) -> GroupedGemm:
     problem = weight_grad_problem(_name(dtype), gather, gated, accumulate)
     experts, m, n = shape
-    return grouped_gemm(
+    return _gemm(
         problem,
-        config_for(problem, device, rows, experts, n, m),
         device,
         rows=rows,
         experts=experts,
         m=m,
         n=n,
+        k=m,
         strides=_row_strides(layout, gated, shape, strides),
     )
 
@@ -177,21 +197,14 @@ def up_forward(
     :returns: ``h (R, 2I | I)``, or None without ``store_preact``, and ``a (R, I)``.
     """
     rows, width = token_by_row.shape[0], w1.shape[1]
-    h = x.new_empty((rows, width)) if store_preact else None
-    a = x.new_empty((rows, width // 2 if activation.is_gated else width))
+    h = x.new_empty(rows, width) if store_preact else None
+    a = x.new_empty(rows, width // 2 if activation.is_gated else width)
     if rows == 0:
         return h, a
     how = activation, layout, b1 is not None, store_preact
     gemm = prepared(_up_gemm, *how, x.dtype, x.device, rows, w1.shape, w1.stride())
-    gemm(
-        a=x,
-        b=_with_expert_stride(w1),
-        d=h,
-        aux=a,
-        bias=b1,
-        gather=token_by_row,
-        offset_by_expert=offset_by_expert,
-    )
+    w1 = _with_expert_stride(w1)
+    gemm(x, w1, offset_by_expert, d=h, aux=a, bias=b1, gather=token_by_row)
     return h, a
 
 
@@ -200,11 +213,11 @@ def down_forward(
 ) -> torch.Tensor:
     """``y = a w2_e^T + b2_e``, shape ``(R, H)``."""
     rows = a.shape[0]
-    y = a.new_empty((rows, w2.shape[1]))
+    y = a.new_empty(rows, w2.shape[1])
     if rows == 0:
         return y
     gemm = prepared(_down_gemm, b2 is not None, a.dtype, a.device, rows, w2.shape)
-    gemm(a=a, b=_with_expert_stride(w2), d=y, bias=b2, offset_by_expert=offset_by_expert)
+    gemm(a, _with_expert_stride(w2), offset_by_expert, d=y, bias=b2)
     return y
 
 
@@ -230,21 +243,21 @@ def down_backward_act(
     """
     rows, width = h.shape[0], w2.shape[2]
     dh = h if overwrite_h else torch.empty_like(h)
-    a_scaled = h.new_empty((rows, width))
+    a_scaled = h.new_empty(rows, width)
     if rows == 0:
         return dh, a_scaled, h.new_empty((1, 0), dtype=torch.float32)
     gemm = prepared(_down_backward_act_gemm, activation, h.dtype, h.device, rows, w2.shape)
-    ds_partial = h.new_empty((-(-width // gemm.config.tile_n), rows), dtype=torch.float32)
+    ds_partial = score_by_row.new_empty(-(-width // gemm.config.tile_n), rows)
     gemm(
-        a=dout,
-        b=_with_expert_stride(w2),
+        dout,
+        _with_expert_stride(w2),
+        offset_by_expert,
         d=dh,
         aux=a_scaled,
         c=h,
         score=score_by_row,
         row_sum=ds_partial,
         gather=token_by_row,
-        offset_by_expert=offset_by_expert,
     )
     return dh, a_scaled, ds_partial
 
@@ -263,12 +276,12 @@ def _weight_grad(
     experts, m, n = offset_by_expert.shape[0] - 1, a.shape[1], b.shape[1]
     rows = (b if gather is Operand.A else a).shape[0]
     accumulate = accumulate_into is not None
-    d = a.new_empty((experts, m, n)) if accumulate_into is None else accumulate_into
+    d = a.new_empty(experts, m, n) if accumulate_into is None else accumulate_into
     if rows == 0:
         return d if accumulate else d.zero_()
     out, how = _with_expert_stride(d), (gather, layout, gated, accumulate)
     gemm = prepared(_weight_grad_gemm, *how, a.dtype, a.device, rows, out.shape, out.stride())
-    gemm(a=a, b=b, d=out, gather=token_by_row, offset_by_expert=offset_by_expert)
+    gemm(a, b, offset_by_expert, d=out, gather=token_by_row)
     return d
 
 
@@ -301,15 +314,19 @@ def up_backward_act(
     *,
     layout: GateUpLayout,
     gated: bool,
+    hidden_size: int | None = None,
 ) -> torch.Tensor:
-    """``dx_row = dh w1_e``, shape ``(R, H)``, not yet summed over the experts of a token."""
-    rows = dh.shape[0]
-    dx = dh.new_empty((rows, w1.shape[2]))
+    """``dx_row = dh w1_e``, shape ``(R, H)``, not yet summed over the experts of a token.
+
+    :param hidden_size: H, of which ``w1`` and the result are a slice now and then.
+    """
+    rows, columns = dh.shape[0], w1.shape[2]
+    dx = dh.new_empty(rows, columns)
     if rows == 0:
         return dx
-    look = dh.dtype, dh.device, rows, w1.shape, w1.stride()
+    look = dh.dtype, dh.device, rows, w1.shape, w1.stride(), hidden_size
     gemm = prepared(_up_backward_act_gemm, layout, gated, *look)
-    gemm(a=dh, b=_with_expert_stride(w1), d=dx, offset_by_expert=offset_by_expert)
+    gemm(dh, _with_expert_stride(w1), offset_by_expert, d=dx)
     return dx
 
 

@@ -1,5 +1,6 @@
 """What every test shares: seeds, the GPU marker, poisoned memory, and a table of skips."""
 
+import os
 import random
 import zlib
 from collections import Counter
@@ -11,6 +12,9 @@ import torch
 
 import sonic
 from sonic.testing import GuardedAllocator, poisoned_empty
+
+# A test's sizes are its own: kernels of others would be compiled for nobody.
+os.environ["SONIC_COMPILE"] = "needed"
 
 _GPU_TESTS = Path(__file__).parent / "gpu"
 

@@ -45,11 +45,13 @@ def kernels_of_stages(default_config, size, activation, layout, dtype):
         patch.setattr(launch, "_tuned", lambda backend, device: {})
         patch.setattr(launch, "_multiprocessors", lambda device: 132)
         patch.setattr(stages, "prepared", launch.prepared.__wrapped__)  # nothing from before
-        _run_stages(size, ActivationType(activation), GateUpLayout(layout), dtype)
+        patch.setattr(stages, "compile_ahead", lambda *_: None)
+        run_stages(size, ActivationType(activation), GateUpLayout(layout), dtype)
     return asked
 
 
-def _run_stages(size, activation, layout, dtype):
+def run_stages(size, activation, layout, dtype):
+    """Every GEMM stage of a layer, accumulating ones included, on CPU tensors."""
     from sonic import stages
 
     rows, gated = size.tokens * size.top_k, activation.is_gated

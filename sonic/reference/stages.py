@@ -251,7 +251,13 @@ def down_backward_weight(
 
 
 def up_backward_act(
-    dh: Tensor, w1: Tensor, offset_by_expert: Tensor, *, layout: GateUpLayout, gated: bool
+    dh: Tensor,
+    w1: Tensor,
+    offset_by_expert: Tensor,
+    *,
+    layout: GateUpLayout,
+    gated: bool,
+    hidden_size: int | None = None,
 ) -> Tensor:
     """``dx_rows = dh w1[e]``, one row per routed row.
 
@@ -259,6 +265,7 @@ def up_backward_act(
         dh: (R, 2I) in blocks of eight, or (R, I); w1: (E, 2I, H) or (E, I, H);
         offset_by_expert: (E + 1,) int32.
         layout: order of ``w1``'s rows; ignored if not gated.
+        hidden_size: not read; the kernels prepare for all slices of so many columns.
 
     Returns:
         (R, H) in the dtype of ``dh``.

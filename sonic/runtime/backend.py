@@ -36,6 +36,9 @@ class Backend(Protocol):
     def default_config(self, problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
         """Tiles for an output of ``n`` columns, ``k`` the weight's other axis; pure, no GPU."""
 
+    def default_configs(self, problem: Problem, n: int, k: int) -> list[TileConfig]:
+        """All that :meth:`default_config` chooses for these extents and any rows per expert."""
+
     def candidates(self, problem: Problem, rows_per_expert: int, k: int) -> list[TileConfig]:
         """The tiles that :meth:`default_config` chooses from."""
 

@@ -127,13 +127,23 @@ class KernelCache:
         kernel = self.load(key)
         if kernel is not None:
             return kernel
-        keeps = self._writes and self.folder(key.arch) is not None
-        folder = self.folder(key.arch, create=True) if keeps else None
+        folder = self.folder(key.arch, create=True) if self.keeps(key.arch) else None
         if folder is None:
             return compile_kernel()
         with turn(folder / f".{key.stem}.lock"):
             kernel = self.load(key)
             return self._keep(folder, key, compile_kernel()) if kernel is None else kernel
+
+    def keeps(self, arch: Arch) -> bool:
+        """Whether a kernel of ``arch`` that is compiled now will be there for other processes."""
+        return self._writes and self.folder(arch) is not None
+
+    def holds(self, key: KernelKey) -> bool:
+        """Whether there is an entry for this kernel. It is not looked at."""
+        folder = self.folder(key.arch)
+        return folder is not None and any(
+            (folder / (key.stem + suffix)).exists() for suffix in objects.SUFFIXES
+        )
 
     def load(self, key: KernelKey) -> Any | None:
         """The kernel from disk, or ``None``. In mode ``rw`` a damaged entry is removed."""

@@ -26,10 +26,33 @@ def column_slices(
     room = rows * columns * element_size - other_bytes
     if room <= 0:
         return ((0, columns),)
-    tile = min(_TILE_COLUMNS, key=lambda width: (-(-columns // width) * width, -width))
-    tiles = -(-columns // tile)
+    tile, tiles = _tiles(columns)
     fitting = room // (rows * tile * element_size)
     full = -(-rows // _TILE_ROWS) * tiles // _LEAST_TILES
     slices = max(min(-(-tiles // max(fitting, 1)), tiles, full), 1)
+    return _cut(columns, slices)
+
+
+def slice_widths(columns: int, other_columns: int) -> tuple[int, ...]:
+    """Numbers of columns of all slices that :func:`column_slices` may cut, whatever the number of
+    rows, beside ``other_columns`` of each row that are alive too; the whole comes first."""
+    tile, tiles = _tiles(columns)
+    fitting = (columns - other_columns) // tile
+    most = 1 if columns <= other_columns else min(-(-tiles // max(fitting, 1)), tiles)
+    cuts = [width for slices in range(1, most + 1) for _, width in _cut(columns, slices)]
+    return tuple(dict.fromkeys((columns, *cuts)))
+
+
+def _tiles(columns: int) -> tuple[int, int]:
+    """Columns of the tile that wastes the least, and how many of these there are."""
+    tile = min(_TILE_COLUMNS, key=lambda width: (-(-columns // width) * width, -width))
+    return tile, -(-columns // tile)
+
+
+def _cut(columns: int, slices: int) -> tuple[tuple[int, int], ...]:
+    """As :func:`column_slices`, into at most this many."""
+    if slices == 1:
+        return ((0, columns),)
+    tile, tiles = _tiles(columns)
     width = -(-tiles // slices) * tile
     return tuple((first, min(width, columns - first)) for first in range(0, columns, width))

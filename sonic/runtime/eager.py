@@ -21,6 +21,9 @@ _PLAIN = frozenset({Tensor, Parameter, type(None), int, str, bool, list})
 _REMEMBERED = 4096  # signatures of one function
 
 
+# Where there is a tensor on a GPU, CUDA is initialised, which torch.cuda makes sure of every time.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
 _KNOWN = all(
     hasattr(place, name)
     for place, name in (
@@ -103,6 +106,7 @@ def remembered(function: Callable[..., _Outcome]) -> Callable[..., _Outcome]:
     subclasses and arguments that cannot be hashed are evaluated every time.
     """
     outcomes: dict[tuple, _Outcome] = {}
+    strided = torch.strided
 
     @functools.wraps(function)
     def look_up(*arguments: Any) -> _Outcome:
@@ -111,12 +115,12 @@ def remembered(function: Callable[..., _Outcome]) -> Callable[..., _Outcome]:
         key: list[Any] = []  # what an argument adds says by its first entry how much there is
         for argument in arguments:
             kind = type(argument)
-            if kind is str or argument is None:
-                key.append(argument)
-            elif kind is Tensor or kind is Parameter:
-                if argument.layout is not torch.strided:
+            if kind is Tensor or kind is Parameter:
+                if argument.layout is not strided:
                     return function(*arguments)
                 key += argument.shape, argument.stride(), argument.dtype, argument.device
+            elif kind is str or argument is None:
+                key.append(argument)
             elif isinstance(argument, Tensor):
                 return function(*arguments)
             else:

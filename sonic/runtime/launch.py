@@ -16,6 +16,7 @@ from sonic.runtime.backend import Backend, backend_for
 from sonic.runtime.cache import KernelKey, kernel_cache
 from sonic.runtime.errors import CompileError, SonicError, UnsupportedError
 from sonic.runtime.problem import Problem, Ragged, TileConfig
+from sonic.runtime.settings import CompileMode
 from sonic.runtime.tuned import TunedSize, tuned_file, tuned_tiles
 
 _log = logging.getLogger("sonic")
@@ -69,6 +70,30 @@ def _compile(backend: Backend, problem: Problem, config: TileConfig) -> Any:
         time.perf_counter() - start,
     )
     return kernel
+
+
+def compile_ahead(problem: Problem, device: torch.device, widths: tuple[int, ...], k: int) -> None:
+    """Compile what :func:`config_for` calls for with another number of rows, so that no later call
+    has to; ``widths``: each ``n`` that may come.
+
+    Only kernels that the cache keeps, so that this happens once, and not with
+    ``SONIC_COMPILE=needed``. One that cannot be compiled is left to the call that needs it.
+    """
+    _compile_ahead(backend_for(device), problem, widths, k)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compile_ahead(backend: Backend, problem: Problem, widths: tuple[int, ...], k: int) -> None:
+    cache = kernel_cache()
+    if cache.settings.compile is CompileMode.NEEDED or not cache.keeps(backend.arch):
+        return
+    choices = (config for n in widths for config in backend.default_configs(problem, n, k))
+    for config in dict.fromkeys(choices):
+        if not cache.holds(KernelKey(backend.arch, problem, config)):
+            try:
+                kernel_for(backend, problem, config)
+            except CompileError as error:
+                _log.warning("a kernel for other numbers of tokens is missing: %s", error)
 
 
 @functools.cache
@@ -137,15 +162,14 @@ class GroupedGemm:
     kernel: Any
     config: TileConfig
     device: torch.device
-    strides: tuple[int, int]
-    grid: int
+    scalars: tuple[int, int, int]  # the two strides, and the grid
 
     def __call__(
         self,
-        *,
         a: torch.Tensor,
         b: torch.Tensor,
         offset_by_expert: torch.Tensor,
+        *,
         d: torch.Tensor | None = None,
         aux: torch.Tensor | None = None,
         c: torch.Tensor | None = None,
@@ -161,7 +185,7 @@ class GroupedGemm:
         if self.config.dynamic:
             counter = torch.zeros(1, dtype=torch.int32, device=self.device)
         vectors = (bias, score, row_sum, gather, offset_by_expert, counter)
-        self.kernel(a, b, d, aux, c, *vectors, *self.strides, self.grid)
+        self.kernel(a, b, d, aux, c, *vectors, *self.scalars)
 
 
 def grouped_gemm(
@@ -183,7 +207,7 @@ def grouped_gemm(
     """
     kernel = kernel_for(backend_for(device), problem, config)
     grid = _grid(problem, config, rows, experts, m, n, _multiprocessors(device))
-    return GroupedGemm(kernel, config, device, strides, grid)
+    return GroupedGemm(kernel, config, device, (*strides, grid))
 
 
 @functools.lru_cache(maxsize=4096)

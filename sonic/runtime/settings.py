@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import TypeVar
 
 from sonic.runtime.errors import ArgumentError
 
 _PREFIX = "SONIC_"
+_ChoiceT = TypeVar("_ChoiceT", bound=Enum)
 
 
 class CacheMode(str, Enum):
@@ -21,11 +23,19 @@ class CacheMode(str, Enum):
     OFF = "off"
 
 
+class CompileMode(str, Enum):
+    """Which kernels are compiled, and kept, when a layer first needs one of them."""
+
+    ALL = "all"  # those of every number of tokens
+    NEEDED = "needed"
+
+
 @dataclass(frozen=True)
 class Settings:
     """Values of the ``SONIC_*`` variables.
 
     Attributes:
+        compile: ``SONIC_COMPILE``, ``all`` (default) or ``needed``.
         cache: ``SONIC_CACHE``, one of ``rw`` (default), ``ro`` and ``off``.
         cache_dir: ``SONIC_CACHE_DIR``, an absolute path or one below ``~``; by default ``sonic`` in
             ``XDG_CACHE_HOME``, or else in ``~/.cache``. ``None`` if there is no home directory.
@@ -33,6 +43,7 @@ class Settings:
 
     cache: CacheMode = CacheMode.READ_WRITE
     cache_dir: Path | None = None
+    compile: CompileMode = CompileMode.ALL
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -40,10 +51,14 @@ class Settings:
 
         :raises ArgumentError: a variable is set to a value that it does not take.
         """
-        return cls(_cache_mode(environment), _cache_dir(environment))
+        return cls(
+            _choice(environment, "SONIC_CACHE", CacheMode.READ_WRITE),
+            _cache_dir(environment),
+            _choice(environment, "SONIC_COMPILE", CompileMode.ALL),
+        )
 
 
-VARIABLES = ("SONIC_CACHE", "SONIC_CACHE_DIR")
+VARIABLES = ("SONIC_CACHE", "SONIC_CACHE_DIR", "SONIC_COMPILE")
 
 
 def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -51,15 +66,15 @@ def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
     return sorted(n for n in environment if n.startswith(_PREFIX) and n not in VARIABLES)
 
 
-def _cache_mode(environment: Mapping[str, str]) -> CacheMode:
-    value = environment.get("SONIC_CACHE", CacheMode.READ_WRITE.value)
+def _choice(environment: Mapping[str, str], name: str, default: _ChoiceT) -> _ChoiceT:
+    value = environment.get(name, default.value)
     try:
-        return CacheMode(value)
+        return type(default)(value)
     except ValueError:
-        allowed = ", ".join(mode.value for mode in CacheMode)
+        allowed = ", ".join(mode.value for mode in type(default))
         raise ArgumentError(
-            f"SONIC_CACHE is {value!r}; allowed are {allowed}. Set one of them, or unset it to get "
-            f"{CacheMode.READ_WRITE.value}"
+            f"{name} is {value!r}; allowed are {allowed}. Set one of them, or unset it to get "
+            f"{default.value}"
         ) from None
 
 

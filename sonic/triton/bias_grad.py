@@ -8,6 +8,8 @@ shares are added in order by a second kernel. A single long expert then still fi
 result does not depend on timing.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -18,10 +20,9 @@ from sonic.triton.common import (
     check_contiguous,
     check_float,
     check_shape,
-    device_of,
     row_major,
 )
-from sonic.triton.launch import Launcher
+from sonic.triton.launch import Fixed, Launcher
 
 _BLOCK_N = 256
 _BLOCK_R = 16
@@ -99,6 +100,20 @@ def _shares_for(num_rows: int, num_experts: int, width: int) -> int:
     return next((shares for shares in _SHARES if shares <= limit), 1)
 
 
+@functools.lru_cache(maxsize=4096)
+def _launches(
+    num_experts: int, width: int, stride: int, shares: int, gather: bool
+) -> tuple[Fixed, Fixed]:
+    """The sums, and that of the shares, which one share does not need."""
+    sums = _sum_segments.bind(
+        SHARES=shares, GATHER=gather, BLOCK_R=_BLOCK_R, BLOCK_N=_BLOCK_N, num_warps=4
+    )
+    block, size = 1024, num_experts * width
+    add = _add_shares.bind(SHARES=shares, BLOCK=block, num_warps=4)
+    programs = num_experts * shares * cdiv(width, _BLOCK_N)
+    return sums.fix(programs, num_experts, width, stride), add.fix(cdiv(size, block), size)
+
+
 def _segment_sum(
     source: torch.Tensor,
     token_by_row: torch.Tensor | None,
@@ -116,34 +131,11 @@ def _segment_sum(
     partial = out
     if shares > 1:
         partial = torch.empty(shares, num_experts, width, dtype=torch.float32, device=source.device)
-    with device_of(source):
-        _sum_segments(
-            num_experts * shares * cdiv(width, _BLOCK_N),
-            source,
-            token_by_row,
-            score_by_row,
-            offset_by_expert,
-            partial,
-            num_experts,
-            width,
-            source.stride(0),
-            SHARES=shares,
-            GATHER=token_by_row is not None,
-            BLOCK_R=_BLOCK_R,
-            BLOCK_N=_BLOCK_N,
-            num_warps=4,
-        )
-        if shares > 1:
-            block = 1024
-            _add_shares(
-                cdiv(out.numel(), block),
-                partial,
-                out,
-                out.numel(),
-                SHARES=shares,
-                BLOCK=block,
-                num_warps=4,
-            )
+    gather = token_by_row is not None
+    sum_segments, add_shares = _launches(num_experts, width, source.stride(0), shares, gather)
+    sum_segments(source, token_by_row, score_by_row, offset_by_expert, partial)
+    if shares > 1:
+        add_shares(partial, out)
     return out
 
 

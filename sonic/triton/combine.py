@@ -15,15 +15,15 @@ import triton.language as tl
 
 from sonic.runtime.errors import DTypeError
 from sonic.triton.common import (
+    FLOAT_DTYPES,
     cdiv,
     check_contiguous,
     check_float,
     check_shape,
-    device_of,
     power_of_2,
     row_major,
 )
-from sonic.triton.launch import Bound, Launcher
+from sonic.triton.launch import Fixed, Launcher
 
 # Rows of a token whose loads are in flight together.
 _MAX_UNROLL = 16
@@ -118,11 +118,17 @@ _combine = Launcher(_combine_kernel)
 _combine_ragged = Launcher(_combine_ragged_kernel)
 
 
-@functools.cache
-def _programs(
-    hidden_size: int, element_size: int, has_scores: bool, top_k: int, ragged_unroll: int
-) -> tuple[Bound, int]:
-    """The kernel, of fixed top-k unless that is 0, and how many of its programs serve a token."""
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    num_tokens: int,
+    hidden_size: int,
+    element_size: int,
+    strides: tuple[int, int],
+    has_scores: bool,
+    top_k: int,
+    ragged_unroll: int,
+) -> Fixed:
+    """The kernel, of fixed top-k unless that is 0, and its grid."""
     vector = 16 // element_size
     block_h = min(power_of_2(hidden_size), 128 * vector)
     num_warps = max(1, block_h // (32 * vector))  # one 16-byte load per thread and row
@@ -132,7 +138,7 @@ def _programs(
     else:
         unroll = next(n for n in range(_MAX_UNROLL, 0, -1) if top_k % n == 0)
         kernel = _combine.bind(TOP_K=top_k, UNROLL=unroll, **options)
-    return kernel, cdiv(hidden_size, block_h)
+    return kernel.fix(num_tokens * cdiv(hidden_size, block_h), hidden_size, *strides)
 
 
 def _ragged_unroll(num_slots: int, num_tokens: int) -> int:
@@ -167,18 +173,21 @@ def combine(
     Returns:
         (T, H) of ``rows.dtype``, rounded once; exact zeros for a token without live slots.
     """
-    check_float("combine", rows=rows)
+    if rows.dtype not in FLOAT_DTYPES:
+        check_float("combine", rows=rows)
     if scores is not None and scores.dtype is not torch.float32:
         raise DTypeError(f"combine: scores has dtype {scores.dtype}, expected float32.")
-    check_contiguous("combine", row_by_slot=row_by_slot, scores=scores)
-    hidden_size = rows.shape[1]
+    if not row_by_slot.is_contiguous() or (scores is not None and not scores.is_contiguous()):
+        check_contiguous("combine", row_by_slot=row_by_slot, scores=scores)
+    hidden_size, stride = rows.shape[1], rows.stride()
     if out is None:
-        out = rows.new_empty((num_tokens, hidden_size))
+        out = rows.new_empty(num_tokens, hidden_size)
     else:
         check_shape("combine", "out", out, (num_tokens, hidden_size))
-    if out.numel() == 0:
+    if num_tokens == 0 or hidden_size == 0:
         return out
-    rows = row_major(rows)
+    if stride[1] != 1:
+        rows = row_major(rows)
     by_token: tuple[torch.Tensor | None, ...] = ()
     unrolled = top_k, 0
     if offset_by_token is not None:
@@ -188,12 +197,10 @@ def combine(
             "combine", offset_by_token=offset_by_token, slot_by_position=slot_by_position
         )
         check_shape("combine", "offset_by_token", offset_by_token, (num_tokens + 1,))
-    else:
+    elif row_by_slot.shape != (num_tokens * top_k,):
         check_shape("combine", "row_by_slot", row_by_slot, (num_tokens * top_k,))
-    kernel, programs = _programs(hidden_size, rows.itemsize, scores is not None, *unrolled)
     strides = rows.stride(0), out.stride(0)
-    with device_of(rows):
-        kernel(
-            num_tokens * programs, rows, row_by_slot, scores, *by_token, out, hidden_size, *strides
-        )
+    _launch(num_tokens, hidden_size, rows.itemsize, strides, scores is not None, *unrolled)(
+        rows, row_by_slot, scores, *by_token, out
+    )
     return out

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import triton
 
+from sonic.runtime.eager import current_device
 from sonic.runtime.errors import DeviceError, DTypeError, LayoutError, ShapeError
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -31,7 +32,7 @@ def device_of(tensor: torch.Tensor) -> AbstractContextManager:
     """Make the tensor's GPU current while a kernel is launched on it."""
     if tensor.is_cuda:
         index = tensor.get_device()
-        return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
+        return _HERE if index == current_device() else torch.cuda.device(index)
     if is_interpreted():
         return _HERE
     raise DeviceError(

@@ -12,7 +12,8 @@ from typing import Any
 import triton
 from torch import Tensor
 
-from sonic.triton.common import is_interpreted
+from sonic.runtime.eager import current_device
+from sonic.triton.common import device_of, is_interpreted
 
 # Those whose launcher takes addresses and no hooks: 3.6 runs so on a GPU, of 3.9 it was read and is
 # tested. Others launch their own way, which takes longer.
@@ -61,13 +62,21 @@ class Bound:
     """A kernel and its constants, see :meth:`Launcher.bind`."""
 
     def __init__(self, kernel: Any, constants: dict[str, Any]):
-        self._kernel, self._constants = kernel, constants
+        self.kernel, self._constants = kernel, constants
         self._compiled: dict[tuple, tuple[Any, tuple]] = {}
         # Interpreted kernels have no parameters to look at, and are never remembered.
         self._by_width = [bool(p.do_not_specialize) for p in getattr(kernel, "params", ())]
 
-    def __call__(self, programs: int, *arguments: Any) -> None:
-        """As :meth:`Launcher.__call__`."""
+    def fix(self, programs: int, *integers: int) -> "Fixed":
+        """The launch of a grid with the integers behind the tensors, which a hot path keeps."""
+        return Fixed(self, programs, integers)
+
+    def __call__(self, programs: int, *arguments: Any) -> tuple[Any, tuple] | None:
+        """As :meth:`Launcher.__call__`.
+
+        Returns:
+            The compiled kernel and the constants behind its arguments; None where Triton decided.
+        """
         device = arguments[0].get_device()
         values: list[Any] = []
         facts: list[Any] = [device]
@@ -83,30 +92,85 @@ class Bound:
                 facts.append(_look(argument, by_width))
         key = tuple(facts)
         found = self._compiled.get(key)
-        if found is None or _is_observed(self._kernel):
+        if found is None or is_observed(self.kernel):
             self._launch_first(key, programs, arguments)
-            return
+            return self._compiled.get(key)
         compiled, trailing = found
         stream = triton.runtime.driver.active.get_current_stream(device)
         compiled.run(
             programs, 1, 1, stream, compiled.function, compiled.packed_metadata,
             None, None, None, *values, *trailing,
         )  # fmt: skip
+        return found
 
     def _launch_first(self, key: tuple, programs: int, arguments: tuple) -> None:
         """Let Triton compile and launch, and remember the kernel that it launched."""
         constants = self._constants
-        compiled = self._kernel[(programs,)](*arguments, **constants)
+        compiled = self.kernel[(programs,)](*arguments, **constants)
         if not _TAKES_ADDRESSES or is_interpreted():
             return
         if not isinstance(compiled, triton.compiler.CompiledKernel):
             return
-        names = self._kernel.arg_names[len(arguments) :]
+        names = self.kernel.arg_names[len(arguments) :]
         if any(name not in constants for name in names):
             return  # left to a default: Triton fills it in
         if len(self._compiled) >= _REMEMBERED:
             self._compiled.clear()
         self._compiled[key] = compiled, tuple(constants[name] for name in names)
+
+
+class Fixed:
+    """A launch of one grid, with the same integers at every call, see :meth:`Bound.fix`.
+
+    Called with the tensors, or None, that come before the integers. Where they have the dtypes and
+    the device of the call before, which most calls have, only addresses are looked at.
+    """
+
+    def __init__(self, bound: Bound, programs: int, integers: tuple[int, ...]):
+        self._bound, self._programs, self._integers = bound, programs, integers
+        self._kernel = bound.kernel
+        # Replaced as a whole: threads may share a launch.
+        self._known: tuple[Any, ...] = (None, (), None, None, None)
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch on the current stream of the device of the first tensor."""
+        device, dtypes, stream_of, compiled, trailing = self._known
+        addresses: list[int | None] = []
+        bits = 0
+        for tensor, dtype in zip(tensors, dtypes, strict=False):
+            if tensor is None or tensor.dtype is not dtype:
+                if tensor is not dtype:  # None where there was a tensor, or another dtype
+                    break
+                addresses.append(None)
+            else:
+                address = tensor.data_ptr()
+                bits |= address
+                addresses.append(address)
+        else:
+            if (
+                device is not None
+                and not bits & 15
+                and tensors[0].get_device() == device == current_device()  # type: ignore[union-attr]
+                and not is_observed(self._kernel)
+            ):
+                compiled.run(
+                    self._programs, 1, 1, stream_of(device), compiled.function,
+                    compiled.packed_metadata, None, None, None, *addresses, *trailing,
+                )  # fmt: skip
+                return
+        self._launch_anew(tensors)
+
+    def _launch_anew(self, tensors: tuple[Any, ...]) -> None:
+        """By facts, and remember the kernel if it is one for aligned tensors."""
+        with device_of(tensors[0]):
+            found = self._bound(self._programs, *tensors, *self._integers)
+        if found is None or any(t is not None and t.data_ptr() & 15 for t in tensors):
+            return
+        compiled, constants = found
+        dtypes = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+        stream_of = triton.runtime.driver.active.get_current_stream
+        trailing = *self._integers, *constants
+        self._known = tensors[0].get_device(), dtypes, stream_of, compiled, trailing
 
 
 def _look(argument: Any, by_width: bool) -> Any:
@@ -118,12 +182,11 @@ def _look(argument: Any, by_width: bool) -> Any:
     return width if by_width else width + (argument == 1) + 2 * (argument % 16 == 0)
 
 
-def _is_observed(kernel: Any) -> bool:
+def is_observed(kernel: Any) -> bool:
     """Whether someone asked Triton to be told of the launches of ``kernel``."""
     if kernel.pre_run_hooks:
         return True
     runtime = triton.knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if getattr(hook, "calls", hook):  # a chain of them; None or one callable before triton 3.5
-            return True
-    return False
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # Chains of them; None or one callable before triton 3.5.
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -21,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sonic.triton.common import cdiv, device_of, power_of_2
-from sonic.triton.launch import Bound, Launcher
+from sonic.triton.common import cdiv, power_of_2
+from sonic.triton.launch import Fixed, Launcher
 
 # A key above every expert id, so that a dropped slot precedes nobody.
 DROPPED = tl.constexpr(2**31 - 1)
@@ -216,11 +216,6 @@ _scan_experts = Launcher(_scan_experts_kernel)
 _scatter = Launcher(_scatter_kernel)
 
 
-@functools.cache
-def _direct_of(top_k: int) -> Bound:
-    return _direct.bind(TOP_K=top_k, BLOCK=_DIRECT_BLOCK, BLOCK_KEYS=256, num_warps=4)
-
-
 def method_for(num_slots: int, num_experts: int) -> str:
     """Which of ``"empty"``, ``"direct"``, ``"tiled"``, ``"sorted"`` serves this size."""
     if num_slots == 0:
@@ -270,64 +265,66 @@ def sort_slots_by_expert(
     """
     num_slots = expert_ids.numel()
     empty = functools.partial(torch.empty, dtype=torch.int32, device=expert_ids.device)
-    method = method_for(num_slots, num_experts)
     offset_by_expert = empty(num_experts + 1)
     outputs = offset_by_expert, empty(num_slots), empty(num_slots), empty(num_slots)
-    if method == "empty":
+    direct = _direct_launch(num_slots, num_experts, num_tokens, top_k)
+    if direct is not None:
+        direct(expert_ids, token_ids, *outputs)
+    elif num_slots == 0:
         offset_by_expert.zero_()
-        return outputs
-    row_by_slot = outputs[3]
-    with device_of(expert_ids):
-        if method == "direct":
-            slot_programs = cdiv(num_slots, _DIRECT_BLOCK)
-            _direct_of(top_k)(
-                slot_programs + cdiv(num_experts + 1, _DIRECT_BLOCK),
-                expert_ids,
-                token_ids,
-                *outputs,
-                num_slots,
-                num_experts,
-                num_tokens,
-                slot_programs,
-            )
-            return outputs
-        tile = _tile_for(num_slots, num_experts)
-        stride = _count_stride(num_slots, tile)
+    else:
+        tile, stride, rank, scan_tiles, scan_experts = _tiled_launches(
+            num_slots, num_experts, num_tokens, top_k
+        )
         count = empty((num_experts, stride)).zero_()
         total = empty(num_experts)
-        _rank(
-            cdiv(num_slots, tile),
-            expert_ids,
-            token_ids,
-            count,
-            row_by_slot,
-            num_slots,
-            num_experts,
-            num_tokens,
-            stride,
-            TOP_K=top_k,
-            TILE=tile,
-            num_warps=tile // 32,
-        )
-        # Few choices: every one is a kernel to compile while the number of tokens varies.
-        block_tiles = 64 if stride <= 64 else 512 if stride <= 512 else 4096
-        block_e = max(1, 1024 // block_tiles)
-        _scan_tiles(
-            cdiv(num_experts, block_e),
-            count,
-            total,
-            num_experts,
-            stride,
-            BLOCK_E=block_e,
-            BLOCK_TILES=block_tiles,
-            num_warps=4 if block_tiles <= 1024 else 8,
-        )
-        block = min(power_of_2(num_experts), 8192)
-        _scan_experts(
-            1, total, offset_by_expert, num_experts, BLOCK=block, num_warps=8 if block > 1024 else 4
-        )
+        rank(expert_ids, token_ids, count, outputs[3])
+        scan_tiles(count, total)
+        scan_experts(total, offset_by_expert)
         place_slots(expert_ids, count, outputs, tile=tile, top_k=top_k, token_ids=token_ids)
     return outputs
+
+
+@functools.lru_cache(maxsize=4096)
+def _direct_launch(num_slots: int, num_experts: int, num_tokens: int, top_k: int) -> Fixed | None:
+    """None where the method is another one."""
+    if method_for(num_slots, num_experts) != "direct":
+        return None
+    slot_programs = cdiv(num_slots, _DIRECT_BLOCK)
+    kernel = _direct.bind(TOP_K=top_k, BLOCK=_DIRECT_BLOCK, BLOCK_KEYS=256, num_warps=4)
+    programs = slot_programs + cdiv(num_experts + 1, _DIRECT_BLOCK)
+    return kernel.fix(programs, num_slots, num_experts, num_tokens, slot_programs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiled_launches(
+    num_slots: int, num_experts: int, num_tokens: int, top_k: int
+) -> tuple[int, int, Fixed, Fixed, Fixed]:
+    """Slots of a tile, counters of an expert, and all launches but the last one."""
+    tile = _tile_for(num_slots, num_experts)
+    stride = _count_stride(num_slots, tile)
+    rank = _rank.bind(TOP_K=top_k, TILE=tile, num_warps=tile // 32)
+    # Few choices: every one is a kernel to compile while the number of tokens varies.
+    block_tiles = 64 if stride <= 64 else 512 if stride <= 512 else 4096
+    block_e = max(1, 1024 // block_tiles)
+    num_warps = 4 if block_tiles <= 1024 else 8
+    scan_tiles = _scan_tiles.bind(BLOCK_E=block_e, BLOCK_TILES=block_tiles, num_warps=num_warps)
+    block = min(power_of_2(num_experts), 8192)
+    scan_experts = _scan_experts.bind(BLOCK=block, num_warps=8 if block > 1024 else 4)
+    return (
+        tile,
+        stride,
+        rank.fix(cdiv(num_slots, tile), num_slots, num_experts, num_tokens, stride),
+        scan_tiles.fix(cdiv(num_experts, block_e), num_experts, stride),
+        scan_experts.fix(1, num_experts),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _scatter_launch(num_slots: int, num_experts: int, stride: int, top_k: int, tile: int) -> Fixed:
+    block = 512
+    kernel = _scatter.bind(TOP_K=top_k, TILE=tile, BLOCK=block, num_warps=4)
+    return kernel.fix(cdiv(num_slots, block), num_slots, num_experts, stride)
 
 
 def place_slots(
@@ -350,19 +347,5 @@ def place_slots(
             -1 for a dropped one, and overwritten with rows.
         tile: slots per tile.
     """
-    num_slots = expert_ids.numel()
-    block = 512
-    _scatter(
-        cdiv(num_slots, block),
-        expert_ids,
-        token_ids,
-        prefix,
-        *plan,
-        num_slots,
-        plan[0].shape[0] - 1,
-        prefix.shape[1],
-        TOP_K=top_k,
-        TILE=tile,
-        BLOCK=block,
-        num_warps=4,
-    )
+    sizes = expert_ids.numel(), plan[0].shape[0] - 1, prefix.shape[1]
+    _scatter_launch(*sizes, top_k, tile)(expert_ids, token_ids, prefix, *plan)

@@ -7,6 +7,8 @@ of I each (SonicMoE, arXiv 2512.14080: the inner product runs over I and needs n
 output). That product leaves out the output bias, which is added here.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -17,10 +19,9 @@ from sonic.triton.common import (
     check_contiguous,
     check_float,
     check_shape,
-    device_of,
     row_major,
 )
-from sonic.triton.launch import Launcher
+from sonic.triton.launch import Fixed, Launcher
 
 
 @triton.jit
@@ -89,6 +90,34 @@ _score_grad = Launcher(_score_grad_kernel)
 _gather_scores = Launcher(_gather_scores_kernel)
 
 
+@functools.lru_cache(maxsize=4096)
+def _gather_launch(num_rows: int) -> Fixed:
+    block = 512
+    return _gather_scores.bind(BLOCK=block, num_warps=4).fix(cdiv(num_rows, block), num_rows)
+
+
+@functools.lru_cache(maxsize=4096)
+def _grad_launch(
+    num_slots: int,
+    partials_shape: tuple[int, int],
+    num_experts: int,
+    hidden_size: int,
+    strides: tuple[int, int],
+) -> Fixed:
+    """With the term of an output bias, unless ``hidden_size`` is 0."""
+    has_bias = hidden_size > 0
+    block = 8 if has_bias else 256
+    kernel = _score_grad.bind(
+        HAS_BIAS=has_bias,
+        STEPS=(num_experts - 1).bit_length(),
+        BLOCK=block,
+        BLOCK_H=512,
+        num_warps=4,
+    )
+    integers = num_slots, *partials_shape, num_experts, hidden_size, *strides
+    return kernel.fix(cdiv(num_slots, block), *integers)
+
+
 def gather_scores(scores: torch.Tensor, slot_by_row: torch.Tensor) -> torch.Tensor:
     """Scores in row order.
 
@@ -101,21 +130,12 @@ def gather_scores(scores: torch.Tensor, slot_by_row: torch.Tensor) -> torch.Tens
     """
     if scores.dtype is not torch.float32:
         raise DTypeError(f"gather_scores: scores has dtype {scores.dtype}, expected float32.")
-    check_contiguous("gather_scores", scores=scores, slot_by_row=slot_by_row)
-    score_by_row = torch.empty(slot_by_row.shape, dtype=torch.float32, device=slot_by_row.device)
+    if not (scores.is_contiguous() and slot_by_row.is_contiguous()):
+        check_contiguous("gather_scores", scores=scores, slot_by_row=slot_by_row)
     num_rows = slot_by_row.numel()
+    score_by_row = scores.new_empty(num_rows)
     if num_rows:
-        block = 512
-        with device_of(slot_by_row):
-            _gather_scores(
-                cdiv(num_rows, block),
-                scores,
-                slot_by_row,
-                score_by_row,
-                num_rows,
-                BLOCK=block,
-                num_warps=4,
-            )
+        _gather_launch(num_rows)(scores, slot_by_row, score_by_row)
     return score_by_row
 
 
@@ -145,7 +165,9 @@ def score_grad(
     if ds_partial.dtype is not torch.float32:
         raise DTypeError(f"score_grad: ds_partial has dtype {ds_partial.dtype}, expected float32.")
     num_experts, hidden_size, strides = 1, 0, (0, 0)
-    if b2 is not None:
+    if b2 is None:
+        dout = token_by_row = offset_by_expert = None
+    else:
         if dout is None or token_by_row is None or offset_by_expert is None:
             raise ArgumentError("score_grad: b2 needs dout, token_by_row and offset_by_expert.")
         check_float("score_grad", dout=dout, b2=b2)
@@ -154,37 +176,13 @@ def score_grad(
         check_shape("score_grad", "offset_by_expert", offset_by_expert, (num_experts + 1,))
         dout, b2 = row_major(dout), row_major(b2)
         strides = dout.stride(0), b2.stride(0)
-    check_contiguous(
-        "score_grad",
-        ds_partial=ds_partial,
-        row_by_slot=row_by_slot,
-        token_by_row=token_by_row,
-        offset_by_expert=offset_by_expert,
-    )
+        check_contiguous("score_grad", token_by_row=token_by_row, offset_by_expert=offset_by_expert)
+    if not (ds_partial.is_contiguous() and row_by_slot.is_contiguous()):
+        check_contiguous("score_grad", ds_partial=ds_partial, row_by_slot=row_by_slot)
     num_slots = row_by_slot.numel()
-    dscores = torch.empty(num_slots, dtype=torch.float32, device=row_by_slot.device)
-    if num_slots == 0:
-        return dscores
-    block = 256 if b2 is None else 8
-    with device_of(row_by_slot):
-        _score_grad(
-            cdiv(num_slots, block),
-            ds_partial,
-            row_by_slot,
-            dout if b2 is not None else None,
-            b2,
-            token_by_row if b2 is not None else None,
-            offset_by_expert if b2 is not None else None,
-            dscores,
-            num_slots,
-            *ds_partial.shape,
-            num_experts,
-            hidden_size,
-            *strides,
-            HAS_BIAS=b2 is not None,
-            STEPS=(num_experts - 1).bit_length(),
-            BLOCK=block,
-            BLOCK_H=512,
-            num_warps=4,
+    dscores = ds_partial.new_empty(num_slots)
+    if num_slots:
+        _grad_launch(num_slots, ds_partial.shape, num_experts, hidden_size, strides)(
+            ds_partial, row_by_slot, dout, b2, token_by_row, offset_by_expert, dscores
         )
     return dscores

@@ -29,7 +29,7 @@ from sonic.runtime.problem import (
     TileConfig,
     down_problem,
 )
-from sonic.runtime.settings import CacheMode, Settings, unknown_variables
+from sonic.runtime.settings import CacheMode, CompileMode, Settings, unknown_variables
 from tests.layer_launches import copy_of_sources
 
 KEY = KernelKey(Arch.SM90, down_problem("bfloat16", False), TileConfig(128, 128))
@@ -249,6 +249,9 @@ def test_settings_of_the_environment():
     assert Settings.from_environment(home).cache is CacheMode.READ_WRITE
     for mode in CacheMode:
         assert Settings.from_environment({"SONIC_CACHE": mode.value}).cache is mode
+    assert Settings.from_environment(home).compile is CompileMode.ALL
+    needed = Settings.from_environment({"SONIC_COMPILE": "needed"})
+    assert needed.compile is CompileMode.NEEDED
     chosen = Settings.from_environment({"SONIC_CACHE_DIR": "/data/kernels"})
     assert chosen.cache_dir == Path("/data/kernels")
 
@@ -279,6 +282,7 @@ def test_without_a_home_the_cache_is_off(monkeypatch, caplog):
         ({"SONIC_CACHE": "readonly"}, ["SONIC_CACHE is 'readonly'", "rw, ro, off", "unset"]),
         ({"SONIC_CACHE": "RW"}, ["'RW'"]),
         ({"SONIC_CACHE": ""}, ["SONIC_CACHE is ''"]),
+        ({"SONIC_COMPILE": "ahead"}, ["SONIC_COMPILE is 'ahead'", "all, needed", "unset"]),
         ({"SONIC_CACHE_DIR": ""}, ["SONIC_CACHE_DIR is ''", "absolute", "unset"]),
         ({"SONIC_CACHE_DIR": "kernels"}, ["'kernels'", "starts with / or ~"]),
     ],
@@ -293,6 +297,17 @@ def test_wrong_settings_are_refused(environment, pieces):
 def test_misspelt_settings_are_found():
     environment = {"SONIC_CACHE": "ro", "SONIC_CACHEDIR": "/x", "SONICS": "1"}
     assert unknown_variables(environment) == ["SONIC_CACHEDIR"]
+
+
+def test_what_the_cache_holds_and_keeps(filled):
+    directory, entry = filled
+    other = dataclasses.replace(KEY, config=TileConfig(128, 192))
+    for mode in CacheMode:
+        cache = make(directory, mode)
+        assert cache.keeps(Arch.SM90) == (mode is CacheMode.READ_WRITE)
+        assert cache.holds(KEY) == (mode is not CacheMode.OFF) and not cache.holds(other)
+    entry.rename(entry.with_suffix(".o"))
+    assert make(directory).holds(KEY)
 
 
 # ------------------------------------------------------------------------------ damage

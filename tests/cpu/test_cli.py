@@ -13,6 +13,7 @@ import torch
 from sonic import cli
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.runtime import objects
+from sonic.runtime.backend import load_backend
 from sonic.runtime.cache import kernel_cache
 from sonic.runtime.errors import CompileError
 from sonic.runtime.problem import Arch, TileConfig, layer_problems
@@ -186,6 +187,22 @@ def test_every_kernel_gets_a_line_and_failures_a_status(monkeypatch, capsys):
     assert cli.compile_kernels(Arch.SM90, kernels[2:], 2) == 0
 
 
+def test_every_number_of_tokens_is_compiled_unless_one_is_asked_for(directory, monkeypatch, capsys):
+    backend = load_backend(Arch.SM90)
+    filled = []
+    monkeypatch.setattr(cli, "compile_kernels", lambda arch, kernels, jobs: filled.append(kernels))
+    command = ["compile", "--thiek", "64,128,64,4,2", "--thiek", "9,128,64,4,2", "--add_bias"]
+    cli.main(command)
+    cli.main([*command, "--these_tokens"])
+    every, one = filled
+    how = ActivationType.SWIGLU, "bfloat16", True
+    assert set(one) == set(cli.layer_kernels(backend.default_config, SIZE, *how))
+    configs = backend.default_configs
+    assert set(every) == set(cli.layer_kernels_of_any_tokens(configs, SIZE, *how))
+    assert set(one) < set(every) and len(set(every)) == len(every)
+    assert f"{len(every)} kernels for sm90" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------ end to end
 
 _COLD_START = """
@@ -240,9 +257,9 @@ def test_compile_fills_the_cache_with_all_that_a_layer_needs(directory, tmp_path
         "--dtype",
         "Float16",
     ]
-    printed = run(*fill, "-j", "2")
+    printed = run(*fill, "--these_tokens", "-j", "2")
     assert "9 of 9 in the cache" in printed and printed.count("compiled in") == 9
-    printed = run(*fill, "-j", "1")
+    printed = run(*fill, "--these_tokens", "-j", "1")
     assert "9 of 9 in the cache" in printed and printed.count("was there") == 9
     count, seconds, imported = run("-c", _COLD_START).split()
     assert (int(count), imported) == (9, "False")

@@ -1,6 +1,8 @@
 """`sonic.triton.launch` launches what Triton would have launched, on a driver that only records."""
 
+import contextlib
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +74,16 @@ def driver(monkeypatch) -> _Driver:
     return recording
 
 
+_GLOBALS = Launcher.__call__.__globals__  # other tests import the package anew
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch) -> None:
+    """Tensors of the CPU, whose device is -1, count as those of the current GPU."""
+    monkeypatch.setitem(_GLOBALS, "current_device", lambda: -1)
+    monkeypatch.setitem(_GLOBALS, "device_of", lambda tensor: contextlib.nullcontext())
+
+
 def _tensor(dtype: torch.dtype = torch.float32, offset: int = 0) -> torch.Tensor:
     return torch.zeros(64, dtype=dtype)[offset:]
 
@@ -120,6 +132,109 @@ def test_launches_are_those_of_triton(driver: _Driver) -> None:
             for ours, theirs in zip(rest, expected[name][3], strict=True):
                 if theirs is None or isinstance(theirs, (int, torch.Tensor)):
                     assert _address(ours) == _address(theirs), name
+
+
+def _fixed(integers: tuple[int, ...] = (3, 40), **changes: Any) -> Any:
+    return Launcher(_scale_kernel).bind(**_constants(changes)).fix(5, *integers)
+
+
+def test_fixed_launches_are_those_of_triton(driver: _Driver, on_a_gpu) -> None:
+    for name, (arguments, changes) in CALLS.items():
+        _scale_kernel[(5,)](*arguments, **_constants(changes))
+        expected = driver.launches[-1]
+        launch = _fixed(arguments[3:], **changes)
+        for _ in range(3):
+            count = len(driver.launches)
+            launch(*arguments[:3])
+            assert len(driver.launches) == count + 1
+            found = driver.launches[-1]
+            assert found[:3] == expected[:3], name
+            for ours, theirs in zip(found[3], expected[3], strict=True):
+                if theirs is None or isinstance(theirs, (int, torch.Tensor)):
+                    assert _address(ours) == _address(theirs), name
+
+
+def test_a_fixed_launch_looks_at_nothing_but_its_tensors(
+    driver: _Driver, on_a_gpu, monkeypatch
+) -> None:
+    launch = _fixed()
+    launch(_tensor(), None, _tensor())
+
+    def call(*_: Any) -> None:
+        raise AssertionError("all facts were looked at")
+
+    monkeypatch.setattr(type(launch._bound), "__call__", call)
+    target = _tensor()
+    launch(_tensor(), None, target)
+    assert target.data_ptr() in driver.launches[-1][3]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (_tensor(torch.bfloat16), None, _tensor()),
+        (_tensor(), _tensor(), _tensor()),
+        (_tensor(offset=1), None, _tensor()),
+        (_tensor(), None, _tensor(torch.float16)),
+    ],
+    ids=["dtype", "no longer absent", "unaligned", "dtype of the last"],
+)
+def test_a_fixed_launch_of_other_tensors_is_another_kernel(
+    driver: _Driver, on_a_gpu, other: tuple
+) -> None:
+    launch, usual = _fixed(), (_tensor(), None, _tensor())
+    for tensors in (usual, other, usual, other, other, usual):
+        launch(*tensors)
+        found = driver.launches[-1]
+        _scale_kernel[(5,)](*tensors, 3, 40, **_constants({}))
+        assert found[:3] == driver.launches[-1][:3]
+
+
+def test_a_fixed_launch_follows_the_current_device(driver: _Driver, on_a_gpu, monkeypatch) -> None:
+    entered = []
+
+    def device_of(tensor: torch.Tensor) -> Any:
+        entered.append(tensor)
+        return contextlib.nullcontext()
+
+    monkeypatch.setitem(_GLOBALS, "device_of", device_of)
+    launch, tensors = _fixed(), (_tensor(), None, _tensor())
+    for _ in range(3):
+        launch(*tensors)
+    assert len(entered) == 1
+    monkeypatch.setitem(_GLOBALS, "current_device", lambda: 1)
+    launch(*tensors)
+    assert len(entered) == 2 and len(driver.launches) == 4
+
+
+def test_a_fixed_launch_is_seen_by_hooks(driver: _Driver, on_a_gpu, monkeypatch) -> None:
+    launch, tensors = _fixed(), (_tensor(), None, _tensor())
+    launch(*tensors)
+    seen = []
+    monkeypatch.setattr(
+        _scale_kernel, "pre_run_hooks", [lambda *args, **kwargs: seen.append(kwargs["BLOCK"])]
+    )
+    launch(*tensors)
+    assert seen == [64]
+
+
+def test_threads_share_a_fixed_launch(driver: _Driver, on_a_gpu) -> None:
+    launch = _fixed()
+    kinds = [(_tensor(dtype), None, _tensor()) for dtype in (torch.float32, torch.bfloat16)]
+    for tensors in kinds:
+        launch(*tensors)
+    functions = {}
+    for tensors in kinds:
+        launch(*tensors)
+        functions[tensors[0].data_ptr()] = driver.launches[-1][2]
+    driver.launches.clear()
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(launch, *kinds[number % 2]) for number in range(400)]
+    assert [future.result() for future in done] == [None] * 400
+    assert len(driver.launches) == 400
+    for _, _, function, rest in driver.launches:
+        (source,) = functions.keys() & set(map(_address, rest))
+        assert functions[source] == function
 
 
 def test_a_remembered_launch_does_not_ask_triton(driver: _Driver, monkeypatch) -> None:

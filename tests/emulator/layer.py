@@ -76,6 +76,7 @@ def emulated_layer(
         (launch, "_multiprocessors", lambda device: sms),
         (launch, "config_for", session.config_for),
         (stages, "config_for", session.config_for),
+        (stages, "compile_ahead", lambda *_: None),
         (stages, "prepared", launch.prepared.__wrapped__),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
