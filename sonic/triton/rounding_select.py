@@ -1,9 +1,15 @@
 """Token rounding's decisions: how many tokens each expert keeps, and which.
 
-M is the tile. An expert keeps as many of its preferred tokens as its rounded count says. Its column
-of keys (see :mod:`sonic.triton.rounding_keys`) is read into registers once, and a bisection finds
-the key at which the kept tokens end: only the last tile is undecided, and nothing is sorted. What
-is left behind is 32 tokens' verdicts in a word, and the expert's kept tokens before them.
+M is the tile, f the tokens that chose an expert. Rounding adds or drops n < M of its tokens: the
+best of those that had not chosen it, or the worst of those that had. Either are the n first by
+*rank*, a number that the key gives (see :mod:`sonic.triton.rounding_keys`), equal ranks by token.
+
+A program decides for one expert. It reads the column of keys once and keeps of every GROUP of 32
+tokens the greatest rank only. The n first tokens lie in the n groups whose greatest ranks come
+first, since these are n tokens of n groups. So a bisection over the groups finds a few that are
+listed, and another one over their tokens the rank at which the n tokens end. Nothing is sorted.
+
+What is left behind is 32 tokens' verdicts in a word, and the expert's kept tokens before them.
 
 Source: SonicMoE (arXiv 2512.14080), algorithms 4 and 6.
 """
@@ -14,17 +20,18 @@ import torch
 import triton
 import triton.language as tl
 
-from sonic.triton.common import power_of_2
+from sonic.triton.common import cdiv, power_of_2
 from sonic.triton.launch import Launcher
 from sonic.triton.rounding_keys import _score_of
 from sonic.triton.topk import HIGHEST, LOWEST
 
 GROUP = tl.constexpr(32)  # tokens whose verdicts share a word
-BAND = tl.constexpr(128)  # undecided tokens that are compared each with each
+_LANES = tl.constexpr(8)  # of these, keys that are loaded at once
 
-_MAX_HELD = 32768  # keys of a column in registers
-_MAX_CHUNK_T = 16384
-_KEYS_PER_WARP = 1024
+_MAX_HELD = 1024  # groups whose greatest ranks stay in registers
+_MAX_HELD_LIST = 256  # listed groups whose keys do
+_LEAST_LIST = 16
+_GROUPS_PER_WARP = 64
 _BALANCE_BLOCK = 1024  # experts whose running error is found at once
 
 
@@ -43,70 +50,6 @@ class Decisions(NamedTuple):
 
 
 @triton.jit
-def _load_keys(column, start, length, BLOCK: tl.constexpr):
-    # The length is a multiple of 16, so that keys move in whole vectors. What pads the column ranks
-    # with the least of real keys, and behind it by its index.
-    token = start + tl.arange(0, BLOCK)
-    return tl.load(column + token, mask=token < length, other=LOWEST)
-
-
-@triton.jit
-def _count_from(column, held, bound, length, BLOCK: tl.constexpr, HELD: tl.constexpr):
-    """How many keys are at least ``bound``, which exceeds the least key."""
-    if HELD:
-        return tl.sum((held >= bound).to(tl.int32), axis=0)
-    else:
-        count = 0
-        for start in range(0, length, BLOCK):
-            key = _load_keys(column, start, length, BLOCK)
-            count += tl.sum((key >= bound).to(tl.int32), axis=0)
-        return count
-
-
-@triton.jit
-def _bracket(held, in_chosen, num_tokens, BLOCK: tl.constexpr, HELD: tl.constexpr):
-    """The least key, and one above the greatest, among the tokens that chose the expert or among
-    the others; of a column that is not held, bounds of any such key."""
-    zero = tl.zeros([], tl.int64)
-    if HELD:
-        counts = (tl.arange(0, BLOCK) < num_tokens) & ((held >= 0) == in_chosen)
-        low = zero + tl.min(tl.where(counts, held, HIGHEST), axis=0)
-        high = zero + tl.max(tl.where(counts, held, LOWEST), axis=0) + 1
-    else:
-        low = zero + tl.where(in_chosen, 0, LOWEST)
-        high = zero + tl.where(in_chosen, HIGHEST, -1) + 1
-    return low, high
-
-
-@triton.jit
-def _tie_limit(column, held, threshold, ties, length, BLOCK: tl.constexpr, HELD: tl.constexpr):
-    """The token below which ``ties`` keys, one or more, equal the threshold; bisected as well."""
-    low = 0
-    high = length
-    while high - low > 1:
-        middle = (low + high) >> 1
-        if HELD:
-            token = tl.arange(0, BLOCK)
-            count = tl.sum(((held == threshold) & (token < middle)).to(tl.int32), axis=0)
-        else:
-            count = 0
-            for start in range(0, length, BLOCK):
-                key = _load_keys(column, start, length, BLOCK)
-                token = start + tl.arange(0, BLOCK)
-                count += tl.sum(((key == threshold) & (token < middle)).to(tl.int32), axis=0)
-        low = tl.where(count >= ties, low, middle)
-        high = tl.where(count >= ties, middle, high)
-    return high
-
-
-@triton.jit
-def _words(flags, CHUNK: tl.constexpr):
-    """(CHUNK / 32,) int32 of as many tokens' flags, the first in the lowest bit."""
-    bits = tl.reshape(flags.to(tl.int32), [CHUNK // GROUP, GROUP])
-    return tl.sum(bits << tl.arange(0, GROUP)[None, :], axis=1)
-
-
-@triton.jit
 def popcount(word):
     """Ones in each int32."""
     word = word - ((word >> 1) & 0x55555555)
@@ -117,105 +60,247 @@ def popcount(word):
 
 
 @triton.jit
-def _list_band(
-    column, held, low, high, band, num_tokens, length, BLOCK: tl.constexpr, HELD: tl.constexpr
-):
-    """band (BAND,): the tokens with keys from ``low`` to below ``high``, ascending; there must be
-    no more of them."""
-    before = 0
-    for start in range(0, length, BLOCK):
-        key = held
-        if not HELD:
-            key = _load_keys(column, start, length, BLOCK)
-        token = start + tl.arange(0, BLOCK)
-        word = _words((key >= low) & (key < high) & (token < num_tokens), BLOCK)
-        size = popcount(word)
-        place = before + tl.cumsum(size, axis=0) - size
-        group = start + GROUP * tl.arange(0, BLOCK // GROUP)
-        for step in range(0, tl.max(size, axis=0)):
-            lowest = popcount((word & -word) - 1)
-            tl.store(band + place + step, group + lowest, mask=step < size)
-            word = word & (word - 1)
-        before += tl.sum(size, axis=0)
+def _rank_to_add(key, token, num_tokens):
+    """Of a token that did not choose the expert, greater for a better one; -1 of any other."""
+    return tl.where((key < 0) & (token < num_tokens), key & HIGHEST, -1)
 
 
 @triton.jit
-def _at_rank(column, band, size, rank):
-    """Key and token of the listed one that as many others precede: those of greater keys, and of
-    equal keys and lower tokens."""
-    entry = tl.arange(0, BAND)
-    token = tl.load(band + entry, mask=entry < size, other=0)
-    key = tl.load(column + token, mask=entry < size, other=LOWEST)
-    # The same again by the other axis.
-    other = tl.load(band + entry[None, :], mask=entry[None, :] < size, other=0)
-    other = tl.load(column + other, mask=entry[None, :] < size, other=LOWEST)
-    ahead = (other > key[:, None]) | ((other == key[:, None]) & (entry[None, :] < entry[:, None]))
-    here = tl.sum(ahead.to(tl.int32), axis=1) == rank
-    return tl.sum(tl.where(here, key, 0), axis=0), tl.sum(tl.where(here, token, 0), axis=0)
+def _rank_to_drop(key):
+    """Of a token that chose the expert, greater for a worse one; -1 of any other."""
+    return tl.where(key >= 0, HIGHEST - key, -1)
 
 
 @triton.jit
-def _threshold(
-    column,
+def _rank(key, token, num_tokens, up):
+    return tl.where(up, _rank_to_add(key, token, num_tokens), _rank_to_drop(key))
+
+
+@triton.jit
+def _load_keys(column, token, key_stride):
+    # The stride is a multiple of 16, so that keys move in whole vectors.
+    return tl.load(column + token, mask=token < key_stride, other=LOWEST)
+
+
+@triton.jit
+def _summarize(column, first, num_tokens, key_stride, BLOCK: tl.constexpr):
+    """Of BLOCK groups from ``first`` on: whose tokens chose the expert, as words, and the greatest
+    ranks of tokens to add and to drop."""
+    group = first + tl.arange(0, BLOCK)
+    word = tl.zeros([BLOCK], tl.int32)
+    to_add = tl.full([BLOCK], -1, tl.int32)
+    to_drop = tl.full([BLOCK], -1, tl.int32)
+    for part in range(GROUP // _LANES):
+        lane = part * _LANES + tl.arange(0, _LANES)
+        token = group[:, None] * GROUP + lane[None, :]
+        key = _load_keys(column, token, key_stride)
+        word += tl.sum((key >= 0).to(tl.int32) << lane[None, :], axis=1)
+        to_add = tl.maximum(to_add, tl.max(_rank_to_add(key, token, num_tokens), axis=1))
+        to_drop = tl.maximum(to_drop, tl.max(_rank_to_drop(key), axis=1))
+    return word, to_add, to_drop
+
+
+@triton.jit
+def _tops(tops, held, first, num_groups, BLOCK: tl.constexpr, HELD: tl.constexpr):
+    """Greatest ranks of the groups from ``first`` on, -1 behind the last group."""
+    if HELD:
+        return held
+    else:
+        group = first + tl.arange(0, BLOCK)
+        return tl.load(tops + group, mask=group < num_groups, other=-1)
+
+
+@triton.jit
+def _groups_from(tops, held, bound, num_groups, BLOCK: tl.constexpr, HELD: tl.constexpr):
+    """How many groups have a token of rank ``bound`` or more, and the greatest rank of all."""
+    count = 0
+    greatest = -1
+    for first in range(0, num_groups, BLOCK):
+        top = _tops(tops, held, first, num_groups, BLOCK, HELD)
+        count += tl.sum((top >= bound).to(tl.int32), axis=0)
+        greatest = tl.maximum(greatest, tl.max(top, axis=0))
+    return count, greatest
+
+
+@triton.jit
+def _list_groups(
+    tops,
     held,
-    band,
+    listed,
     want,
-    frequency,
-    num_tokens,
-    length,
+    up,
+    num_groups,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
+    LIST: tl.constexpr,
 ):
-    """``(v, t)``: the first ``want`` tokens are those with keys above v, and with keys equal to v
-    those below t."""
-    in_chosen = want <= frequency
-    # At least `want` keys reach `low`, and `beyond`, of which there are at most as many, `high`.
-    beyond = tl.where(in_chosen, 0, frequency)
-    reach = tl.where(in_chosen, frequency, num_tokens)
-    low, high = _bracket(held, in_chosen, num_tokens, BLOCK, HELD)
-    while (high - low > 1) & (reach - beyond > BAND) & (reach > want) & (beyond < want):
+    """Write groups, LIST at most, that hold the ``want`` first tokens, ascending. Returns how many,
+    a rank that all these tokens reach, and one that none does."""
+    zero = tl.zeros([], tl.int64)
+    reach, greatest = _groups_from(tops, held, 0, num_groups, BLOCK, HELD)
+    beyond = 0
+    low = zero
+    end = zero + greatest + 1
+    high = end
+    # `reach` groups, at least `want` of them, reach `low`, and `beyond`, which are fewer, `high`.
+    while (want > 0) & (reach > LIST) & (high - low > 1):
         middle = (low + high) >> 1
-        count = _count_from(column, held, middle.to(tl.int32), length, BLOCK, HELD)
+        count, _ = _groups_from(tops, held, middle.to(tl.int32), num_groups, BLOCK, HELD)
         enough = count >= want
         low = tl.where(enough, middle, low)
         reach = tl.where(enough, count, reach)
         high = tl.where(enough, high, middle)
         beyond = tl.where(enough, beyond, count)
-    threshold, tie_limit = low.to(tl.int32), num_tokens
-    if reach > want:
-        if beyond == want:
-            threshold, tie_limit = (high - 1).to(tl.int32), 0
-        elif reach - beyond <= BAND:
-            # Few are left: what there was to halve goes by comparing each with each.
-            _list_band(column, held, low, high, band, num_tokens, length, BLOCK, HELD)
-            # Orders the list, which other threads wrote, before the loads.
-            tl.debug_barrier()
-            threshold, last = _at_rank(column, band, reach - beyond, want - beyond - 1)
-            tie_limit = last + 1
-        else:
-            tie_limit = _tie_limit(column, held, threshold, want - beyond, length, BLOCK, HELD)
-    return threshold, tie_limit
+    # Too many are left only if they tie: then the first of them are enough, or the last to drop.
+    room = tl.where(reach > LIST, LIST - beyond, LIST)
+    skipped = tl.where((reach > LIST) & (up == 0), reach - LIST, 0)
+    size = 0
+    ties = -skipped
+    for first in range(0, num_groups, BLOCK):
+        top = _tops(tops, held, first, num_groups, BLOCK, HELD)
+        tied = (top == low.to(tl.int32)).to(tl.int32)
+        place = ties + tl.cumsum(tied, axis=0) - 1
+        taken = (top > low.to(tl.int32)) | ((tied != 0) & (place >= 0) & (place < room))
+        taken = (taken & (want > 0)).to(tl.int32)
+        place = size + tl.cumsum(taken, axis=0) - 1
+        tl.store(listed + place, first + tl.arange(0, BLOCK), mask=taken != 0)
+        ties += tl.sum(tied, axis=0)
+        size += tl.sum(taken, axis=0)
+    return size, low, end
 
 
 @triton.jit
-def _mass_between(column, low, high, length, BLOCK: tl.constexpr):
-    """Sum of the scores whose keys lie strictly between two keys, and how many there are."""
-    mass = tl.zeros([], tl.float64)
+def _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK: tl.constexpr):
+    """Keys (BLOCK, GROUP) of the groups listed from the ``start``-th on, and these groups, with
+    ``num_groups`` behind the last one."""
+    entry = start + tl.arange(0, BLOCK)
+    group = tl.load(listed + entry, mask=entry < size, other=num_groups)
+    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    return _load_keys(column, token, key_stride), group
+
+
+@triton.jit
+def _ranked(key, group, num_tokens, up):
+    """Ranks and places of these groups' tokens; of equal ranks the lowest place comes first."""
+    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    return _rank(key, token, num_tokens, up), tl.where(up, token, num_tokens - 1 - token)
+
+
+@triton.jit
+def _count_listed(
+    column,
+    listed,
+    held_key,
+    held_group,
+    bound,
+    place_limit,
+    size,
+    up,
+    num_tokens,
+    num_groups,
+    key_stride,
+    BLOCK: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """Listed tokens of rank above ``bound``, or equal to it at places below the limit."""
     count = 0
-    for start in range(0, length, BLOCK):
-        key = _load_keys(column, start, length, BLOCK)
-        inside = (key > low) & (key < high)
-        mass += tl.sum(tl.where(inside, _score_of(key), 0.0).to(tl.float64), axis=0)
-        count += tl.sum(inside.to(tl.int32), axis=0)
-    return mass, count
+    for start in range(0, size, BLOCK):
+        key, group = held_key, held_group
+        if not HELD:
+            key, group = _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK)
+        rank, place = _ranked(key, group, num_tokens, up)
+        count += _total(_comes_first(rank, place, bound, place_limit).to(tl.int32))
+    return count
 
 
 @triton.jit
-def _mass_to_the_threshold(column, low, high, threshold, size, length, BLOCK: tl.constexpr):
-    """As ``_mass_between``, with as many scores of the threshold's key as make ``size`` of them."""
-    mass, count = _mass_between(column, low, high, length, BLOCK)
-    rest = size - count
-    return mass + tl.where(rest > 0, rest.to(tl.float64) * _score_of(threshold), 0.0)
+def _comes_first(rank, place, bound, place_limit):
+    return (rank >= 0) & ((rank > bound) | ((rank == bound) & (place < place_limit)))
+
+
+@triton.jit
+def _total(block):
+    return tl.sum(tl.sum(block, axis=1), axis=0)
+
+
+@triton.jit
+def _search(
+    column,
+    tops,
+    held,
+    listed,
+    want,
+    up,
+    num_tokens,
+    num_groups,
+    key_stride,
+    BLOCK: tl.constexpr,
+    HELD: tl.constexpr,
+    LIST: tl.constexpr,
+    LIST_BLOCK: tl.constexpr,
+):
+    """Groups that hold the ``want`` first tokens, listed, and where these tokens end: those of
+    ranks above a bound, and of equal rank at places below a limit. Returns the number of groups,
+    bound and limit, and keys and groups of the first LIST_BLOCK that are listed."""
+    ALL: tl.constexpr = LIST <= LIST_BLOCK
+    size, low, high = _list_groups(tops, held, listed, want, up, num_groups, BLOCK, HELD, LIST)
+    # Orders the list, which other threads wrote, before the loads.
+    tl.debug_barrier()
+    key, group = _load_listed(column, listed, 0, size, num_groups, key_stride, LIST_BLOCK)
+    reach = _count_listed(
+        column, listed, key, group, low.to(tl.int32), num_tokens, size, up, num_tokens, num_groups,
+        key_stride, LIST_BLOCK, ALL,
+    )  # fmt: skip
+    beyond = 0
+    while (reach > want) & (beyond < want) & (high - low > 1):
+        middle = (low + high) >> 1
+        count = _count_listed(
+            column, listed, key, group, middle.to(tl.int32), num_tokens, size, up, num_tokens,
+            num_groups, key_stride, LIST_BLOCK, ALL,
+        )  # fmt: skip
+        enough = count >= want
+        low = tl.where(enough, middle, low)
+        reach = tl.where(enough, count, reach)
+        high = tl.where(enough, high, middle)
+        beyond = tl.where(enough, beyond, count)
+    exact = beyond == want
+    bound = tl.where(exact & (reach > want), high - 1, low).to(tl.int32)
+    limit_low = 0
+    limit = tl.where(exact & (reach > want), 0, num_tokens)
+    # Tokens tie at the bound, and not all of them are wanted: bisected as well, by their place.
+    while (reach > want) & (beyond < want) & (limit - limit_low > 1):
+        middle = (limit_low + limit) >> 1
+        count = _count_listed(
+            column, listed, key, group, bound, middle, size, up, num_tokens, num_groups,
+            key_stride, LIST_BLOCK, ALL,
+        )  # fmt: skip
+        enough = count >= want
+        limit_low = tl.where(enough, limit_low, middle)
+        limit = tl.where(enough, middle, limit)
+    return size, bound, limit, key, group
+
+
+@triton.jit
+def _mass(
+    column,
+    listed,
+    size,
+    bound,
+    limit,
+    up,
+    num_tokens,
+    num_groups,
+    key_stride,
+    BLOCK: tl.constexpr,
+):
+    """Sum of the scores of the tokens that :func:`_search` found."""
+    mass = tl.zeros([], tl.float64)
+    for start in range(0, size, BLOCK):
+        key, group = _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK)
+        rank, place = _ranked(key, group, num_tokens, up)
+        first = _comes_first(rank, place, bound, limit)
+        mass += _total(tl.where(first, _score_of(key), 0.0).to(tl.float64))
+    return mass
 
 
 @triton.jit
@@ -227,29 +312,37 @@ def _reachable(frequency, num_tokens, tile):
 
 
 @triton.jit
-def _store_verdicts(
-    words,
-    counts_before,
-    key,
-    first,
-    threshold,
-    tie_limit,
-    kept_before,
-    expert,
-    num_experts,
-    num_groups,
-    CHUNK: tl.constexpr,
+def _rounded_count(
+    count_by_expert, uniform, expert, frequency, lower, upper, tile, RULE: tl.constexpr
 ):
-    """Words and counts of the chunk of the column from token ``first`` on; how many it keeps."""
-    tied = (key == threshold) & (first + tl.arange(0, CHUNK) < tie_limit)
-    word = _words((key > threshold) | tied, CHUNK)
-    size = popcount(word)
-    group = first // GROUP + tl.arange(0, CHUNK // GROUP)
-    offset = group.to(tl.int64) * num_experts + expert
-    inside = group < num_groups
-    tl.store(words + offset, word, mask=inside)
-    tl.store(counts_before + offset, kept_before + tl.cumsum(size, axis=0) - size, mask=inside)
-    return tl.sum(size, axis=0)
+    """The expert's count by any rule that looks at no score."""
+    if RULE == "given":
+        return tl.load(count_by_expert + expert)
+    elif RULE == "up":
+        return upper
+    elif RULE == "down":
+        return lower
+    elif RULE == "nr":
+        excess = 2 * (frequency - lower) - (upper - lower)
+        odd = (frequency // tile) % 2
+        return tl.where(excess + odd > 0, upper, lower)
+    else:
+        draw = tl.load(uniform + expert).to(tl.float64)
+        goes_up = draw * (upper - lower).to(tl.float64) < (frequency - lower).to(tl.float64)
+        return tl.where(goes_up, upper, lower)
+
+
+@triton.jit
+def _count_verdicts(words, counts_before, expert, num_experts, num_groups, BLOCK: tl.constexpr):
+    """counts_before of the expert's words."""
+    before = 0
+    for first in range(0, num_groups, BLOCK):
+        group = first + tl.arange(0, BLOCK)
+        offset = group.to(tl.int64) * num_experts + expert
+        size = popcount(tl.load(words + offset, mask=group < num_groups, other=0))
+        place = before + tl.cumsum(size, axis=0) - size
+        tl.store(counts_before + offset, place, mask=group < num_groups)
+        before += tl.sum(size, axis=0)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_groups", "tile"])
@@ -260,7 +353,7 @@ def _select_kernel(
     load,
     words,
     counts_before,
-    bands,
+    scratch,
     num_tokens,
     num_experts,
     num_groups,
@@ -268,89 +361,84 @@ def _select_kernel(
     tile,
     RULE: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
     HELD: tl.constexpr,
+    LIST: tl.constexpr,
+    LIST_BLOCK: tl.constexpr,
 ):
     """The expert's rounded count; words and counts_before (groups, E). With the rule ``"given"``
-    the count is read instead of written. HELD: one block holds the column."""
+    the count is read instead of written. HELD: BLOCK groups are all there are. Scratch of an
+    expert: lists, and unless HELD greatest ranks, each of them twice, to drop and to add."""
     expert = tl.program_id(0)
     column = keys + expert.to(tl.int64) * key_stride
-    band = bands + expert * BAND
-    held = _load_keys(column, 0, key_stride, BLOCK)
-    frequency = _count_from(column, held, 0, key_stride, BLOCK, HELD)
+    listed = scratch + expert.to(tl.int64) * (2 * LIST + (0 if HELD else 2 * num_groups))
+    tops = listed + 2 * LIST
+    frequency = 0
+    to_add = tl.full([BLOCK], -1, tl.int32)
+    to_drop = tl.full([BLOCK], -1, tl.int32)
+    for first in range(0, num_groups, BLOCK):
+        word, to_add, to_drop = _summarize(column, first, num_tokens, key_stride, BLOCK)
+        group = first + tl.arange(0, BLOCK)
+        inside = group < num_groups
+        tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=inside)
+        if not HELD:
+            tl.store(tops + group, to_drop, mask=inside)
+            tl.store(tops + num_groups + group, to_add, mask=inside)
+        frequency += tl.sum(popcount(word), axis=0)
+    if not HELD:
+        # Orders what other threads stored before the loads.
+        tl.debug_barrier()
     tl.store(load + expert, frequency)
     lower, upper = _reachable(frequency, num_tokens, tile)
     if RULE == "nr-s":
-        below, limit_below = _threshold(
-            column, held, band, lower, frequency, num_tokens, key_stride, BLOCK, HELD
-        )
-        # Orders the loads of the list before it is written anew.
-        tl.debug_barrier()
-        above, limit_above = _threshold(
-            column, held, band, upper, frequency, num_tokens, key_stride, BLOCK, HELD
-        )
-        last = _mass_to_the_threshold(
-            column, -1, below, below, frequency - lower, key_stride, BLOCK
-        )
-        added = _mass_to_the_threshold(
-            column, above, 0, above, upper - frequency, key_stride, BLOCK
-        )
-        goes_up = tl.load(uniform + expert).to(tl.float64) * (last + added) < last
-        count = tl.where(goes_up, upper, lower)
-        threshold = tl.where(goes_up, above, below)
-        tie_limit = tl.where(goes_up, limit_above, limit_below)
+        size_down, bound_down, limit_down, _, _ = _search(
+            column, tops, to_drop, listed, frequency - lower, False, num_tokens, num_groups,
+            key_stride, BLOCK, HELD, LIST, LIST_BLOCK,
+        )  # fmt: skip
+        size_up, bound_up, limit_up, _, _ = _search(
+            column, tops + num_groups, to_add, listed + LIST, upper - frequency, True, num_tokens,
+            num_groups, key_stride, BLOCK, HELD, LIST, LIST_BLOCK,
+        )  # fmt: skip
+        last = _mass(
+            column, listed, size_down, bound_down, limit_down, False, num_tokens, num_groups,
+            key_stride, LIST_BLOCK,
+        )  # fmt: skip
+        added = _mass(
+            column, listed + LIST, size_up, bound_up, limit_up, True, num_tokens, num_groups,
+            key_stride, LIST_BLOCK,
+        )  # fmt: skip
+        up = tl.load(uniform + expert).to(tl.float64) * (last + added) < last
+        tl.store(count_by_expert + expert, tl.where(up, upper, lower))
+        size = tl.where(up, size_up, size_down)
+        bound = tl.where(up, bound_up, bound_down)
+        limit = tl.where(up, limit_up, limit_down)
+        listed += tl.where(up, LIST, 0)
+        key, group = _load_listed(column, listed, 0, size, num_groups, key_stride, LIST_BLOCK)
     else:
-        if RULE == "given":
-            count = tl.load(count_by_expert + expert)
-        elif RULE == "up":
-            count = upper
-        elif RULE == "down":
-            count = lower
-        elif RULE == "nr":
-            excess = 2 * (frequency - lower) - (upper - lower)
-            odd = (frequency // tile) % 2
-            count = tl.where(excess + odd > 0, upper, lower)
-        else:
-            draw = tl.load(uniform + expert).to(tl.float64)
-            goes_up = draw * (upper - lower).to(tl.float64) < (frequency - lower).to(tl.float64)
-            count = tl.where(goes_up, upper, lower)
-        threshold, tie_limit = _threshold(
-            column, held, band, count, frequency, num_tokens, key_stride, BLOCK, HELD
+        count = _rounded_count(
+            count_by_expert, uniform, expert, frequency, lower, upper, tile, RULE
         )
-    if RULE != "given":
-        tl.store(count_by_expert + expert, count)
+        if RULE != "given":
+            tl.store(count_by_expert + expert, count)
+        up = count > frequency
+        size, bound, limit, key, group = _search(
+            column, tops + tl.where(up, num_groups, 0), tl.where(up, to_add, to_drop), listed,
+            tl.abs(count - frequency), up, num_tokens, num_groups, key_stride, BLOCK, HELD, LIST,
+            LIST_BLOCK,
+        )  # fmt: skip
 
-    # A longer column is read again, in pieces: its keys and their verdicts need too many registers.
-    if HELD and CHUNK == BLOCK:
-        _store_verdicts(
-            words,
-            counts_before,
-            held,
-            0,
-            threshold,
-            tie_limit,
-            0,
-            expert,
-            num_experts,
-            num_groups,
-            BLOCK,
-        )
-    else:
-        kept_before = 0
-        for start in range(0, key_stride, CHUNK):
-            kept_before += _store_verdicts(
-                words,
-                counts_before,
-                _load_keys(column, start, key_stride, CHUNK),
-                start,
-                threshold,
-                tie_limit,
-                kept_before,
-                expert,
-                num_experts,
-                num_groups,
-                CHUNK,
+    for start in range(0, size, LIST_BLOCK):
+        if LIST > LIST_BLOCK:
+            key, group = _load_listed(
+                column, listed, start, size, num_groups, key_stride, LIST_BLOCK
             )
+        rank, place = _ranked(key, group, num_tokens, up)
+        changed = _comes_first(rank, place, bound, limit)
+        bit = ((key >= 0) ^ changed).to(tl.int32) << tl.arange(0, GROUP)[None, :]
+        offset = group.to(tl.int64) * num_experts + expert
+        tl.store(words + offset, tl.sum(bit, axis=1), mask=group < num_groups)
+    # Orders the words that other threads changed before they are counted.
+    tl.debug_barrier()
+    _count_verdicts(words, counts_before, expert, num_experts, num_groups, BLOCK)
 
 
 # --- counts that depend on one another ------------------------------------------------------------
@@ -360,7 +448,10 @@ def _select_kernel(
 def _frequency_kernel(keys, frequency, key_stride, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
     column = keys + expert.to(tl.int64) * key_stride
-    count = _count_from(column, 0, 0, key_stride, BLOCK, False)
+    count = 0
+    for start in range(0, key_stride, BLOCK):
+        key = _load_keys(column, start + tl.arange(0, BLOCK), key_stride)
+        count += tl.sum((key >= 0).to(tl.int32), axis=0)
     tl.store(frequency + expert, count)
 
 
@@ -414,21 +505,33 @@ _frequency = Launcher(_frequency_kernel)
 _balance = Launcher(_balance_kernel)
 
 
-def _balanced_counts(
-    keys: torch.Tensor, decisions: Decisions, num_tokens: int, tile: int, block: int
-) -> None:
+def _balanced_counts(keys: torch.Tensor, decisions: Decisions, num_tokens: int, tile: int) -> None:
     num_experts, key_stride = keys.shape
     load, counts = decisions.load, decisions.counts
-    _frequency(num_experts, keys, load, key_stride, BLOCK=block, num_warps=max(4, block // 1024))
+    _frequency(num_experts, keys, load, key_stride, BLOCK=8192, num_warps=8)
     block = min(power_of_2(num_experts), _BALANCE_BLOCK)
     _balance(1, load, counts, num_tokens, num_experts, tile, BLOCK=block, num_warps=4)
+
+
+def _list_size(num_tokens: int, tile: int, rule: str) -> int:
+    """Groups that an expert lists at most: no fewer than the tokens that may be added or dropped,
+    or all there are."""
+    most = min(tile // 2 if rule == "nr" else tile - 1, num_tokens)
+    return min(max(_LEAST_LIST, power_of_2(most)), power_of_2(cdiv(num_tokens, GROUP.value)))
+
+
+def scratch_size(num_tokens: int, num_experts: int, tile: int, rule: str) -> int:
+    """Elements of ``scratch`` of :func:`decide`."""
+    num_groups = cdiv(num_tokens, GROUP.value)
+    kept = num_groups if num_groups > _MAX_HELD else 0
+    return 2 * num_experts * (_list_size(num_tokens, tile, rule) + kept)
 
 
 def decide(
     keys: torch.Tensor,
     uniform: torch.Tensor | None,
     decisions: Decisions,
-    bands: torch.Tensor,
+    scratch: torch.Tensor,
     num_tokens: int,
     tile: int,
     rule: str,
@@ -438,15 +541,16 @@ def decide(
     Args:
         keys: (E, stride) int32 of :mod:`sonic.triton.rounding_keys`.
         uniform: (E,) fp32 in [0, 1), for ``"sr"`` and ``"nr-s"``.
-        bands: (E, BAND) int32, overwritten.
+        scratch: int32, of as many elements as :func:`scratch_size` says, overwritten.
         num_tokens: T, at least 1. tile: M. rule: see :mod:`sonic.routing.token_rounding`.
     """
     num_experts, key_stride = keys.shape
-    block = max(1024, power_of_2(num_tokens))
-    block = block if block <= _MAX_HELD else _MAX_CHUNK_T
+    num_groups = decisions.words.shape[0]
+    block = min(power_of_2(num_groups), _MAX_HELD)
+    listed = _list_size(num_tokens, tile, rule)
     balanced = rule == "balance-f"
     if balanced:
-        _balanced_counts(keys, decisions, num_tokens, tile, block)
+        _balanced_counts(keys, decisions, num_tokens, tile)
     _select(
         num_experts,
         keys,
@@ -455,15 +559,16 @@ def decide(
         decisions.load,
         decisions.words,
         decisions.counts_before,
-        bands,
+        scratch,
         num_tokens,
         num_experts,
-        decisions.words.shape[0],
+        num_groups,
         key_stride,
         tile,
         RULE="given" if balanced else rule,
         BLOCK=block,
-        CHUNK=min(block, _MAX_CHUNK_T),
-        HELD=num_tokens <= block,
-        num_warps=max(8, min(32, block // _KEYS_PER_WARP)),
+        HELD=num_groups <= block,
+        LIST=listed,
+        LIST_BLOCK=min(listed, _MAX_HELD_LIST),
+        num_warps=max(4, min(16, max(block, 2 * listed) // _GROUPS_PER_WARP)),
     )

@@ -28,7 +28,7 @@ from sonic.triton.common import (
 )
 from sonic.triton.launch import Launcher
 from sonic.triton.rounding_keys import _score_of, keys_of_logits, keys_of_scores
-from sonic.triton.rounding_select import BAND, GROUP, Decisions, decide, popcount
+from sonic.triton.rounding_select import GROUP, Decisions, decide, popcount, scratch_size
 
 _TAIL = 1024  # slots that a program clears
 _MAX_BLOCK_E = 512
@@ -347,15 +347,16 @@ def _emit(
     num_groups = cdiv(num_tokens, GROUP.value)
     options: dict[str, Any] = {"dtype": torch.int32, "device": device}
     table = num_groups * num_experts
-    sizes = [table, table, table, BAND.value * num_experts, num_experts]
-    words, before, first_rows, bands, counts = torch.empty(sum(sizes), **options).split(sizes)
+    extra = scratch_size(num_tokens, num_experts, tile, rule)
+    sizes = [table, table, table, extra, num_experts]
+    words, before, first_rows, scratch, counts = torch.empty(sum(sizes), **options).split(sizes)
     shape = num_groups, num_experts
     load = torch.empty(num_experts, **options)
     decide(
         keys,
         uniform,
         Decisions(words.view(shape), before.view(shape), counts, load),
-        bands,
+        scratch,
         num_tokens,
         tile,
         rule,

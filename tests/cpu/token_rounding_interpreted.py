@@ -6,7 +6,6 @@ Not collected on its own: ``test_token_rounding_triton.py`` runs it in a process
 
 import pytest
 import torch
-import triton.language as tl
 
 import sonic.triton.rounding_keys as keys
 import sonic.triton.rounding_select as select
@@ -47,23 +46,23 @@ def test_several_groups_and_blocks_of_experts(rule, guarded):
     check(Case(150, 70, 4, 8, rule), guarded)
 
 
-@pytest.mark.parametrize("held", [0, 32768], ids=["streamed", "held"])
-@every_rule
-def test_columns_in_chunks(rule, held, guarded, monkeypatch):
-    """Four passes over every column, and ties that one chunk starts and another ends."""
-    monkeypatch.setattr(select, "_MAX_HELD", held)
-    monkeypatch.setattr(select, "_MAX_CHUNK_T", 64)
-    for kind in ("softmax", "ties"):
-        check(Case(200, 3, 1, 32, rule, kind), guarded)
-
-
 @pytest.mark.parametrize("kind", ["softmax", "ties", "hot"])
 @every_rule
-def test_more_undecided_tokens_than_are_compared_each_with_each(rule, kind, guarded, monkeypatch):
-    """Thresholds are bisected first, and where too many tokens tie, the last tied token as well."""
-    for module in (select, kernels):
-        monkeypatch.setattr(module, "BAND", tl.constexpr(4))
-    check(Case(100, 5, 2, 16, rule, kind), guarded)
+def test_fewer_groups_are_listed_than_there_are(rule, kind, guarded, monkeypatch):
+    """Groups are bisected, and where more of them tie than are listed, some are left out."""
+    monkeypatch.setattr(select, "_LEAST_LIST", 1)
+    check(Case(300, 3, 1, 4, rule, kind), guarded)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "ties"])
+@every_rule
+def test_neither_groups_nor_listed_keys_in_registers(rule, kind, guarded, monkeypatch):
+    """Both in several blocks; a tile of 4 lists few groups, one of 32 all of them."""
+    monkeypatch.setattr(select, "_LEAST_LIST", 1)
+    monkeypatch.setattr(select, "_MAX_HELD", 4)
+    monkeypatch.setattr(select, "_MAX_HELD_LIST", 2)
+    for tile in (4, 32):
+        check(Case(200, 3, 1, tile, rule, kind), guarded)
 
 
 @pytest.mark.parametrize("kind", ["ties", "negative"])

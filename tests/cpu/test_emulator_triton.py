@@ -1,0 +1,99 @@
+"""Token rounding's selection, compiled by Triton, runs in the emulator.
+
+Triton's interpreter runs a program as numpy does, one operation at a time; here warps interleave,
+and loads and stores of global memory that no barrier orders are reported.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+
+from sonic.triton import rounding_select
+from sonic.triton.topk import LOWEST
+from tests.cpu.test_triton_compile import compiled  # noqa: F401
+from tests.emulator import Policy, ptx
+from tests.emulator.program import Program
+from tests.emulator.snippet import machine_for
+
+pytestmark = pytest.mark.skipif(
+    bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set: nothing compiles"
+)
+
+EXPERTS = 3
+SHARES = (0.2, 0.21, 0.9)  # of the tokens, that choose an expert
+GROUP = rounding_select.GROUP.value
+
+
+def _table(tokens, ties, seed):
+    """Keys (E, stride), scores and choices (E, T)."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(EXPERTS, tokens, generator=generator)
+    if ties:
+        scores = (4 * scores).round() / 4
+    chosen = torch.rand(EXPERTS, tokens, generator=generator) < torch.tensor(SHARES)[:, None]
+    keys = torch.full((EXPERTS, -(-tokens // 16) * 16), LOWEST.value, dtype=torch.int32)
+    bits = scores.view(torch.int32)
+    keys[:, :tokens] = torch.where(chosen, bits, bits | LOWEST.value)
+    return keys, scores, chosen
+
+
+def _kept(scores, chosen, tile, rule):
+    """Whether an expert keeps a token (E, T), by sorting."""
+    kept = torch.zeros_like(chosen)
+    for expert in range(EXPERTS):
+        order = torch.sort(scores[expert], descending=True, stable=True).indices
+        order = torch.cat([order[chosen[expert][order]], order[~chosen[expert][order]]])
+        frequency = int(chosen[expert].sum())
+        lower, rest = frequency // tile * tile, frequency % tile
+        goes_up = {"up": rest > 0, "down": False, "nr": 2 * rest > tile}[rule]
+        kept[expert, order[: lower + tile * goes_up]] = True
+    return kept
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize(
+    ("tokens", "tile", "rule"),
+    [(3000, 128, "nr"), (3001, 100, "up"), (3000, 128, "down"), (1500, 700, "down")],
+)
+def test_selection(compiled, tokens, tile, rule, ties):  # noqa: F811
+    keys, scores, chosen = _table(tokens, ties, seed=tokens)
+    groups = -(-tokens // GROUP)
+
+    def poisoned(*shape):
+        return torch.full(shape, -99, dtype=torch.int32)
+
+    words, before = poisoned(groups, EXPERTS), poisoned(groups, EXPERTS)
+    counts, load = poisoned(EXPERTS), poisoned(EXPERTS)
+    scratch = poisoned(rounding_select.scratch_size(tokens, EXPERTS, tile, rule))
+    decisions = rounding_select.Decisions(words, before, counts, load)
+    rounding_select.decide(keys, None, decisions, scratch, tokens, tile, rule)
+    (kernel,) = compiled["_select_kernel"]
+
+    (parsed,) = ptx.parse(kernel.asm["ptx"]).values()
+    arrays = keys, counts, load, words, before, scratch
+    sizes = tokens, EXPERTS, groups, keys.shape[1], tile
+    values = [*(array.data_ptr() for array in arrays), *sizes, 0, 0]  # no scratch of Triton's own
+    raw = [
+        int(value).to_bytes(parameter[1], "little")
+        for parameter, value in zip(parsed.params, values, strict=True)
+    ]
+    machine = machine_for([a.numpy().view(np.uint8).reshape(-1) for a in arrays], Policy(0))
+    # Triton lets warps that hold the same value store it to one place of shared memory; order on
+    # global memory is still checked.
+    machine.race_check = False
+    block = 32 * kernel.metadata.num_warps, 1, 1
+    machine.launch(Program(parsed), (EXPERTS, 1, 1), block, (1, 1, 1), kernel.metadata.shared, raw)
+
+    kept = torch.zeros(EXPERTS, groups * GROUP, dtype=torch.bool)
+    kept[:, :tokens] = _kept(scores, chosen, tile, rule)
+    bits = kept.view(EXPERTS, groups, GROUP).transpose(0, 1)
+    expected = (bits.long() << torch.arange(GROUP)).sum(2)
+    assert torch.equal(words.long() & 0xFFFFFFFF, expected)
+    sizes = bits.sum(2)
+    assert torch.equal(before.long(), sizes.cumsum(0) - sizes)
+    assert torch.equal(counts.long(), kept.sum(1)) and torch.equal(load.long(), chosen.sum(1))
+    assert not torch.equal(kept[:, :tokens], chosen)
