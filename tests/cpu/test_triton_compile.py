@@ -250,7 +250,7 @@ def test_rows_move_in_16_byte_pieces(compiled):
     for kernel in compiled["_combine_kernel"]:
         assert re.search(r"st\.global[\w.:]*\.v4", kernel.asm["ptx"])
     assert _vector_loads(compiled["_combine_kernel"]) == 8
-    assert _vector_loads(compiled["_combine_ragged_kernel"]) == 4
+    assert _vector_loads(compiled["_combine_ragged_kernel"]) == 8  # slots of a token, on average
     assert _vector_loads(compiled["_segment_sum_kernel"]) == 4
     assert _vector_loads(compiled["_score_grad_kernel"]) >= 8
     assert _vector_loads(compiled["_topk_kernel"]) >= 1
