@@ -2,18 +2,23 @@
 
 import pytest
 
-from tests.emulator import ptx
+from tests.emulator import Fault, ptx
 from tests.emulator.mutations import all_mutations
+from tests.emulator.program import Program
 from tests.emulator.redundant import Flow, why_redundant
 from tests.emulator.report import kind_of
-from tests.emulator.snippet import snippet_text
+from tests.emulator.snippet import launch_ptx, snippet_text
+
+
+def program(text):
+    (kernel,) = ptx.parse(text).values()
+    return Program(kernel)
 
 
 def rules(body, kind, target="sm_90a"):
     """The rule that applies to each mutation of a kind."""
     text = snippet_text(body.replace(";", ";\n"), target=target)
-    (kernel,) = ptx.parse(text).values()
-    flow = Flow(kernel)
+    flow = Flow(program(text).kernel)
     return [why_redundant(flow, m) for m in all_mutations(text) if m.kind == kind]
 
 
@@ -53,7 +58,7 @@ BARRIER = "bar.sync 0;"
         ("@%p1 bra HERE;" + FENCE + "HERE:" + FENCE, "proxy fence removed", [True, False]),
         (WAIT + WAIT, "bulk wait removed", [True, True]),
         (WAIT + WAIT.replace("0", "1"), "bulk wait removed", [False, False]),
-        (BARRIER + BARRIER, "barrier removed", [True, True]),
+        (BARRIER + BARRIER, "barrier removed", [False, False]),
         ("bar.arrive 1, 64;" * 2, "barrier removed", [False, False]),
         ("mbarrier.arrive.shared::cta.b64 _, [%r5];" * 2, "arrive removed", [False, False]),
         ("cp.async.bulk.commit_group;" * 2, "bulk commit removed", [False, False]),
@@ -61,6 +66,20 @@ BARRIER = "bar.sync 0;"
 )
 def test_what_stands_twice_in_a_row(body, kind, redundant):
     assert [bool(rule) for rule in rules(body, kind)] == redundant
+
+
+def test_one_of_two_barriers_in_a_row_is_missed_by_the_warp_that_meets_both():
+    """Warp 1 stores between them; without either of warp 0's, it waits for ever at its second."""
+    body = "@%p1 bra OTHER; bar.sync 1, 64; bar.sync 1, 64; bra END;"
+    body += "OTHER: bar.sync 1, 64; st.shared.u32 [dynamic], 7; bar.sync 1, 64; END:"
+    text = snippet_text(f"setp.ge.u32 %p1, %r0, 32;{body}".replace(";", ";\n"))
+    launch_ptx(program(text), block=(64, 1, 1), smem=16)
+    removed = [m for m in all_mutations(text) if m.kind == "barrier removed"]
+    assert len(removed) == 4
+    for mutant in removed:
+        assert not why_redundant(Flow(program(text).kernel), mutant)
+        with pytest.raises(Fault, match="deadlock"):
+            launch_ptx(program(mutant.text), block=(64, 1, 1), smem=16)
 
 
 def test_a_wait_for_loads_is_never_left_out():

@@ -5,8 +5,13 @@
 For each kernel of `subjects.py` and each kind of change of `mutations.py` a few places that the
 kernel executes are drawn, the same ones in every run, among those that no rule of `redundant.py`
 proves to be without effect, which the file lists; each changed kernel runs with one seed after
-another until something is reported or the result is wrong. A result file keeps the entries of the
-architectures that are not run. What is missed needs a sentence in `missed.json`.
+another until something is reported or the result is wrong. A second draw is of what the first left.
+Sizes in `subjects.py` were chosen where the first had missed something, so that the second is the
+fairer sample; the file has the figures of each draw and of all. It is written after every draw and
+keeps the entries of the architectures that are not run.
+
+What is missed needs a sentence in `missed.json`. The run prints the keys that have none; once they
+are written, `--explain` puts them into the file without running anything.
 """
 
 import argparse
@@ -16,6 +21,7 @@ import shlex
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +40,12 @@ from .report import kind_of
 from .subjects import ARCHITECTURES, Subject, subjects
 
 SEEDS = tuple(range(6))
-PER_KIND = 4  # of one architecture, over all its kernels
+PER_KIND = 4  # of one architecture and draw, over all its kernels
+DRAWS = 2
 _STEPS_ALLOWED = 8  # times those of the unchanged kernel
 _EXPLANATIONS = Path(__file__).with_name("missed.json")
+# What is not found; and PTX that the emulator refuses, for which it finds nothing either.
+MISSED, REFUSED = "missed", "refused"
 # How an explanation of a missed mutant begins.
 WITHOUT_EFFECT, GAP = "No effect:", "Gap:"
 # How a change shows, by what the report says; the first that fits.
@@ -72,32 +81,31 @@ class Baseline:
 def trial(subject: Subject, mutant: Mutation, unchanged: Baseline) -> dict[str, Any]:
     """Runs a mutant until it is caught: how, by which seed, what was said."""
     start = time.perf_counter()
-    max_steps = _STEPS_ALLOWED * unchanged.steps + 50_000
-    result: dict[str, Any] = {"caught": "missed", "seeds": len(SEEDS), "report": ""}
+    result = {"caught": MISSED, "seeds": len(SEEDS), "report": ""}
     try:
         subject.emulator.load(mutant.text)
+        for tried, seed in enumerate(SEEDS, 1):
+            how, report = outcome(subject, seed, unchanged)
+            if how != MISSED:
+                result = {"caught": how, "seeds": tried, "report": report}
+                break
     except PtxError as error:
-        result |= {"caught": "refused", "seeds": 0, "report": str(error)}
-        return result
-    for tried, seed in enumerate(SEEDS, 1):
-        try:
-            wrong, warnings = subject.run(seed, max_steps)
-        except Fault as fault:
-            text = str(fault)
-            result |= {"caught": how_caught(text), "seeds": tried, "report": shortened(text)}
-            break
-        except RuntimeError as error:  # of the host code
-            result |= {"caught": "illegal", "seeds": tried, "report": shortened(str(error))}
-            break
-        if wrong:
-            result |= {"caught": "values", "seeds": tried, "report": wrong}
-            break
-        new = sorted(w for w in warnings if kind_of(w) not in unchanged.warnings)
-        if new:
-            result |= {"caught": "warning", "seeds": tried, "report": new[0][:160]}
-            break
-    result["seconds"] = round(time.perf_counter() - start, 2)
-    return result
+        result = {"caught": REFUSED, "seeds": 0, "report": str(error)[:160]}
+    return result | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+def outcome(subject: Subject, seed: int, unchanged: Baseline) -> tuple[str, str]:
+    """How one run of the loaded text shows that it is not the unchanged kernel's, and a report."""
+    try:
+        wrong, warnings = subject.run(seed, _STEPS_ALLOWED * unchanged.steps + 50_000)
+    except Fault as fault:
+        return how_caught(str(fault)), shortened(str(fault))
+    except RuntimeError as error:  # of the host code
+        return "illegal", shortened(str(error))
+    if wrong:
+        return "values", wrong
+    new = sorted(w for w in warnings if kind_of(w) not in unchanged.warnings)
+    return ("warning", new[0][:160]) if new else (MISSED, "")
 
 
 def shortened(report: str) -> str:
@@ -109,8 +117,9 @@ def shortened(report: str) -> str:
 def described(subject: Subject, mutant: Mutation) -> dict[str, Any]:
     """What a result file says of a mutation of the loaded text."""
     ptx, source = instruction_at(subject, mutant)
-    place = {"arch": subject.arch, "kernel": subject.name, "kind": mutant.kind}
-    return place | {"detail": mutant.detail, "line": mutant.line, "ptx": ptx, "source": source}
+    place = {"arch": subject.arch, "kernel": subject.name, "problem": subject.problem}
+    change = {"kind": mutant.kind, "detail": mutant.detail, "line": mutant.line}
+    return place | change | {"ptx": ptx, "source": source}
 
 
 def instruction_at(subject: Subject, mutant: Mutation) -> tuple[str, str]:
@@ -144,7 +153,7 @@ def baseline(subject: Subject) -> Baseline:
 def mutants_by_kind(
     subject: Subject, lines: set[int]
 ) -> tuple[dict[str, list[Mutation]], list[dict[str, Any]], int]:
-    """The mutations of executed places of one kernel, by kind, in a drawn order.
+    """The mutations of executed places of one kernel, by kind.
 
     Without those that change nothing by a rule of `redundant.py`, which are listed; and how many
     are of places that no run executes.
@@ -160,100 +169,145 @@ def mutants_by_kind(
             left_out.append(described(subject, mutant) | {"rule": rule})
         else:
             found[mutant.kind].append(mutant)
-    for kind, mutants in found.items():
-        random.Random(f"{subject.name} {kind}").shuffle(mutants)
     return dict(found), left_out, not_executed
 
 
-def sample(
-    by_subject: list[dict[str, list[Mutation]]], per_kind: int
-) -> list[list[tuple[str, Mutation]]]:
-    """Up to `per_kind` mutants of each kind, one kernel after another in turn."""
-    chosen: list[list[tuple[str, Mutation]]] = [[] for _ in by_subject]
-    for n, kind in enumerate(sorted({kind for kinds in by_subject for kind in kinds})):
-        left = per_kind
-        depth = 0
-        while left and any(len(kinds.get(kind, ())) > depth for kinds in by_subject):
-            for offset in range(len(by_subject)):
-                i = (n + offset) % len(by_subject)  # kinds begin with different kernels
-                mutants = by_subject[i].get(kind, [])
-                if left and len(mutants) > depth:
-                    chosen[i].append((kind, mutants[depth]))
-                    left -= 1
-            depth += 1
+def take(
+    left: dict[str, dict[str, list[Mutation]]], per_kind: int, draw: int
+) -> dict[str, list[Mutation]]:
+    """Draws up to `per_kind` mutants of each kind, one kernel after another in turn, by kernel.
+
+    They are taken out of `left`, mutants by kernel and kind. Each draw has an order of its own.
+    """
+    for kernel, kinds in left.items():
+        for kind, mutants in kinds.items():
+            seed = f"{kernel} {kind}" if draw == 1 else f"{kernel} {kind} {draw}"
+            random.Random(seed).shuffle(mutants)
+    kernels = list(left)
+    chosen: dict[str, list[Mutation]] = {kernel: [] for kernel in kernels}
+    for n, kind in enumerate(sorted({kind for kinds in left.values() for kind in kinds})):
+        first = (n + draw - 1) % len(kernels)  # kinds, and draws, begin with different kernels
+        missing = per_kind
+        while missing and any(kinds.get(kind) for kinds in left.values()):
+            for kernel in kernels[first:] + kernels[:first]:
+                if missing and left[kernel].get(kind):
+                    chosen[kernel].append(left[kernel][kind].pop(0))
+                    missing -= 1
     return chosen
 
 
 def explanations() -> dict[str, str]:
     """Why each mutant of `missed.json` is missed, by `key_of`."""
-    return json.loads(_EXPLANATIONS.read_text()) if _EXPLANATIONS.exists() else {}
+    return json.loads(_EXPLANATIONS.read_text())
 
 
 def key_of(entry: dict[str, Any]) -> str:
-    """What an explanation is filed under. It names the PTX, so that it falls with the code."""
-    parts = [entry[name] for name in ("arch", "kernel", "kind", "detail", "ptx")]
-    return " | ".join(part for part in parts if part)
+    """What an explanation is filed under.
+
+    It names the problem and the PTX, so that an explanation falls with either.
+    """
+    names = ("arch", "kernel", "problem", "kind", "detail", "ptx")
+    return " | ".join(part for part in (entry.get(name, "") for name in names) if part)
 
 
-def run_architecture(arch: str, per_kind: int, only: str) -> dict[str, Any]:
-    """The entry of one architecture in the result file."""
-    start = time.perf_counter()
+@dataclass(frozen=True)
+class Places:
+    """What there is to draw from in one architecture's kernels."""
+
+    made: dict[str, Subject]
+    unchanged: dict[str, Baseline]
+    mutants: dict[str, dict[str, list[Mutation]]]  # by kernel and kind; draws take them out
+    left_out: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def places_of(arch: str, only: str) -> Places:
+    """The kernels of an architecture whose names contain `only`, and what may be drawn of them."""
     every = [make() for make in subjects(arch)]
-    made = [subject for subject in every if only in subject.name]
+    made = {subject.name: subject for subject in every if only in subject.name}
     if not made:
         known = ", ".join(subject.name for subject in every)
         raise SystemExit(f"--only {only}: no kernel of {arch} has that in its name; it has {known}")
-    by_subject, unchanged = [], []
+    unchanged, mutants = {}, {}
     left_out: list[dict[str, Any]] = []
     not_executed = 0
-    for subject in made:
-        unchanged.append(baseline(subject))
-        mutants, redundant, others = mutants_by_kind(subject, unchanged[-1].lines)
-        by_subject.append(mutants)
+    for name, subject in made.items():
+        unchanged[name] = baseline(subject)
+        mutants[name], redundant, others = mutants_by_kind(subject, unchanged[name].lines)
         left_out += redundant
         not_executed += others
-        count = sum(map(len, by_subject[-1].values()))
-        print(f"{arch} {subject.name}: {count} places, {unchanged[-1].steps} steps", flush=True)
-    entries = []
-    for i, chosen in enumerate(sample(by_subject, per_kind)):
-        subject, original = made[i], made[i].emulator.ptx_text
-        for _, mutant in chosen:
-            subject.emulator.load(original)
-            entry = described(subject, mutant)
-            entry |= trial(subject, mutant, unchanged[i])
-            entries.append(entry)
-            print(
-                f"{entry['caught']:9}{entry['seeds']} {entry.get('seconds', 0):6.2f} s  "
-                f"{subject.name}: {mutant.name}: {entry['ptx'][:60]}  {entry['source']}",
-                flush=True,
-            )
-        subject.emulator.load(original)
-    places = sum(len(mutants) for kinds in by_subject for mutants in kinds.values())
+        count = sum(map(len, mutants[name].values()))
+        print(f"{arch} {name}: {count} places, {unchanged[name].steps} steps", flush=True)
+    count = sum(len(found) for kinds in mutants.values() for found in kinds.values())
     by_rule = dict(Counter(place["rule"] for place in left_out))
-    summary = {"places": places, "redundant_by_rule": by_rule, "not_executed": not_executed}
-    summary |= {"seeds": len(SEEDS), "per_kind": per_kind}
-    summary["seconds"] = round(time.perf_counter() - start, 1)
-    return explained({"summary": summary, "left_out": left_out, "mutants": entries})
+    summary = {"places": count, "redundant_by_rule": by_rule, "not_executed": not_executed}
+    return Places(made, unchanged, mutants, left_out, summary)
+
+
+def run_architecture(
+    arch: str, per_kind: int, draws: int, only: str = ""
+) -> Iterator[dict[str, Any]]:
+    """The entry of one architecture in the result file, after each draw."""
+    start = time.perf_counter()
+    places = places_of(arch, only)
+    entries: list[dict[str, Any]] = []
+    for draw in range(1, draws + 1):
+        for name, mutants in take(places.mutants, per_kind, draw).items():
+            tried = [entry | {"draw": draw} for entry in trials(places, name, mutants)]
+            entries += tried
+        summary = places.summary | {"seeds": len(SEEDS), "per_kind": per_kind}
+        summary["seconds"] = round(time.perf_counter() - start, 1)
+        yield explained({"summary": summary, "left_out": places.left_out, "mutants": entries})
+
+
+def trials(places: Places, name: str, mutants: list[Mutation]) -> Iterator[dict[str, Any]]:
+    """What a result file says of each of some mutants of one kernel, which is loaded anew last."""
+    subject, original = places.made[name], places.made[name].emulator.ptx_text
+    for mutant in mutants:
+        subject.emulator.load(original)
+        entry = described(subject, mutant) | trial(subject, mutant, places.unchanged[name])
+        print(
+            f"{entry['caught']:9}{entry['seeds']} {entry['seconds']:6.2f} s  "
+            f"{name}: {mutant.name}: {entry['ptx'][:60]}  {entry['source']}",
+            flush=True,
+        )
+        yield entry
+    subject.emulator.load(original)
 
 
 def explained(entry: dict[str, Any]) -> dict[str, Any]:
     """The entry of an architecture with what `missed.json` says now, and its totals."""
     known = explanations()
-    for mutant in entry["mutants"]:
-        if mutant["caught"] == "missed":
-            mutant["explanation"] = known.get(key_of(mutant), "")
-    return entry | {"summary": entry["summary"] | totals(entry["mutants"])}
+    mutants = [
+        mutant | {"explanation": known.get(key_of(mutant), "")}
+        if mutant["caught"] == MISSED
+        else mutant
+        for mutant in entry["mutants"]
+    ]
+    by_draw = defaultdict(list)
+    for mutant in mutants:
+        by_draw[mutant.get("draw", 1)].append(mutant)
+    draws = {"draws": [{"draw": n} | totals(drawn) for n, drawn in sorted(by_draw.items())]}
+    return entry | {"summary": entry["summary"] | totals(mutants) | draws, "mutants": mutants}
+
+
+def unexplained(entry: dict[str, Any]) -> list[str]:
+    """The keys of an architecture's missed mutants of which `missed.json` says nothing."""
+    missed = (mutant for mutant in entry["mutants"] if mutant["caught"] == MISSED)
+    return [key_of(m) for m in missed if not m["explanation"].startswith((WITHOUT_EFFECT, GAP))]
 
 
 def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts of an architecture.
 
     A missed mutant is without effect if its explanation says so, and else a gap of the emulator.
+    One that is refused is not caught, nor known to be without effect.
     """
-    missed = [entry for entry in entries if entry["caught"] == "missed"]
+    missed = [entry for entry in entries if entry["caught"] == MISSED]
+    refused = sum(entry["caught"] == REFUSED for entry in entries)
     without = sum(entry["explanation"].startswith(WITHOUT_EFFECT) for entry in missed)
     gaps = sum(entry["explanation"].startswith(GAP) for entry in missed)
-    caught = len(entries) - len(missed)
+    caught = len(entries) - len(missed) - refused
     return {
         "mutants": len(entries),
         "caught": caught,
@@ -262,10 +316,11 @@ def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
         "without_effect": without,
         "gaps": gaps,
         "unexplained": len(missed) - without - gaps,
+        "refused": refused,
         "kinds": len({entry["kind"] for entry in entries}),
         "kernels": len({entry["kernel"] for entry in entries}),
         "how": dict(Counter(entry["caught"] for entry in entries).most_common()),
-        "by_first_seed": sum(e["seeds"] == 1 for e in entries if e["caught"] != "missed"),
+        "by_first_seed": sum(e["seeds"] == 1 for e in entries if e["caught"] != MISSED),
     }
 
 
@@ -275,18 +330,33 @@ def rows(architectures: dict[str, Any]) -> list[dict[str, Any]]:
     for arch, entry in architectures.items():
         summary = entry["summary"]
         figures += [
-            (arch, "mutants", summary["mutants"], "tried"),
-            (arch, "caught", summary["caught"], "mutants"),
-            (arch, "without effect", summary["without_effect"], "mutants"),
-            (arch, "places", summary["places"], "places"),
-            (arch, "a kind", summary["per_kind"], "mutants"),
-            (arch, "redundant by rule", sum(summary["redundant_by_rule"].values()), "places"),
-            (arch, "kinds", summary["kinds"], "count"),
-            (arch, "seconds", summary["seconds"], "s"),
+            (f"{arch}/{metric}", value, unit)
+            for metric, value, unit in (
+                *counts(summary),
+                ("places", summary["places"], "places"),
+                ("a kind", summary["per_kind"], "mutants"),
+                ("draws", len(summary["draws"]), "count"),
+                ("redundant by rule", sum(summary["redundant_by_rule"].values()), "places"),
+                ("kinds", summary["kinds"], "count"),
+                ("seconds", summary["seconds"], "s"),
+            )
         ]
+        for draw in summary["draws"]:
+            name = f"{arch}/draw {draw['draw']}"
+            figures += [(f"{name}/{metric}", value, unit) for metric, value, unit in counts(draw)]
     return [
-        asdict(Row(EMULATOR, [], f"mutations/{arch}/{metric}", value, unit))
-        for arch, metric, value, unit in figures
+        asdict(Row(EMULATOR, [], f"mutations/{metric}", value, unit))
+        for metric, value, unit in figures
+    ]
+
+
+def counts(total: dict[str, Any]) -> list[tuple[str, int, str]]:
+    """(metric, value, unit) of what became of some mutants."""
+    return [
+        ("mutants", total["mutants"], "tried"),
+        ("caught", total["caught"], "mutants"),
+        ("without effect", total["without_effect"], "mutants"),
+        ("refused", total["refused"], "mutants"),
     ]
 
 
@@ -310,11 +380,25 @@ def earlier(path: Path | None) -> dict[str, Any]:
         ) from None
 
 
-def explain(path: Path) -> None:
-    """A result file as it was, with the explanations that `missed.json` has now."""
-    made = earlier(path)
-    content = json.loads(path.read_text()) | {"rows": rows(made), "architectures": made}
+def write(path: Path, head: dict[str, Any], architectures: dict[str, Any]) -> None:
+    ordered = {arch: architectures[arch] for arch in ARCHITECTURES if arch in architectures}
+    content = head | {"rows": rows(ordered), "architectures": ordered}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def explain(path: Path | None) -> dict[str, Any]:
+    """Puts what `missed.json` says now into a result file, and returns its entries."""
+    if path is None or not path.exists():
+        raise SystemExit("--explain changes a result file: name one that is there with --json")
+    known = earlier(path)
+    write(path, json.loads(path.read_text()), known)
+    return known
+
+
+def say_unexplained(entry: dict[str, Any]) -> None:
+    for key in unexplained(entry):
+        print(f"without a sentence in {_EXPLANATIONS.name}: {json.dumps(key)}", flush=True)
 
 
 def start() -> dict[str, Any]:
@@ -327,29 +411,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="default: all")
     parser.add_argument("--json", type=output_file, help="result file")
-    parser.add_argument("--per-kind", type=positive, default=PER_KIND)
+    parser.add_argument("--per-kind", type=positive, default=PER_KIND, help="mutants in a draw")
+    parser.add_argument("--draws", type=positive, default=DRAWS, help="of mutants, without repeats")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument(
-        "--explain", action="store_true", help="run nothing; write what missed.json says now"
-    )
+    parser.add_argument("--explain", action="store_true", help="only read missed.json anew")
     arguments = parser.parse_args()
     path = arguments.json
     if arguments.explain:
-        if path is None or not path.exists():
-            parser.error("--explain needs --json with a result file that is there")
-        explain(path)
+        for entry in explain(path).values():
+            say_unexplained(entry)
         return 0
     earlier(path)
     head = start()
     for arch in arguments.arch or ARCHITECTURES:
-        entry = run_architecture(arch, arguments.per_kind, arguments.only)
-        print(json.dumps(entry["summary"], indent=1))
-        if path:
-            made = earlier(path) | {arch: {"commit": head["commit"]} | entry}
-            made = {arch: made[arch] for arch in ARCHITECTURES if arch in made}
-            content = head | {"rows": rows(made), "architectures": made}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content, indent=1) + "\n")
+        for entry in run_architecture(arch, arguments.per_kind, arguments.draws, arguments.only):
+            print(json.dumps(entry["summary"], indent=1), flush=True)
+            if path:
+                write(path, head, earlier(path) | {arch: {"commit": head["commit"]} | entry})
+        say_unexplained(entry)
     return 0
 
 

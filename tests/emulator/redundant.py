@@ -4,12 +4,13 @@ What no rule proves is tried. The result file lists each place that one leaves o
 """
 
 BULK_WAIT = ("cp", "async", "bulk", "wait_group")
-# removals of what is as good once as twice in a row
+# Removals of what is as good once as twice in a row: fences, and waits for what is one's own.
+# Barriers are not: each counts for the warps that meet there.
 IDEMPOTENT = {
     f"{name} removed"
     for name in (
         "proxy fence", "init fence", "mma fence", "tensor memory fence", "bulk wait", "mma wait",
-        "tensor memory load wait", "tensor memory store wait", "cluster wait",
+        "tensor memory load wait", "tensor memory store wait",
     )
 }  # fmt: skip
 
@@ -27,10 +28,6 @@ def only_waits(flow, at):
     it, more lanes wait, which ends by itself and makes nothing earlier."""
     block = flow.instrs[at + 1 : flow.instrs[at].target]
     return bool(block) and all(ins.parts[:4] == BULK_WAIT for ins in block)
-
-
-def is_idempotent(mutant, ins):
-    return mutant.kind in IDEMPOTENT or mutant.kind == "barrier removed" and "sync" in ins.parts
 
 
 def same_beside(flow, at):
@@ -54,6 +51,6 @@ def why_redundant(flow, mutant):
         return ""
     if mutant.kind == "all lanes elected" and only_waits(flow, at):
         return "more lanes wait for their own bulk stores"
-    if is_idempotent(mutant, flow.instrs[at]) and same_beside(flow, at):
-        return "the same fence, wait or barrier stands beside it"
+    if mutant.kind in IDEMPOTENT and same_beside(flow, at):
+        return "the same fence or wait stands beside it"
     return ""

@@ -26,7 +26,7 @@ from sonic.runtime.problem import (
 from tests.gemm_bounds import bands
 from tests.grouped_gemms import NORMAL, GroupedGemm, Sizes
 
-from .accumulator import Accumulator
+from .accumulator import Accumulator, K, M, N
 from .layer import emulated_layer, emulator_for
 from .policy import Policy
 from .run import Emulator
@@ -36,14 +36,16 @@ ARCHITECTURES = ("sm_90a", "sm_100a", "sm_120a")
 
 @dataclass(frozen=True)
 class Subject:
-    """A kernel. `run(seed, max_steps)` runs whatever PTX `emulator` was last loaded with.
+    """A kernel, and the sizes of the problem that it is run on.
 
-    It returns what is wrong with the result, or "", and the machine's warnings. Raises Fault if the
-    emulator reports anything.
+    `run(seed, max_steps)` runs whatever PTX `emulator` was last loaded with. It returns what is
+    wrong with the result, or "", and the machine's warnings. Raises Fault if the emulator reports
+    anything.
     """
 
     name: str
     arch: str
+    problem: str
     emulator: Emulator | Accumulator
     run: Callable[[int, int], tuple[str, set[str]]]
 
@@ -161,7 +163,10 @@ def _layer_subject(name: str, gemm: GroupedGemm, config: TileConfig, ctas: int) 
         text = ", ".join(f"{n} elements of {name} are wrong" for name, n in wrong.items() if n)
         return text, set(session.machines[-1].warnings)
 
-    return Subject(name, "sm_90a", emulator_for(gemm.problem, config, Arch.SM90), run)
+    sizes = gemm.sizes
+    problem = f"{sizes.tokens} tokens, hidden {sizes.hidden}, width {sizes.width}, "
+    problem += f"rows {sizes.counts} and {sizes.dead_rows}, {ctas} CTAs"
+    return Subject(name, "sm_90a", problem, emulator_for(gemm.problem, config, Arch.SM90), run)
 
 
 def _calibration_subject(arch: str, name: str) -> Subject:
@@ -176,7 +181,10 @@ def _calibration_subject(arch: str, name: str) -> Subject:
         text = f"an error of {error:.3g} of the largest value, {share:.3g} times the bound"
         return "" if right else text, set(machine.warnings)
 
-    return Subject(name, arch, kernel.emulator, run)
+    c = kernel.configuration
+    problem = f"m {c.m}, n {c.n}, k {c.k}, lengths {c.lengths}, batch {c.batch}, "
+    problem += f"{c.clusters} clusters"
+    return Subject(name, arch, problem, kernel.emulator, run)
 
 
 def _accumulator_subject() -> Subject:
@@ -186,4 +194,4 @@ def _accumulator_subject() -> Subject:
         right = kernel.run(Policy(seed), max_steps=max_steps)
         return "" if right else "the products are wrong", set(kernel.machine.warnings)
 
-    return Subject("accumulator", "sm_100a", kernel, run)
+    return Subject("accumulator", "sm_100a", f"m {M}, n {N}, k {K}", kernel, run)
