@@ -38,7 +38,7 @@ PER_KIND = 4  # of one architecture, over all its kernels
 _STEPS_ALLOWED = 8  # times those of the unchanged kernel
 _EXPLANATIONS = Path(__file__).with_name("missed.json")
 # How an explanation of a missed mutant begins.
-WITHOUT_EFFECT, GAP = "No effect:", "Gap:"
+WITHOUT_EFFECT, OTHER_SIZES, GAP = "No effect:", "Other sizes:", "Gap:"
 # How a change shows, by what the report says; the first that fits.
 _REPORTS = (
     ("deadlock", ("deadlock", "livelock", "step limit")),
@@ -248,10 +248,12 @@ def explained(entry: dict[str, Any]) -> dict[str, Any]:
 def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts of an architecture.
 
-    A missed mutant is without effect if its explanation says so, and else a gap of the emulator.
+    A missed mutant is without effect if its explanation says so, or would be found at other sizes,
+    or is a gap of the emulator.
     """
     missed = [entry for entry in entries if entry["caught"] == "missed"]
     without = sum(entry["explanation"].startswith(WITHOUT_EFFECT) for entry in missed)
+    sizes = sum(entry["explanation"].startswith(OTHER_SIZES) for entry in missed)
     gaps = sum(entry["explanation"].startswith(GAP) for entry in missed)
     caught = len(entries) - len(missed)
     return {
@@ -260,8 +262,9 @@ def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
         "share_caught": round(caught / max(len(entries), 1), 4),
         "share_caught_of_those_with_effect": round(caught / max(len(entries) - without, 1), 4),
         "without_effect": without,
+        "other_sizes": sizes,
         "gaps": gaps,
-        "unexplained": len(missed) - without - gaps,
+        "unexplained": len(missed) - without - sizes - gaps,
         "kinds": len({entry["kind"] for entry in entries}),
         "kernels": len({entry["kernel"] for entry in entries}),
         "how": dict(Counter(entry["caught"] for entry in entries).most_common()),
