@@ -184,7 +184,7 @@ def _blackwell():
         "bias": {"row": True, "col": True, "batch": 2, "m": 200},
         "add": {"add": True, "out": "float32", "tile": (256, 128), "cluster": (2, 1)},
         "split-2-2cta": {"split": 2, "tile": (256, 128), "cluster": (2, 1), "row": True},
-        "launch-control": {"dynamic": True},
+        "launch-control": {"dynamic": True, "m": 700},  # more tiles than answers have slots
         "launch-control-2cta": {"dynamic": True, "tile": (256, 128), "cluster": (2, 1)},
         "gelu": {"epilogue": "gelu_tanh_approx", "beta": 1.0, "n": 272},
         "swiglu-2cta": {"epilogue": "swiglu", "tile": (256, 128), "cluster": (2, 1), "n": 272},

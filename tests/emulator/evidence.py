@@ -47,7 +47,7 @@ _EXPLANATIONS = Path(__file__).with_name("missed.json")
 # What is not found; and PTX that the emulator refuses, for which it finds nothing either.
 MISSED, REFUSED = "missed", "refused"
 # How an explanation of a missed mutant begins.
-WITHOUT_EFFECT, GAP = "No effect:", "Gap:"
+WITHOUT_EFFECT, OTHER_SIZES, GAP = "No effect:", "Other sizes:", "Gap:"
 # How a change shows, by what the report says; the first that fits.
 _REPORTS = (
     ("deadlock", ("deadlock", "livelock", "step limit")),
@@ -300,12 +300,13 @@ def unexplained(entry: dict[str, Any]) -> list[str]:
 def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts of an architecture.
 
-    A missed mutant is without effect if its explanation says so, and else a gap of the emulator.
-    One that is refused is not caught, nor known to be without effect.
+    A missed mutant is without effect if its explanation says so, or would be found at other sizes,
+    or is a gap of the emulator. One that is refused is not caught, nor known to be without effect.
     """
     missed = [entry for entry in entries if entry["caught"] == MISSED]
     refused = sum(entry["caught"] == REFUSED for entry in entries)
     without = sum(entry["explanation"].startswith(WITHOUT_EFFECT) for entry in missed)
+    sizes = sum(entry["explanation"].startswith(OTHER_SIZES) for entry in missed)
     gaps = sum(entry["explanation"].startswith(GAP) for entry in missed)
     caught = len(entries) - len(missed) - refused
     return {
@@ -314,8 +315,9 @@ def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
         "share_caught": round(caught / max(len(entries), 1), 4),
         "share_caught_of_those_with_effect": round(caught / max(len(entries) - without, 1), 4),
         "without_effect": without,
+        "other_sizes": sizes,
         "gaps": gaps,
-        "unexplained": len(missed) - without - gaps,
+        "unexplained": len(missed) - without - sizes - gaps,
         "refused": refused,
         "kinds": len({entry["kind"] for entry in entries}),
         "kernels": len({entry["kernel"] for entry in entries}),
