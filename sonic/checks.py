@@ -77,17 +77,21 @@ def choice(op: str, name: str, value: Any, options: type[_Choice]) -> _Choice:
     )
 
 
+def check_known(
+    op: str, name: str, value: Any, known: tuple[str, ...], todo: str = "Pass one of these strings."
+) -> None:
+    """``value`` is one of the strings ``known``."""
+    if not isinstance(value, str) or value not in known:
+        allowed = ", ".join(map(repr, known))
+        raise ArgumentError(message(op, f"{name}={value!r} is not known", allowed, todo))
+
+
+LET_THE_DEVICE_DECIDE = 'Pass impl="auto" to let the device decide.'
+
+
 def resolve_impl(op: str, impl: Any, device: torch.device) -> str:
     """``"cute"`` or ``"reference"`` for tensors on ``device``; only ``"auto"`` chooses."""
-    if impl not in IMPLS:
-        raise ArgumentError(
-            message(
-                op,
-                f"impl={impl!r} is not known",
-                ", ".join(repr(known) for known in IMPLS),
-                'Pass impl="auto" to let the device decide.',
-            )
-        )
+    check_known(op, "impl", impl, IMPLS, LET_THE_DEVICE_DECIDE)
     kind = device.type
     if kind not in ("cuda", "cpu", "meta"):
         raise DeviceError(

@@ -226,15 +226,7 @@ def _check(op: str, num_experts: int, impl: str, **ids: torch.Tensor) -> None:
                 "Pass the number of experts of the layer.",
             )
         )
-    if impl not in _IMPLS:
-        raise ArgumentError(
-            message(
-                op,
-                f"impl={impl!r} is not known",
-                ", ".join(repr(known) for known in _IMPLS),
-                'Pass impl="auto" to let the device decide.',
-            )
-        )
+    checks.check_known(op, "impl", impl, _IMPLS, checks.LET_THE_DEVICE_DECIDE)
 
 
 def _plan_torch(

@@ -519,19 +519,7 @@ def _check_shared_experts(shared: Any, hidden_size: int) -> None:
 
 
 def _check_routing(routing: str, rounding: str, tile: int | str) -> None:
-    options = (
-        ("routing", routing, ("top_k", "token_rounding")),
-        ("rounding", rounding, ROUNDING_RULES),
-    )
-    for name, value, known in options:
-        if value not in known:
-            raise ArgumentError(
-                checks.message(
-                    "MoE",
-                    f"{name}={value!r} is not known",
-                    ", ".join(repr(option) for option in known),
-                    "Pass one of these strings.",
-                )
-            )
+    checks.check_known("MoE", "routing", routing, ("top_k", "token_rounding"))
+    checks.check_known("MoE", "rounding", rounding, ROUNDING_RULES)
     if tile != "auto":
         checks.check_int("MoE", "tile", tile, 1, checks.MAX_SLOTS, 'rows, or "auto"')

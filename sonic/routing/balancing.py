@@ -212,15 +212,7 @@ def limit_capacity(
     checks.check_same_device(op, "ids", ids, scores=scores)
     checks.check_num_experts(op, "num_experts", num_experts)
     checks.check_int(op, "capacity", capacity, 0, checks.MAX_SLOTS, "rows of an expert")
-    if drop not in DROP_RULES:
-        raise ArgumentError(
-            checks.message(
-                op,
-                f"drop={drop!r} is not known",
-                ", ".join(map(repr, DROP_RULES)),
-                "Pass one of these strings.",
-            )
-        )
+    checks.check_known(op, "drop", drop, DROP_RULES)
     flat = ids.reshape(-1)
     if drop == "position":
         beyond = _rank_in_expert(flat, num_experts) >= capacity

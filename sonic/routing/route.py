@@ -18,7 +18,7 @@ from sonic.runtime.errors import (
     MissingPackageError,
     ShapeError,
 )
-from sonic.runtime.limits import MAX_EXPERTS, MAX_SLOTS, MAX_TOP_K
+from sonic.runtime.limits import MAX_EXPERTS, MAX_SLOTS, MAX_TOP_K, message
 from sonic.runtime.route import Route, RouteTensors, ScoreFunction
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -90,6 +90,8 @@ def route(
     """
     checks.check_is_tensor("route", "logits", logits)
     checks.check_is_int("route", "num_null", num_null, 0, MAX_EXPERTS)
+    if num_experts is not None:
+        checks.check_num_experts("route", "num_experts", num_experts)
     options = Route(
         top_k=top_k,
         score=_SCORES.get(score, score) if isinstance(score, str) else score,
@@ -140,36 +142,44 @@ def _check(
     num_null: int,
 ) -> None:
     if logits.dim() != 2:
-        raise ShapeError(
-            f"route: logits has shape {tuple(logits.shape)}, expected (T, E). "
-            "Flatten the leading axes."
-        )
+        raise _shape_error("logits", logits, "(T, E)", "Flatten the leading axes.")
     num_tokens, num_columns = logits.shape
     if not 1 <= num_columns <= MAX_EXPERTS:
-        raise ShapeError(f"route: {num_columns} columns; 1 to {MAX_EXPERTS} are allowed.")
+        raise _shape_error("logits", logits, f"1 to {MAX_EXPERTS} columns", "Pass (T, E) logits.")
     for name, tensor in (("logits", logits), ("bias", bias), ("mask", mask)):
         if tensor is not None:
             checks.check_is_tensor("route", name, tensor)
-        if tensor is not None and tensor.dtype not in _DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-            raise DTypeError(f"route: {name} has dtype {tensor.dtype}, expected {allowed}.")
-        if tensor is not None and tensor.device != logits.device:
-            raise DeviceError(
-                f"route: {name} is on {tensor.device} and logits on {logits.device}. Move it."
-            )
+            _check_dtype(name, tensor, _DTYPES, f"Cast it: {name}.float().")
+            _check_device(name, tensor, logits)
     if bias is not None and tuple(bias.shape) != (num_columns,):
-        raise ShapeError(f"route: bias has shape {tuple(bias.shape)}, expected ({num_columns},).")
+        todo = "Pass one number for each column of the logits."
+        raise _shape_error("bias", bias, f"({num_columns},)", todo)
     if mask is not None and (
         mask.dim() not in (1, 2)
         or mask.shape[-1] != num_columns
         or (mask.dim() == 2 and mask.shape[0] not in (1, num_tokens))
     ):
-        raise ShapeError(
-            f"route: mask has shape {tuple(mask.shape)}, expected ({num_columns},) or "
-            f"({num_tokens}, {num_columns}) for logits of shape {tuple(logits.shape)}."
-        )
+        allowed = f"({num_columns},), (1, {num_columns}) and ({num_tokens}, {num_columns})"
+        todo = "Pass one row for all tokens, or one for each token of the logits."
+        raise _shape_error("mask", mask, allowed, todo)
     _check_ids(logits, ids, route)
     _check_options(num_tokens, num_columns, route, num_null)
+
+
+def _shape_error(name: str, tensor: Tensor, allowed: str, todo: str) -> ShapeError:
+    return ShapeError(message("route", f"{name} has shape {tuple(tensor.shape)}", allowed, todo))
+
+
+def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], todo: str) -> None:
+    if tensor.dtype not in dtypes:
+        got, *allowed = (str(d).removeprefix("torch.") for d in (tensor.dtype, *dtypes))
+        raise DTypeError(message("route", f"{name} is {got}", ", ".join(allowed), todo))
+
+
+def _check_device(name: str, tensor: Tensor, logits: Tensor) -> None:
+    if tensor.device != logits.device:
+        got, allowed = f"{name} is on {tensor.device}", f"{logits.device}, where logits is"
+        raise DeviceError(message("route", got, allowed, f"Move it: {name}.to(logits.device)."))
 
 
 def _check_ids(logits: Tensor, ids: Tensor | None, route: Route) -> None:
@@ -177,51 +187,50 @@ def _check_ids(logits: Tensor, ids: Tensor | None, route: Route) -> None:
         return
     checks.check_is_tensor("route", "ids", ids)
     if tuple(ids.shape) != (logits.shape[0], route.top_k):
-        raise ShapeError(
-            f"route: ids has shape {tuple(ids.shape)}, expected "
-            f"({logits.shape[0]}, top_k={route.top_k})."
-        )
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise DTypeError(f"route: ids has dtype {ids.dtype}, expected int32 or int64.")
-    if ids.device != logits.device:
-        raise DeviceError(f"route: ids is on {ids.device} and logits on {logits.device}. Move it.")
+        todo = "Pass top_k ids for each token of the logits."
+        raise _shape_error("ids", ids, f"({logits.shape[0]}, {route.top_k})", todo)
+    _check_dtype("ids", ids, (torch.int32, torch.int64), "Cast it: ids.int().")
+    _check_device("ids", ids, logits)
 
 
 def _check_options(num_tokens: int, num_columns: int, route: Route, num_null: int) -> None:
-    def refuse(got: str, allowed: str) -> ArgumentError:
-        return ArgumentError(f"route: {got} with {num_columns} columns; allowed: {allowed}.")
+    def check(name: str, right: bool, allowed: str, todo: str) -> None:
+        value = num_null if name == "num_null" else getattr(route, name)
+        if not right:
+            got = f"{name}={value} came with logits of shape ({num_tokens}, {num_columns})"
+            raise ArgumentError(message("route", got, allowed, todo))
+
+    def check_range(name: str, low: int, high: int, why: str) -> None:
+        value = num_null if name == "num_null" else getattr(route, name)
+        allowed = f"{low} to {high} ({why})"
+        check(name, low <= value <= high, allowed, f"Pass {name} inside that range.")
 
     for name in _INTEGERS:
         checks.check_is_int("route", name, getattr(route, name), 1, MAX_SLOTS)
     checks.check_bool("route", "renormalize", route.renormalize)
     checks.check_bool("route", "balance", route.balance)
-    if not isinstance(route.score, str) or route.score not in _SCORES:
-        raise refuse(f"score={route.score!r}", ", ".join(map(repr, _SCORES)))
+    checks.check_known("route", "score", route.score, tuple(_SCORES))
     limit = min(MAX_TOP_K, num_columns)
-    if not 1 <= route.top_k <= limit:
-        raise refuse(f"top_k={route.top_k}", f"1 to {limit}")
+    check_range("top_k", 1, limit, f"at most {MAX_TOP_K} and at most the columns")
     todo = "Pass 1.0 to leave the weights as they are."
     checks.check_number("route", "scale", route.scale, todo, positive=True)
-    if not 0 <= num_null < num_columns:
-        raise refuse(f"num_null={num_null}", f"0 to {num_columns - 1}")
-    if not 0 <= route.num_experts <= num_columns:
-        raise refuse(f"num_experts={route.num_experts}", f"1 to {num_columns}, or None")
+    check_range("num_null", 0, num_columns - 1, "columns that carry no work")
+    if route.num_experts:  # else no plan was asked for
+        check_range("num_experts", 1, num_columns, "columns that are experts")
     groups = route.num_groups
-    if groups < 1 or num_columns % groups or groups > 1024:
-        raise refuse(f"num_groups={groups}", "divisors of the number of columns up to 1024")
-    if not 1 <= route.topk_groups <= min(groups, MAX_TOP_K):
-        raise refuse(f"topk_groups={route.topk_groups}", f"1 to num_groups={groups}, at most 64")
-    size = num_columns // groups
-    if groups > 1 and route.topk_groups * size < route.top_k:
-        raise refuse(
-            f"topk_groups={route.topk_groups} groups of {size}", f"at least top_k={route.top_k}"
-        )
-    if not 1 <= route.group_best <= 8 or (groups > 1 and route.group_best > size):
-        raise refuse(f"group_best={route.group_best}", f"1 to min(8, {size})")
-    if route.num_sequences < 1 or num_tokens % route.num_sequences:
-        raise refuse(
-            f"num_sequences={route.num_sequences} for {num_tokens} tokens", "divisors of the tokens"
-        )
+    allowed = f"divisors of the {num_columns} columns, up to 1024"
+    right = 1 <= groups <= 1024 and num_columns % groups == 0
+    check("num_groups", right, allowed, "Pass 1 to choose among all columns.")
+    size, most = num_columns // groups, min(groups, MAX_TOP_K)
+    check_range("topk_groups", 1, most, f"at most num_groups={groups} and {MAX_TOP_K}")
+    if groups > 1:
+        allowed = f"groups that hold top_k={route.top_k} columns together, {size} each"
+        check("topk_groups", route.topk_groups * size >= route.top_k, allowed, "Pass more groups.")
+    best = 8 if groups == 1 else min(8, size)
+    check_range("group_best", 1, best, "columns that rank a group")
+    right = route.num_sequences >= 1 and num_tokens % route.num_sequences == 0
+    allowed = f"divisors of the {num_tokens} tokens"
+    check("num_sequences", right, allowed, "Pass the number of sequences of equal length.")
 
 
 # --------------------------------------------------------------------------------- operators

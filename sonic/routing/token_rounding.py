@@ -199,12 +199,7 @@ def rounding_scores(
     """
     op = "rounding_scores"
     _check_table(op, "logits", logits, top_k)
-    try:
-        order = ScoreOrder(order)
-    except ValueError as error:
-        allowed = ", ".join(repr(member.value) for member in ScoreOrder)
-        raise ArgumentError(f"{op}: order={order!r} is not one of {allowed}.") from error
-    full = order is ScoreOrder.TOPK_OVER_SOFTMAX
+    full = checks.choice(op, "order", order, ScoreOrder) is ScoreOrder.TOPK_OVER_SOFTMAX
     scores: Tensor = torch.ops.sonic.winner_softmax(logits, top_k, full)
     return scores
 
@@ -250,15 +245,7 @@ def check_rounding(
 
 def check_rule(op: str, rule: Any, name: str = "rule") -> None:
     """Raise ArgumentError unless ``rule``, an argument of that name, is known."""
-    if not isinstance(rule, str) or rule not in RULES:
-        raise ArgumentError(
-            message(
-                op,
-                f"{name}={rule!r} is not known",
-                ", ".join(repr(known) for known in RULES),
-                "Pass one of these strings.",
-            )
-        )
+    checks.check_known(op, name, rule, RULES)
 
 
 def check_generator(op: str, name: str, table: Tensor, generator: Any) -> None:

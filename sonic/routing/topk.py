@@ -97,18 +97,7 @@ def topk_routing(
                 "Pass top_k inside that range.",
             )
         )
-    try:
-        order = ScoreOrder(order)
-    except ValueError as error:
-        allowed = ", ".join(repr(member.value) for member in ScoreOrder)
-        raise ArgumentError(
-            message(
-                op,
-                f"order={order!r} is not known",
-                allowed,
-                "Pass one of these strings, or a member of sonic.ScoreOrder.",
-            )
-        ) from error
+    order = checks.choice(op, "order", order, ScoreOrder)
     scores, ids = torch.ops.sonic.topk_routing(logits, top_k, order.value)
     return scores, ids
 

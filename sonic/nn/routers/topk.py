@@ -118,15 +118,7 @@ class TopKRouter(Router):
             checks.check_bool(op, name, flag)
         checks.check_parameters(op, std, device, dtype)
         check_group(op, group)
-        if capacity_drop not in DROP_RULES:
-            raise ArgumentError(
-                checks.message(
-                    op,
-                    f"capacity_drop={capacity_drop!r} is not known",
-                    ", ".join(map(repr, DROP_RULES)),
-                    "Pass one of these strings.",
-                )
-            )
+        checks.check_known(op, "capacity_drop", capacity_drop, DROP_RULES)
         factors = {
             "capacity_factor": capacity_factor,
             "eval_capacity_factor": eval_capacity_factor,
