@@ -363,18 +363,36 @@ def emulator_table(figures: Figures) -> str:
     def figure(metric: str, unit: str, form: str) -> str:
         return _cell(figures.get(metric, unit, provider=EMULATOR), form)
 
-    calibrated, found = [], []
-    for arch in architectures:
-        prefix = f"calibration/{arch}"
-        calibrated.append(of(f"{prefix}/right", "configurations", f"{prefix}/configurations"))
-        prefix = f"mutations/{arch}"
+    def found(prefix: str) -> str:
         cell = of(f"{prefix}/caught", "mutants", f"{prefix}/mutants")
-        explained = figure(f"{prefix}/without effect", "mutants", ".0f")
-        found.append(cell if explained in ("–", "0") else f"{cell}; {explained} without effect")
+        for name in ("without effect", "refused"):
+            count = figure(f"{prefix}/{name}", "mutants", ".0f")
+            cell += "" if count in ("–", "0") else f"; {count} {name}"
+        return cell
+
+    calibrated = [
+        of(f"calibration/{arch}/right", "configurations", f"calibration/{arch}/configurations")
+        for arch in architectures
+    ]
     rows = [
         ["GEMMs of quack-kernels: results right, no report without a known reason", *calibrated],
-        ["single mistakes planted in right kernels: found", *found],
+        [
+            "single mistakes planted in right kernels: found",
+            *(found(f"mutations/{arch}") for arch in architectures),
+        ],
     ]
+    draws = max(
+        int(figures.get(f"mutations/{arch}/draws", "count", provider=EMULATOR) or 1)
+        for arch in architectures
+    )
+    if draws > 1:
+        rows += [
+            [
+                f"of these, draw {draw}",
+                *(found(f"mutations/{arch}/draw {draw}") for arch in architectures),
+            ]
+            for draw in range(1, draws + 1)
+        ]
     unlike = ["–", "–"]
     hardware = "hardware/{}".format
     same = of(hardware("exact/bitwise equal"), "outputs", hardware("exact/defined"))
@@ -393,18 +411,30 @@ def emulator_table(figures: Figures) -> str:
 
 
 def sampled(figures: Figures, architectures: Sequence[str]) -> list[str]:
-    """A sentence that says how large a sample the planted mistakes are, if they are known."""
+    """A sentence that says how large samples the planted mistakes are.
+
+    Raises ``ValueError`` if the size of one is not known.
+    """
     said = []
+    units = {"mutants": "tried", "places": "places", "kinds": "count", "a kind": "mutants"}
+    units["draws"] = "count"
     for arch in architectures:
-        units = {"mutants": "tried", "places": "places", "kinds": "count", "a kind": "mutants"}
-        values = [
-            figures.get(f"mutations/{arch}/{metric}", unit, provider=EMULATOR)
+        values = {
+            metric: figures.get(f"mutations/{arch}/{metric}", unit, provider=EMULATOR)
             for metric, unit in units.items()
-        ]
-        if None not in values:
-            drawn, places, kinds, most = (f"{value:.0f}" for value in values)
-            of = f"{drawn} of {places} places on {arch} ({kinds} kinds, up to {most} of each)"
-            said.append(of)
+        }
+        missing = [metric for metric, value in values.items() if value is None]
+        if len(missing) == len(units):
+            continue  # nothing was planted there
+        if missing:
+            raise ValueError(
+                f"the mistakes planted in kernels of {arch} have no figure for "
+                f"{', '.join(missing)}; python -m tests.emulator.evidence --explain --json FILE "
+                "writes the figures of a result file anew"
+            )
+        drawn, places, kinds, most, draws = (f"{value:.0f}" for value in values.values())
+        of_each = f"up to {most} of each" + ("" if draws == "1" else f" in each of {draws} draws")
+        said.append(f"{drawn} of {places} places on {arch} ({kinds} kinds, {of_each})")
     if not said:
         return []
     return [

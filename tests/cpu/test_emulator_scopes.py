@@ -117,10 +117,12 @@ def test_strong_accesses_of_scope_cta_do_not_reach_another_cta():
         (("cluster", "cluster"), True), (("cta", "cluster"), False), (("cluster", "cta"), False),
     ):  # fmt: skip
         body = clear + add.format("", scopes[0], "%r9") + add.format("!", scopes[1], "%r15") + JOIN
-        if right:
-            run(body + JOIN)
-        else:
+        body += "@%p1 ld.shared.u32 %r5, [%r9+64]; @%p1 st.global.u32 [%d8], %r5;"
+        if not right:
             fails(body, "race: generic store .*(strong|read|nothing orders)")
+            continue
+        for seed in SEEDS:
+            assert (run(body, seed)[:32] == 64).all()
 
 
 # ---- fence.proxy.async: a bulk copy takes what another CTA stored ----
@@ -267,14 +269,43 @@ def test_the_async_proxy_sees_remote_stores_after_a_fence():
     fails(SEND.format(fence=""), "not followed by a fence.proxy.async .* stored by .*st.async")
 
 
+# CTA 0 reads its words and hands them to CTA 1, which overwrites them; CTA 0 reads them again.
+RING = (
+    """
+shl.b32 %r3, %r0, 2; add.u32 %r4, %r3, %r9; add.u32 %r3, %r3, %r15;
+st.shared.u32 [%r4+128], 1;
+"""
+    + JOIN
+    + "@%p1 bra OWNER;"
+    + WAIT.format(label="HANDED", scope="")
+    + """
+st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%r3+128], 9, [%r15];
+bra LAST;
+OWNER: {early}
+@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r9], 128;
+bar.warp.sync -1;
+@%p0 mbarrier.arrive.shared::cluster.b64 _, [%r15];
+{late}
+"""
+    + WAIT.format(label="SENT", scope="")
+    + """
+ld.shared.u32 %r6, [%r4+128]; st.global.u32 [%d8], %r6; st.global.u32 [%d8+128], %r5;
+LAST:"""
+    + JOIN
+)
+
+
 def test_generic_accesses_around_a_remote_store_need_no_fence():
     """What the ring of a tile scheduler does: read, arrive, be overwritten, wait, read."""
-    body = SEND.replace("bra LAST;", "bra LAST; ", 1).replace(
-        JOIN, "shl.b32 %r4, %r0, 2; add.u32 %r4, %r4, %r9; st.shared.u32 [%r4+128], 1;" + JOIN, 1
-    )
-    body = body.replace(BULK, "ld.shared.u32 %r5, [%r4+128]; st.global.u32 [%d8], %r5;")
+    read = "ld.shared.u32 %r5, [%r4+128];"
+    right = RING.format(early=read, late="")
     for seed in SEEDS:
-        assert (run(body.format(fence=""), seed)[:32] == 9).all()
+        out = run(right, seed)
+        assert (out[:32] == 9).all() and (out[32:] == 1).all()
+    waits = (WAIT.format(label=label, scope="") for label in ("HANDED", "SENT"))
+    for wrong in (RING.format(early="", late=read), *(right.replace(wait, "") for wait in waits)):
+        assert wrong != right
+        fails(wrong, "race: .*(nothing orders|in flight)")
 
 
 # ---- multicast ----

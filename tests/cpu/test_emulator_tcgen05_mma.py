@@ -197,6 +197,8 @@ def test_a_commit_counts_what_its_own_thread_issued(issuer, committer, operation
             got = run(f"@{issuer} {issue}", memory, **arguments)
             if operation == "mma":
                 np.testing.assert_allclose(got.view(np.float32), a @ b.T, rtol=1e-5, atol=1e-5)
+            else:
+                np.testing.assert_array_equal(got, abits.view(np.uint32))
             continue
         with pytest.raises(Fault, match="race: tcgen05.ld .*whose commit's mbarrier nothing here"):
             run(f"@{issuer} {issue}", memory, **arguments)

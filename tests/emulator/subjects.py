@@ -23,6 +23,8 @@ from sonic.runtime.problem import (
     up_problem,
     weight_grad_problem,
 )
+from tests.calibration.configurations import CONFIGURATIONS, Configuration
+from tests.calibration.kernels import available, calibration_kernel
 from tests.gemm_bounds import bands
 from tests.grouped_gemms import NORMAL, GroupedGemm, Sizes
 
@@ -54,8 +56,6 @@ def subjects(arch: str) -> list[Callable[[], Subject]]:
     """One function for each subject of an architecture, which compiles it."""
     if arch == "sm_90a":
         return [functools.partial(_layer_subject, *entry) for entry in _hopper()]
-    from tests.calibration.kernels import available
-
     names = [name for name in _CALIBRATION[arch] if available(name)]
     if len(names) < len(_CALIBRATION[arch]):
         raise RuntimeError(
@@ -65,6 +65,27 @@ def subjects(arch: str) -> list[Callable[[], Subject]]:
     made = [functools.partial(_calibration_subject, arch, name) for name in names]
     return [_accumulator_subject, *made] if arch == "sm_100a" else made
 
+
+def problems(arch: str) -> dict[str, str]:
+    """`Subject.problem` of each subject, by name, without compiling anything."""
+    if arch == "sm_90a":
+        return {name: _layer_sizes(gemm, ctas) for name, gemm, _, ctas in _hopper()}
+    found = {name: _calibration_sizes(CONFIGURATIONS[name]) for name in _CALIBRATION[arch]}
+    return {_ACCUMULATOR: _ACCUMULATOR_SIZES} | found if arch == "sm_100a" else found
+
+
+def _layer_sizes(gemm: GroupedGemm, ctas: int) -> str:
+    sizes = gemm.sizes
+    layer = f"{sizes.tokens} tokens, hidden {sizes.hidden}, width {sizes.width}"
+    return f"{layer}, rows {sizes.counts} and {sizes.dead_rows}, {ctas} CTAs"
+
+
+def _calibration_sizes(c: Configuration) -> str:
+    gemm = f"m {c.m}, n {c.n}, k {c.k}, lengths {c.lengths}, batch {c.batch}"
+    return f"{gemm}, {c.clusters} clusters"
+
+
+_ACCUMULATOR, _ACCUMULATOR_SIZES = "accumulator", f"m {M}, n {N}, k {K}"
 
 # One or two CTAs, ragged rows and depth, gathers, a gated epilogue, a loaded C, launch control.
 _CALIBRATION = {
@@ -163,15 +184,11 @@ def _layer_subject(name: str, gemm: GroupedGemm, config: TileConfig, ctas: int) 
         text = ", ".join(f"{n} elements of {name} are wrong" for name, n in wrong.items() if n)
         return text, set(session.machines[-1].warnings)
 
-    sizes = gemm.sizes
-    problem = f"{sizes.tokens} tokens, hidden {sizes.hidden}, width {sizes.width}, "
-    problem += f"rows {sizes.counts} and {sizes.dead_rows}, {ctas} CTAs"
-    return Subject(name, "sm_90a", problem, emulator_for(gemm.problem, config, Arch.SM90), run)
+    emulator = emulator_for(gemm.problem, config, Arch.SM90)
+    return Subject(name, "sm_90a", _layer_sizes(gemm, ctas), emulator, run)
 
 
 def _calibration_subject(arch: str, name: str) -> Subject:
-    from tests.calibration import calibration_kernel
-
     kernel = calibration_kernel(name)
     options = kernel.options()
 
@@ -181,10 +198,7 @@ def _calibration_subject(arch: str, name: str) -> Subject:
         text = f"an error of {error:.3g} of the largest value, {share:.3g} times the bound"
         return "" if right else text, set(machine.warnings)
 
-    c = kernel.configuration
-    problem = f"m {c.m}, n {c.n}, k {c.k}, lengths {c.lengths}, batch {c.batch}, "
-    problem += f"{c.clusters} clusters"
-    return Subject(name, arch, problem, kernel.emulator, run)
+    return Subject(name, arch, _calibration_sizes(kernel.configuration), kernel.emulator, run)
 
 
 def _accumulator_subject() -> Subject:
@@ -194,4 +208,4 @@ def _accumulator_subject() -> Subject:
         right = kernel.run(Policy(seed), max_steps=max_steps)
         return "" if right else "the products are wrong", set(kernel.machine.warnings)
 
-    return Subject("accumulator", "sm_100a", f"m {M}, n {N}, k {K}", kernel, run)
+    return Subject(_ACCUMULATOR, "sm_100a", _ACCUMULATOR_SIZES, kernel, run)
