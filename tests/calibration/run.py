@@ -6,8 +6,8 @@ python -m tests.calibration.run [--json FILE] [--arch sm_100a] [--seeds 3] [--on
 Every configuration runs with `--seeds` seeds of "mixed" timing and one each of "eager" and "lazy",
 on a problem of its own for each. A configuration is right if each run's values are within the bound
 and nothing is reported; it is refused if its PTX has an instruction that is not there yet. One with
-Findings runs so that these alone are not reported, and once more for each, so that it is: then the
-report must be the one expected. Exit status 1 if any is not right.
+Findings runs without the checks that report these, and a few times more for each with its check:
+then a report must be one that the Finding names. Exit status 1 if any is not right.
 """
 
 import argparse
