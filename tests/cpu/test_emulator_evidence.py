@@ -244,8 +244,7 @@ def test_each_mutant_that_the_committed_run_missed_is_explained_and_no_other():
     said = evidence.explanations()
     assert set(said) == {evidence.key_of(m) for m in missed}
     assert all(m["explanation"] == said[evidence.key_of(m)] for m in missed), "run --explain"
-    beginnings = (evidence.WITHOUT_EFFECT, evidence.GAP)
-    assert all(text.startswith(beginnings) and len(text) > 40 for text in said.values())
+    assert all(text.startswith(evidence.REASONS) and len(text) > 40 for text in said.values())
 
 
 def test_the_committed_run_is_of_the_present_problems():

@@ -47,7 +47,7 @@ _EXPLANATIONS = Path(__file__).with_name("missed.json")
 # What is not found; and PTX that the emulator refuses, for which it finds nothing either.
 MISSED, REFUSED = "missed", "refused"
 # How an explanation of a missed mutant begins.
-WITHOUT_EFFECT, OTHER_SIZES, GAP = "No effect:", "Other sizes:", "Gap:"
+WITHOUT_EFFECT, OTHER_SIZES, GAP = REASONS = "No effect:", "Other sizes:", "Gap:"
 # How a change shows, by what the report says; the first that fits.
 _REPORTS = (
     ("deadlock", ("deadlock", "livelock", "step limit")),
@@ -294,7 +294,7 @@ def explained(entry: dict[str, Any]) -> dict[str, Any]:
 def unexplained(entry: dict[str, Any]) -> list[str]:
     """The keys of an architecture's missed mutants of which `missed.json` says nothing."""
     missed = (mutant for mutant in entry["mutants"] if mutant["caught"] == MISSED)
-    return [key_of(m) for m in missed if not m["explanation"].startswith((WITHOUT_EFFECT, GAP))]
+    return [key_of(m) for m in missed if not m["explanation"].startswith(REASONS)]
 
 
 def totals(entries: list[dict[str, Any]]) -> dict[str, Any]:
