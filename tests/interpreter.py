@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parents[1]
+LONGEST = 1800  # seconds for a whole file of tests; the file's own tests have the usual limit each
 
 
 def run_interpreted(path: Path) -> None:

@@ -17,13 +17,14 @@ from sonic.routing.token_rounding import RULES
 from sonic.triton import rounding_keys, rounding_select
 from sonic.triton import token_rounding as kernels
 from tests.cpu.test_triton_compile import compiled  # noqa: F401
-from tests.interpreter import run_interpreted
+from tests.interpreter import LONGEST, run_interpreted
 
 compiles = pytest.mark.skipif(
     bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set: nothing compiles"
 )
 
 
+@pytest.mark.timeout(LONGEST)
 def test_kernels_in_the_interpreter():
     run_interpreted(Path(__file__).with_name("token_rounding_interpreted.py"))
 
