@@ -123,6 +123,18 @@ def _groups_from(tops, held, bound, num_groups, BLOCK: tl.constexpr, HELD: tl.co
 
 
 @triton.jit
+def _halved(middle, count, want, low, reach, high, beyond):
+    """A step of a bisection: `reach`, at least ``want``, reach `low`; `beyond`, fewer, `high`;
+    ``count`` reach ``middle``, which takes the place of one of the two."""
+    enough = count >= want
+    low = tl.where(enough, middle, low)
+    reach = tl.where(enough, count, reach)
+    high = tl.where(enough, high, middle)
+    beyond = tl.where(enough, beyond, count)
+    return low, reach, high, beyond
+
+
+@triton.jit
 def _list_groups(
     tops,
     held,
@@ -146,11 +158,7 @@ def _list_groups(
     while (want > 0) & (reach > LIST) & (high - low > 1):
         middle = (low + high) >> 1
         count, _ = _groups_from(tops, held, middle.to(tl.int32), num_groups, BLOCK, HELD)
-        enough = count >= want
-        low = tl.where(enough, middle, low)
-        reach = tl.where(enough, count, reach)
-        high = tl.where(enough, high, middle)
-        beyond = tl.where(enough, beyond, count)
+        low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
     # Too many are left only if they tie: then the first of them are enough, or the last to drop.
     room = tl.where(reach > LIST, LIST - beyond, LIST)
     skipped = tl.where((reach > LIST) & (up == 0), reach - LIST, 0)
@@ -258,11 +266,7 @@ def _search(
             column, listed, key, group, middle.to(tl.int32), num_tokens, size, up, num_tokens,
             num_groups, key_stride, LIST_BLOCK, ALL,
         )  # fmt: skip
-        enough = count >= want
-        low = tl.where(enough, middle, low)
-        reach = tl.where(enough, count, reach)
-        high = tl.where(enough, high, middle)
-        beyond = tl.where(enough, beyond, count)
+        low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
     exact = beyond == want
     bound = tl.where(exact & (reach > want), high - 1, low).to(tl.int32)
     limit_low = 0
