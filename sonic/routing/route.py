@@ -194,16 +194,14 @@ def _check_ids(logits: Tensor, ids: Tensor | None, route: Route) -> None:
 
 
 def _check_options(num_tokens: int, num_columns: int, route: Route, num_null: int) -> None:
-    def check(name: str, right: bool, allowed: str, todo: str) -> None:
-        value = num_null if name == "num_null" else getattr(route, name)
+    def check(name: str, value: int, right: bool, allowed: str, todo: str) -> None:
         if not right:
             got = f"{name}={value} came with logits of shape ({num_tokens}, {num_columns})"
             raise ArgumentError(message("route", got, allowed, todo))
 
-    def check_range(name: str, low: int, high: int, why: str) -> None:
-        value = num_null if name == "num_null" else getattr(route, name)
+    def check_range(name: str, value: int, low: int, high: int, why: str) -> None:
         allowed = f"{low} to {high} ({why})"
-        check(name, low <= value <= high, allowed, f"Pass {name} inside that range.")
+        check(name, value, low <= value <= high, allowed, f"Pass {name} inside that range.")
 
     for name in _INTEGERS:
         checks.check_is_int("route", name, getattr(route, name), 1, MAX_SLOTS)
@@ -211,26 +209,30 @@ def _check_options(num_tokens: int, num_columns: int, route: Route, num_null: in
     checks.check_bool("route", "balance", route.balance)
     checks.check_known("route", "score", route.score, tuple(_SCORES))
     limit = min(MAX_TOP_K, num_columns)
-    check_range("top_k", 1, limit, f"at most {MAX_TOP_K} and at most the columns")
+    why = f"at most {MAX_TOP_K} and at most the columns"
+    check_range("top_k", route.top_k, 1, limit, why)
     todo = "Pass 1.0 to leave the weights as they are."
     checks.check_number("route", "scale", route.scale, todo, positive=True)
-    check_range("num_null", 0, num_columns - 1, "columns that carry no work")
+    check_range("num_null", num_null, 0, num_columns - 1, "columns that carry no work")
     if route.num_experts:  # else no plan was asked for
-        check_range("num_experts", 1, num_columns, "columns that are experts")
-    groups = route.num_groups
+        check_range("num_experts", route.num_experts, 1, num_columns, "columns that are experts")
+    groups, chosen = route.num_groups, route.topk_groups
     allowed = f"divisors of the {num_columns} columns, up to 1024"
     right = 1 <= groups <= 1024 and num_columns % groups == 0
-    check("num_groups", right, allowed, "Pass 1 to choose among all columns.")
+    check("num_groups", groups, right, allowed, "Pass 1 to choose among all columns.")
     size, most = num_columns // groups, min(groups, MAX_TOP_K)
-    check_range("topk_groups", 1, most, f"at most num_groups={groups} and {MAX_TOP_K}")
+    check_range("topk_groups", chosen, 1, most, f"at most num_groups={groups} and {MAX_TOP_K}")
     if groups > 1:
         allowed = f"groups that hold top_k={route.top_k} columns together, {size} each"
-        check("topk_groups", route.topk_groups * size >= route.top_k, allowed, "Pass more groups.")
+        check("topk_groups", chosen, chosen * size >= route.top_k, allowed, "Pass more groups.")
     best = 8 if groups == 1 else min(8, size)
-    check_range("group_best", 1, best, "columns that rank a group")
-    right = route.num_sequences >= 1 and num_tokens % route.num_sequences == 0
+    check_range("group_best", route.group_best, 1, best, "columns that rank a group")
+    sequences = route.num_sequences
+    right = sequences >= 1 and num_tokens % sequences == 0
     allowed = f"divisors of the {num_tokens} tokens"
-    check("num_sequences", right, allowed, "Pass the number of sequences of equal length.")
+    check(
+        "num_sequences", sequences, right, allowed, "Pass the number of sequences of equal length."
+    )
 
 
 # --------------------------------------------------------------------------------- operators

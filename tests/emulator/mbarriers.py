@@ -6,16 +6,11 @@ from .builder import SOFT, instruction, lanes_of, set_reg
 from .memory import Fault
 from .ordering import before_writes
 from .ptx import Mem, PtxError, Sink
-from .races import CLUSTER, CTA, Knowledge, Release, live
+from .races import CLUSTER, CTA, Knowledge, Release, live, scope_of
 from .sync import MBarrier
 from .values import LANES, only
 
 MODIFIERS = "shared shared::cta shared::cluster release relaxed acquire cta cluster"
-
-
-def scope_of(ins):
-    """The scope of an arrival or a wait, which is not the space where the mbarrier lies."""
-    return CLUSTER if "cluster" in ins.parts else CTA
 
 
 def operands(b, ins):
@@ -92,7 +87,7 @@ def arrive_drop(b, ins):
 def arrival(b, ins, act):
     state, addr, rest = operands(b, ins)
     expect, relaxed = "expect_tx" in ins.parts, "relaxed" in ins.parts
-    scope = scope_of(ins)
+    scope = scope_of(ins.parts, CTA)
 
     def run(M, w, frag, m):
         a, n = addr(w.r), rest[0](w.r) if rest else None
@@ -141,7 +136,7 @@ def waiting(b, ins):
     if not isinstance(mem, Mem):
         raise PtxError(f"line {ins.line}: unsupported instruction {ins.text}")
     sleeps, relaxed = ins.parts[1] == "try_wait", "relaxed" in ins.parts
-    scope = scope_of(ins)
+    scope = scope_of(ins.parts, CTA)
 
     def run(M, w, frag, m):
         a, p = addr(w.r), phase(w.r)

@@ -88,9 +88,9 @@ class Release:
     known: Knowledge
 
 
-def scope_of(parts):
-    """The scope that an instruction names; without one it is the GPU."""
-    return next((SCOPES[p] for p in reversed(parts) if p in SCOPES), GPU)
+def scope_of(parts, default=GPU):
+    """The scope that an instruction names, which is not the space that it works on."""
+    return next((SCOPES[p] for p in reversed(parts) if p in SCOPES), default)
 
 
 def includes(scope, cluster, rank, w):
