@@ -21,7 +21,7 @@ from benchmarks.shapes import DECODE_SHAPE, Shape
 ROUTINGS = 8  # in rotation: one routing's weights would stay in the L2 cache
 HOST_SHAPE = Shape(64, 256, 128, 8, 2)  # the GPU is done before the host is
 _HOST_CALLS = 10  # between two waits: far fewer launches than a stream queues
-_HOST_SECONDS = 1.0  # of measurement: other users of the cores come and go
+_HOST_SECONDS = 1.0  # of measurement, and of load before: others use the cores now and then
 _COPY_BYTES = 2**31
 
 
@@ -113,10 +113,19 @@ class HostTime(NamedTuple):
 
 
 def host_microseconds(function: Callable[[], object], device: torch.device) -> HostTime:
-    """Host time of one call: ``_HOST_CALLS`` are enqueued on an idle device without waiting."""
-    for _ in range(3):
-        function()
-    times = []
+    """Host time of one call: ``_HOST_CALLS`` are enqueued on an idle device without waiting.
+
+    The first second does not count: with cores and GPU that were idle before, a call took 114 us in
+    it and 85 us from then on (H200, 2026-11-27).
+    """
+    _call_times(function, device)
+    times = _call_times(function, device)
+    return HostTime(statistics.median(times), statistics.quantiles(times, n=10)[0])
+
+
+def _call_times(function: Callable[[], object], device: torch.device) -> list[float]:
+    """Microseconds of a call, of each ``_HOST_CALLS``, for ``_HOST_SECONDS``."""
+    times: list[float] = []
     until = time.perf_counter() + _HOST_SECONDS
     while time.perf_counter() < until or len(times) < 2:
         synchronize(device)
@@ -125,7 +134,7 @@ def host_microseconds(function: Callable[[], object], device: torch.device) -> H
             function()
         times.append(1e6 * (time.perf_counter() - start) / _HOST_CALLS)
     synchronize(device)
-    return HostTime(statistics.median(times), statistics.quantiles(times, n=10)[0])
+    return times
 
 
 def host_times(

@@ -20,6 +20,7 @@ _SCREENING_ROUNDS = 2
 _FINAL_ROUNDS = 6
 _FINALISTS = 8
 _WITHIN = 1.08  # of the fastest of the screening, for a finalist
+_HOPELESS = 1.4  # times the fastest of the first round: not timed again
 _LOAD_SECONDS = 0.1
 _LEAST_TILE = 64
 _COPY = 2.0**-11  # unit roundoff of half precision, in which a schedule may keep an accumulator
@@ -163,10 +164,15 @@ def search(
 ) -> dict[TileConfig, float]:
     """Milliseconds of ``default`` and of every other tiling, by :meth:`TimedGemm.milliseconds`.
 
-    All are timed in turns, round after round, so that a drift of the clocks reaches all of them:
-    first each one twice, then the default and the fastest ones again.
+    All are timed in turns, round after round, so that a drift of the clocks reaches all of them. The
+    first round is for the clocks to settle under this load (without it the first tilings had been
+    timed at clocks up to a tenth higher), and drops the slowest ones. Each of the others is timed
+    twice then, and the default and the fastest ones more often.
     """
     configs = list(dict.fromkeys((default, *space)))
+    first = {config: measure(config) for config in configs}
+    limit = _HOPELESS * min(first.values())
+    configs = [config for config in configs if first[config] <= limit or config == default]
     times: dict[TileConfig, list[float]] = {config: [] for config in configs}
     for _ in range(_SCREENING_ROUNDS):
         for config in configs:
@@ -184,4 +190,4 @@ def search(
     final = {config: statistics.median(samples) for config, samples in finals.items()}
     # The clocks of the first rounds were others.
     drift = statistics.median(t / screened[config] for config, t in final.items())
-    return {config: drift * t for config, t in screened.items()} | final
+    return first | {config: drift * t for config, t in screened.items()} | final

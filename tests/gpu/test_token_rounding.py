@@ -146,7 +146,8 @@ def _everything(logits, rule):
         ):
             (gradient,) = torch.autograd.grad(weights, leaf, 1 + weights.detach())
             plan_tensors = [getattr(plan, name) for name in PLAN_TENSORS]
-            results += [weights.detach(), gradient, *plan_tensors]
+            results += [weights.detach(), gradient]
+            results += [t for t in plan_tensors if t is not None]  # slots lie by token
     return results
 
 
