@@ -24,11 +24,10 @@ from torch import Tensor
 
 from benchmarks.launches import captured, launches_of
 from benchmarks.measure import environment, sustained_ms
-from benchmarks.report import Result, text_table
+from benchmarks.report import EAGER, Result, text_table
 from benchmarks.shapes import NamedShape, named_shape
 from sonic.routing.route import route
 
-EAGER = "torch_eager"
 SHAPES = tuple(named_shape(letter) for letter in ("A", "B", "C", "D2", "E", "F"))
 DTYPES = {"BFloat16": torch.bfloat16, "Float32": torch.float32}
 _REPEATS = 10  # of a pass in one CUDA graph

@@ -32,6 +32,7 @@ REFERENCE = "sonic_reference"  # the package's torch implementation: never shown
 CUBLAS = "cublas_bmm"
 TILED_GEMMS = ("up", "down", "dh", "dx", "dw2", "dw1")
 NARROW = "torch_rounded"  # torch with the same rounding points
+EAGER = "torch_eager"  # a router in torch's own kernels
 EMULATOR = "emulator"  # of PTX, tests/emulator
 CEILING_UNIT = "% of cuBLAS"
 ERROR_UNIT = "relative L2"
@@ -283,6 +284,37 @@ def rounding_table(figures: Figures) -> str:
     return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
 
 
+def router_table(figures: Figures) -> str:
+    """What lies between router GEMM and experts, beside torch's eager kernels, and the launches."""
+    rows = []
+    for letter, shape in BARS.items():
+        problem = tuple(shape.problem)
+        for router in ("softmax", "deepseek"):
+            cells = [letter, ", ".join(map(str, problem)), router]
+            for name in ("forward", "backward"):
+                metric = f"router {router}/{name}"
+                pair = [figures.get(metric, "ms", problem, provider) for provider in (OURS, EAGER)]
+                counts = [
+                    figures.get(f"{metric}/launches", "count", problem, provider)
+                    for provider in (OURS, EAGER)
+                ]
+                cells += [_beside(pair, 1000), _beside(counts, 1)]
+            if cells[3] != "–":
+                rows.append(cells)
+    if not rows:
+        return "No figures of routers have been committed yet."
+    header = ["", "T, H, I, E, top_k", "router"]
+    for name in ("forward", "backward"):
+        header += [f"{name}: sonic / torch µs", "launches"]
+    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+
+
+def _beside(pair: Sequence[float | None], factor: float) -> str:
+    """Two figures, times ``factor``; a dash unless both are there."""
+    known = [value for value in pair if value is not None]
+    return " / ".join(f"{factor * v:.0f}" for v in known) if len(known) == len(pair) else "–"
+
+
 def accuracy_table(figures: Figures) -> str:
     """Relative L2 errors at full size, ours beside torch with the same rounding points."""
     tensors = ("out", "dx", "dw1", "dw2", "db1", "db2", "dtopk_weights", "drouter_w")
@@ -450,6 +482,7 @@ TABLES: dict[str, Callable[[Figures], str]] = {
     "tiles": tiles_table,
     "small": small_table,
     "rounding": rounding_table,
+    "routers": router_table,
     "accuracy": accuracy_table,
     "memory": memory_table,
     "robustness": robustness_table,

@@ -164,10 +164,10 @@ def search(
 ) -> dict[TileConfig, float]:
     """Milliseconds of ``default`` and of every other tiling, by :meth:`TimedGemm.milliseconds`.
 
-    All are timed in turns, round after round, so that a drift of the clocks reaches all of them. The
-    first round is for the clocks to settle under this load (without it the first tilings had been
-    timed at clocks up to a tenth higher), and drops the slowest ones. Each of the others is timed
-    twice then, and the default and the fastest ones more often.
+    All are timed in turns, round after round, so that a drift of the clocks reaches all of them.
+    The first round is for the clocks to settle under this load (without it the first tilings had
+    been timed at clocks up to a tenth higher), and drops the slowest ones. Each of the others is
+    timed twice then, and the default and the fastest ones more often.
     """
     configs = list(dict.fromkeys((default, *space)))
     first = {config: measure(config) for config in configs}

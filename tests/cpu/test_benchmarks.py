@@ -475,6 +475,21 @@ def test_tables_come_from_the_latest_results(tmp_path: Path) -> None:
         regenerate("<!-- generated: memory -->", Figures(tmp_path))
 
 
+def test_the_table_of_routers_has_both_sides_or_a_dash(tmp_path: Path) -> None:
+    problem = report.BARS["B"].problem
+    result = Result(dict.fromkeys(report.HEAD_KEYS, "x"))
+    assert "No figures" in report.router_table(Figures(tmp_path))
+    for provider, ms, launches in (("", 0.05, 4), (report.EAGER, 0.4, 59)):
+        for name in ("softmax/forward", "softmax/backward", "deepseek/forward"):
+            result.add(f"router {name}", ms, "ms", problem, provider)
+            result.add(f"router {name}/launches", launches, "count", problem, provider)
+    result.write(tmp_path / "x.json")
+    table = report.router_table(Figures(tmp_path))
+    assert "| softmax | 50 / 400 | 4 / 59 | 50 / 400 | 4 / 59 |" in table
+    assert "| deepseek | 50 / 400 | 4 / 59 | – | – |" in table
+    assert "| A |" not in table
+
+
 def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"device": "GPU"}')
