@@ -26,8 +26,13 @@ from sonic.routing.token_rounding import (
     weight_dtype,
     winners_of,
 )
-from sonic.runtime.derivatives import call_eagerly, differentiable_function, register_gradient
-from sonic.runtime.eager import needs_dispatcher, remembered
+from sonic.runtime.derivatives import (
+    call_eagerly,
+    differentiable_function,
+    gradient_eagerly,
+    register_gradient,
+)
+from sonic.runtime.eager import remembered
 
 _OP = "rounded_routing"
 
@@ -210,10 +215,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, dweights: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     dlogits = None
     if dweights is not None:
+        op = torch.ops.sonic.rounded_routing_backward
         tensors = (dweights, *ctx.saved_tensors)
-        through = torch.is_grad_enabled() or needs_dispatcher(tensors)
-        run = torch.ops.sonic.rounded_routing_backward if through else _backward
-        dlogits = run(*tensors, ctx.num_experts, ctx.dtype)
+        dlogits = gradient_eagerly(op, _backward, tensors, ctx.num_experts, ctx.dtype)
     return dlogits, None, None, None, None, None
 
 

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from sonic import checks
 from sonic.enums import ScoreOrder
-from sonic.runtime.derivatives import differentiable_function, register_gradient
+from sonic.runtime.derivatives import (
+    call_eagerly,
+    differentiable_function,
+    gradient_eagerly,
+    register_gradient,
+)
+from sonic.runtime.eager import remembered
 from sonic.runtime.errors import ArgumentError, DTypeError, MissingPackageError, ShapeError
 from sonic.runtime.limits import MAX_EXPERTS, MAX_TOP_K, message
 
@@ -61,6 +67,14 @@ def topk_routing(
         >>> scores.tolist(), ids.tolist()
         ([[0.5, 0.5]], [[1, 2]])
     """
+    inputs = logits, top_k, _checked(logits, top_k, order)
+    scores, ids = call_eagerly(_TOPK_ROUTING, _Function, _forward, inputs)
+    return scores, ids
+
+
+@remembered
+def _checked(logits: Tensor, top_k: int, order: ScoreOrder | str) -> str:
+    """The order's value, if the arguments are right."""
     op = "topk_routing"
     checks.check_is_tensor(op, "logits", logits)
     if logits.dim() != 2:
@@ -97,9 +111,8 @@ def topk_routing(
                 "Pass top_k inside that range.",
             )
         )
-    order = checks.choice(op, "order", order, ScoreOrder)
-    scores, ids = torch.ops.sonic.topk_routing(logits, top_k, order.value)
-    return scores, ids
+    chosen: ScoreOrder = checks.choice(op, "order", order, ScoreOrder)
+    return chosen.value
 
 
 def _score_dtype(logits_dtype: torch.dtype) -> torch.dtype:
@@ -127,6 +140,10 @@ def _forward_cuda(logits: Tensor, top_k: int, order: str) -> tuple[Tensor, Tenso
             )
         ) from error
     return topk_scores(logits, top_k, ScoreOrder(order))
+
+
+def _forward(logits: Tensor, top_k: int, order: str) -> tuple[Tensor, Tensor]:
+    return (_forward_cuda if logits.is_cuda else _forward_torch)(logits, top_k, order)
 
 
 def _forward_fake(logits: Tensor, top_k: int, order: str) -> tuple[Tensor, Tensor]:
@@ -186,17 +203,9 @@ def _setup_context(
 
 
 def _backward(ctx: Any, dscores: Tensor, dids: Tensor | None) -> tuple[Tensor, None, None]:
-    logits, scores, ids = ctx.saved_tensors
-    dlogits = torch.ops.sonic.topk_routing_backward(
-        dscores,
-        logits,
-        scores,
-        ids,
-        ctx.num_experts,
-        ctx.dtype,
-        ctx.order,
-    )
-    return dlogits, None, None
+    op, tensors = torch.ops.sonic.topk_routing_backward, (dscores, *ctx.saved_tensors)
+    options = ctx.num_experts, ctx.dtype, ctx.order
+    return gradient_eagerly(op, _backward_kernel, tensors, *options), None, None
 
 
 _LIBRARY = torch.library.Library("sonic", "FRAGMENT")
@@ -216,9 +225,5 @@ _LIBRARY.impl("topk_routing_backward", _backward_kernel, "CUDA")
 torch.library.register_fake("sonic::topk_routing", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("sonic::topk_routing_backward", _backward_fake, lib=_LIBRARY)
 _TOPK_ROUTING = torch.ops.sonic.topk_routing.default
-register_gradient(
-    _LIBRARY,
-    _TOPK_ROUTING,
-    differentiable_function(_TOPK_ROUTING, _backward, _setup_context),
-    "sonic.reference.topk_scores",
-)
+_Function = differentiable_function(_TOPK_ROUTING, _backward, _setup_context, _forward)
+register_gradient(_LIBRARY, _TOPK_ROUTING, _Function, "sonic.reference.topk_scores")

@@ -65,6 +65,15 @@ def call_eagerly(
     return implementation(*inputs)
 
 
+def gradient_eagerly(
+    op: Any, implementation: Callable[..., Any], tensors: tuple[Tensor | None, ...], *options: Any
+) -> Any:
+    """``op(*tensors, *options)`` in a backward pass, likewise. The operator is also called where a
+    second derivative may be wanted, which it refuses."""
+    through = torch.is_grad_enabled() or needs_dispatcher(tensors)
+    return (op if through else implementation)(*tensors, *options)
+
+
 def register_gradient(
     library: torch.library.Library,
     op: Any,
