@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from sonic.enums import ActivationType
 from sonic.runtime.columns import column_slices, slice_widths
 from sonic.runtime.errors import SonicError
+from sonic.runtime.fill import usable_cpus
 from sonic.runtime.problem import (
     Arch,
     Operand,
@@ -214,15 +215,9 @@ def _add_layer_arguments(
         "-j",
         "--jobs",
         type=_positive,
-        default=_cpus(),
+        default=usable_cpus(),
         help="kernels compiled at once (default: one per CPU, here %(default)s)",
     )
-
-
-def _cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux; a container or a job may own few of the CPUs
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _positive(text: str) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.runtime.columns import slice_widths
+from sonic.runtime.fill import fill_cache
 from sonic.runtime.launch import GroupedGemm, compile_ahead, config_for, grouped_gemm, prepared
 from sonic.runtime.problem import (
     Operand,
@@ -108,6 +109,8 @@ def _up_gemm(
 ) -> GroupedGemm:
     problem = up_problem(activation, _name(dtype), has_bias, store_preact)
     experts, width, hidden = w1_shape
+    config = config_for(problem, device, rows, experts, width, hidden)
+    fill_cache(problem, config, device, hidden=hidden, width=width, experts=experts)
     strides = _row_strides(layout, activation.is_gated, w1_shape, w1_strides)
     return _gemm(problem, device, rows=rows, experts=experts, n=width, k=hidden, strides=strides)
 

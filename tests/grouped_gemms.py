@@ -307,6 +307,7 @@ def tiles(config: TileConfig, sms: int) -> Iterator[None]:
     with (
         mock.patch.object(stages, "config_for", lambda *_: config),
         mock.patch.object(stages, "compile_ahead", lambda *_: None),
+        mock.patch.object(stages, "fill_cache", lambda *_, **__: None),
         mock.patch.object(stages, "prepared", launch.prepared.__wrapped__),
         mock.patch.object(launch, "_multiprocessors", lambda _: sms),
     ):

@@ -46,6 +46,7 @@ def kernels_of_stages(default_config, size, activation, layout, dtype):
         patch.setattr(launch, "_multiprocessors", lambda device: 132)
         patch.setattr(stages, "prepared", launch.prepared.__wrapped__)  # nothing from before
         patch.setattr(stages, "compile_ahead", lambda *_: None)
+        patch.setattr(stages, "fill_cache", lambda *_, **__: None)
         run_stages(size, ActivationType(activation), GateUpLayout(layout), dtype)
     return asked
 

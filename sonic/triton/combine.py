@@ -27,7 +27,7 @@ from sonic.triton.launch import Fixed, Launcher
 
 # Rows of a token whose loads are in flight together.
 _MAX_UNROLL = 16
-_MIN_RAGGED_UNROLL, _MAX_RAGGED_UNROLL = 4, 8
+_MIN_RAGGED_UNROLL, _MAX_RAGGED_UNROLL = 2, 8
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _launch(
 ) -> Fixed:
     """The kernel, of fixed top-k unless that is 0, and its grid."""
     vector = 16 // element_size
-    block_h = min(power_of_2(hidden_size), 128 * vector)
+    block_h = _block_size(hidden_size, vector)
     num_warps = max(1, block_h // (32 * vector))  # one 16-byte load per thread and row
     options = {"HAS_SCORES": has_scores, "BLOCK_H": block_h, "num_warps": num_warps}
     if top_k == 0:
@@ -139,6 +139,13 @@ def _launch(
         unroll = next(n for n in range(_MAX_UNROLL, 0, -1) if top_k % n == 0)
         kernel = _combine.bind(TOP_K=top_k, UNROLL=unroll, **options)
     return kernel.fix(num_tokens * cdiv(hidden_size, block_h), hidden_size, *strides)
+
+
+def _block_size(hidden_size: int, vector: int) -> int:
+    """Columns of a program: four warps' loads, or half as many where that leaves out empty ones."""
+    wide = min(power_of_2(hidden_size), 128 * vector)
+    narrow = max(wide // 2, min(wide, 32 * vector))
+    return min(wide, narrow, key=lambda block: (cdiv(hidden_size, block) * block, -block))
 
 
 def _ragged_unroll(num_slots: int, num_tokens: int) -> int:

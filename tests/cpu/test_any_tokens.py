@@ -162,6 +162,7 @@ def process(tmp_path, monkeypatch):
         monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
         monkeypatch.setattr(launch, "_kernels", {})
         monkeypatch.setattr(stages, "prepared", launch.prepared.__wrapped__)
+        monkeypatch.setattr(stages, "fill_cache", lambda *_, **__: None)
         launch.forget_tiles()
         return backend
 

@@ -27,7 +27,7 @@ ROOMS = [
     ("sonic.testing",),
     ("sonic.reference",),
     ("sonic.triton",),
-    ("sonic.runtime.backend", "sonic.runtime.launch", "sonic.runtime.tuning"),
+    ("sonic.runtime.backend", "sonic.runtime.fill", "sonic.runtime.launch", "sonic.runtime.tuning"),
     ("kernels_sm90", "kernels_sm100", "kernels_sm120"),
     ("sonic.device",),
     ("sonic.checks",),

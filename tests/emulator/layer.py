@@ -77,6 +77,7 @@ def emulated_layer(
         (launch, "config_for", session.config_for),
         (stages, "config_for", session.config_for),
         (stages, "compile_ahead", lambda *_: None),
+        (stages, "fill_cache", lambda *_, **__: None),
         (stages, "prepared", launch.prepared.__wrapped__),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
