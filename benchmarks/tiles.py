@@ -9,6 +9,8 @@ the choice over that of the best tiling; ``<json>.times.gz`` beside it has the t
 from which ``kernels_sm90.tiles`` is fitted: after a change of the choice, without a GPU,
 
     python benchmarks/tiles.py --review benchmarks/results/<date>-tiles.json.times.gz
+
+``--again`` times the fastest tilings of such a file once more, for the same layers.
 """
 
 import argparse
@@ -40,6 +42,8 @@ from sonic.runtime.tuning import TimedGemm, search
 SEED = 20261127
 _FLOPS, _BYTES = 5.5e14, 4e12  # a second, about
 _LEAST_SECONDS, _MOST_SECONDS = 1e-4, 2.5e-3
+_AGAIN = 10  # tilings of a GEMM at most, within _AGAIN_WITHIN times the fastest
+_AGAIN_WITHIN = 1.2
 
 
 def seconds(shape: Shape) -> float:
@@ -88,8 +92,9 @@ class Sweep:
         self.shapes: list[Shape] = []
         self.times: dict[str, list[dict[TileConfig, float]]] = {gemm: [] for gemm in spaces}
 
-    def add(self, shape: Shape) -> None:
-        """Time every tiling on ``shape``."""
+    def add(self, shape: Shape, earlier: dict[str, dict[TileConfig, float]] | None = None) -> None:
+        """Time every tiling on ``shape``, or those that were fast in an ``earlier`` sweep, whose
+        times the others keep."""
         ids = torch.rand(shape.T, shape.E, device=self.device).topk(shape.top_k).indices.int()
         plan = build_plan(ids, shape.E)
         self.shapes.append(shape)
@@ -98,10 +103,28 @@ class Sweep:
             timed = TimedGemm(problem, plan.token_by_row, plan.offset_by_expert, shape.T, n, k)
             chosen = self.chosen(gemm, shape)
             timed.warm_up(chosen)
-            self.times[gemm].append(search(chosen, space, timed.milliseconds))
+            known = {} if earlier is None else earlier[gemm]
+            times = search(chosen, fastest(known) if known else space, timed.milliseconds)
+            self.times[gemm].append(completed(times, known))
             print(self.line(gemm, -1), flush=True)
             del timed
         torch.cuda.empty_cache()
+
+    def of_shape(self, index: int) -> dict[str, dict[TileConfig, float]]:
+        return {gemm: times[index] for gemm, times in self.times.items()}
+
+    def kernels(
+        self, shapes: list[Shape], earlier: "Sweep | None"
+    ) -> list[tuple[Problem, TileConfig]]:
+        """What :meth:`add` launches."""
+        found: dict[tuple[Problem, TileConfig], None] = {}
+        for index, shape in enumerate(shapes):
+            for gemm, space in self.spaces.items():
+                problem = launches(shape)[gemm][0]
+                if earlier is not None:
+                    space = [*fastest(earlier.times[gemm][index]), self.chosen(gemm, shape)]
+                found |= {(problem, config): None for config in space}
+        return list(found)
 
     def chosen(self, gemm: str, shape: Shape) -> TileConfig:
         problem, n, k = launches(shape)[gemm]
@@ -173,6 +196,22 @@ class Sweep:
         return sweep
 
 
+def fastest(times: dict[TileConfig, float]) -> list[TileConfig]:
+    """The tilings that are worth to be timed again."""
+    limit = _AGAIN_WITHIN * min(times.values())
+    ranked = sorted(times, key=times.__getitem__)
+    return [config for config in ranked[:_AGAIN] if times[config] <= limit]
+
+
+def completed(
+    times: dict[TileConfig, float], earlier: dict[TileConfig, float]
+) -> dict[TileConfig, float]:
+    """``times``, and for what is not among them that of the ``earlier`` sweep at these clocks."""
+    ratios = [times[config] / earlier[config] for config in times if config in earlier]
+    drift = statistics.median(ratios) if ratios else 1.0
+    return {config: drift * ms for config, ms in earlier.items()} | times
+
+
 def times_beside(path: Path) -> Path:
     """Where the times of the result file ``path`` are."""
     return Path(f"{path}.times.gz")
@@ -203,6 +242,9 @@ def main() -> None:
     parser.add_argument(
         "--review", type=Path, metavar="FILE", help="no sweep: the choice by these times of one"
     )
+    parser.add_argument(
+        "--again", type=Path, metavar="FILE", help="the fastest by these times of an earlier sweep"
+    )
     arguments = parser.parse_args()
     if arguments.review is not None:
         review(arguments.review)
@@ -212,19 +254,23 @@ def main() -> None:
         sys.exit(2)
     start = time.monotonic()
     backend = backend_for(torch.device("cuda"))
-    shapes = [BARS[name] for name in arguments.shapes]
-    shapes += drawn_shapes(arguments.random, arguments.seed)
-    problems = {gemm: launches(BARS["A"])[gemm][0] for gemm in arguments.gemms}
-    spaces = {gemm: tilings(backend, problem) for gemm, problem in problems.items()}
-    kernels = [(problems[gemm], config) for gemm, space in spaces.items() for config in space]
-    if compile_kernels(backend.arch, kernels, arguments.jobs):
-        sys.exit("a kernel did not compile")
+    if arguments.again is not None:
+        old = Sweep.read_times(arguments.again, backend)
+        shapes, spaces = old.shapes, old.spaces
+    else:
+        old = None
+        shapes = [BARS[name] for name in arguments.shapes]
+        shapes += drawn_shapes(arguments.random, arguments.seed)
+        problems = {gemm: launches(BARS["A"])[gemm][0] for gemm in arguments.gemms}
+        spaces = {gemm: tilings(backend, problem) for gemm, problem in problems.items()}
     sweep = Sweep(backend, spaces)
-    for shape in shapes:
+    if compile_kernels(backend.arch, sweep.kernels(shapes, old), arguments.jobs):
+        sys.exit("a kernel did not compile")
+    for index, shape in enumerate(shapes):
         if time.monotonic() - start > arguments.seconds:
             print(f"{len(shapes) - len(sweep.shapes)} shapes left out: the time is over")
             break
-        sweep.add(shape)
+        sweep.add(shape, None if old is None else old.of_shape(index))
         if arguments.json:
             sweep.write(arguments.json)
     print(sweep.summary())

@@ -6,6 +6,7 @@ Nothing that a layer runs comes here: its tiles follow from its sizes. ``sonic t
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -16,16 +17,16 @@ import torch
 from sonic.runtime.launch import grouped_gemm
 from sonic.runtime.problem import EpilogueKind, Operand, Problem, Ragged, TileConfig
 
-_SCREENING_ROUNDS = 2
-_FINAL_ROUNDS = 6
-_FINALISTS = 8
-_WITHIN = 1.08  # of the fastest of the screening, for a finalist
+_FINAL_ROUNDS = 2
+_FINALISTS = 12
+_WITHIN = 1.15  # of the fastest of the screening, for a finalist
 _HOPELESS = 1.4  # times the fastest of the first round: not timed again
+_BURST_SECONDS = 0.02  # of one tiling in the finals: its own load decides its clocks
 _LOAD_SECONDS = 0.1
 _LEAST_TILE = 64
 _COPY = 2.0**-11  # unit roundoff of half precision, in which a schedule may keep an accumulator
 
-Measure = Callable[[TileConfig], float]
+Measure = Callable[[TileConfig, float], float]
 
 
 class TimedGemm:
@@ -141,15 +142,26 @@ class TimedGemm:
             bound = rounding * expected.abs().float() + 4 * _COPY * largest
         return bool(((found.float() - expected.float()).abs() <= bound).all())
 
-    def milliseconds(self, config: TileConfig) -> float:
-        """Of one launch, behind another one that hides what the host does."""
+    def milliseconds(self, config: TileConfig, seconds: float = 0.0) -> float:
+        """Of one launch behind another one, which hides what the host does; or the mean of as many
+        as take about ``seconds``, behind half as many."""
+        self.run(config)
+        once = self._timed(config, 1)
+        launches = math.ceil(1000 * seconds / once)
+        if launches <= 1:
+            return once
+        for _ in range(launches // 2):
+            self.run(config)
+        return self._timed(config, launches)
+
+    def _timed(self, config: TileConfig, launches: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.run(config)
         start.record()
-        self.run(config)
+        for _ in range(launches):
+            self.run(config)
         end.record()
         torch.cuda.synchronize(self._device)
-        return start.elapsed_time(end)
+        return start.elapsed_time(end) / launches
 
     def warm_up(self, config: TileConfig) -> None:
         """Keeps the GPU busy until its clocks have settled."""
@@ -164,20 +176,18 @@ def search(
 ) -> dict[TileConfig, float]:
     """Milliseconds of ``default`` and of every other tiling, by :meth:`TimedGemm.milliseconds`.
 
-    All are timed in turns, round after round, so that a drift of the clocks reaches all of them.
-    The first round is for the clocks to settle under this load (without it the first tilings had
-    been timed at clocks up to a tenth higher), and drops the slowest ones. Each of the others is
-    timed twice then, and the default and the fastest ones more often.
+    A GPU that is limited by power runs a tiling at the clocks that the load of the last
+    milliseconds left it: by a single launch each, neighbours differed by up to 14% that run equally
+    long. So the first three rounds only say which tilings may be among the fastest; a first one,
+    for the clocks to settle, drops the slowest, and the others run in either order. Then the
+    default and the fastest run in bursts that are long enough for clocks of their own.
     """
     configs = list(dict.fromkeys((default, *space)))
-    first = {config: measure(config) for config in configs}
+    first = {config: measure(config, 0.0) for config in configs}
     limit = _HOPELESS * min(first.values())
     configs = [config for config in configs if first[config] <= limit or config == default]
-    times: dict[TileConfig, list[float]] = {config: [] for config in configs}
-    for _ in range(_SCREENING_ROUNDS):
-        for config in configs:
-            times[config].append(measure(config))
-    screened = {config: min(samples) for config, samples in times.items()}
+    backward = {config: measure(config, 0.0) for config in reversed(configs)}
+    screened = {config: (measure(config, 0.0) + backward[config]) / 2 for config in configs}
     ranked = sorted(configs, key=screened.__getitem__)
     limit = _WITHIN * screened[ranked[0]]
     leaders = [config for config in ranked[:_FINALISTS] if screened[config] <= limit]
@@ -186,7 +196,7 @@ def search(
     }
     for _ in range(_FINAL_ROUNDS):
         for config, samples in finals.items():
-            samples.append(measure(config))
+            samples.append(measure(config, _BURST_SECONDS))
     final = {config: statistics.median(samples) for config, samples in finals.items()}
     # The clocks of the first rounds were others.
     drift = statistics.median(t / screened[config] for config, t in final.items())

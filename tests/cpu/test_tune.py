@@ -61,7 +61,7 @@ class _TimedGemm:
     def warm_up(self, config):
         pass
 
-    def milliseconds(self, config):
+    def milliseconds(self, config, seconds):
         self.times.measured.append((self.problem, config))
         return self.times.by_tiling.get(config, 1.0)
 
@@ -318,7 +318,7 @@ def test_only_the_fastest_are_timed_again_and_the_default():
     configs = [TileConfig(128, 8 * n) for n in range(1, 21)]
     measured = []
 
-    def measure(config):
+    def measure(config, seconds):
         measured.append(config)
         return float(config.tile_n)
 
@@ -334,7 +334,9 @@ def test_clocks_that_fall_reach_all_tilings_alike():
     configs = [TileConfig(128, n) for n in (64, 128, 192, 256)]
     seconds = {config: 1 + config.tile_n / 1000 for config in configs}
     clock = iter(range(10**6))
-    found = search(configs[3], configs, lambda config: seconds[config] * (1 + next(clock) / 1000))
+    found = search(
+        configs[3], configs, lambda config, _: seconds[config] * (1 + next(clock) / 1000)
+    )
     assert sorted(found, key=found.__getitem__) == configs
 
 
@@ -343,7 +345,7 @@ def test_the_first_tilings_gain_nothing_from_clocks_that_fall_at_once():
     configs = [TileConfig(128, n) for n in (256, 64, 128, 192)]
     seconds = {config: 1 + config.tile_n / 1000 for config in configs}
     clock = iter([0.8] * 2 + [1.0] * 10**4)
-    found = search(configs[0], configs, lambda config: seconds[config] * next(clock))
+    found = search(configs[0], configs, lambda config, _: seconds[config] * next(clock))
     assert found == pytest.approx(seconds)
 
 
