@@ -6,8 +6,10 @@ best of those that had not chosen it, or the worst of those that had. Either are
 
 A program decides for one expert. It reads the column of keys once and keeps of every GROUP of 32
 tokens the greatest rank only. The n first tokens lie in the n groups whose greatest ranks come
-first, since these are n tokens of n groups. So a bisection over the groups finds a few that are
-listed, and another one over their tokens the rank at which the n tokens end. Nothing is sorted.
+first, since these are n tokens of n groups. So a search over the groups, by four at a step, finds a
+few that are listed, with a rank that the n tokens reach and few others do. All that reach it are
+compared with one another, which gives the token at which the n tokens end; where too many tie for
+that, a bisection over the listed tokens does. Nothing is sorted.
 
 What is left behind is 32 tokens' verdicts in a word, and the expert's kept tokens before them.
 
@@ -27,10 +29,13 @@ from sonic.triton.topk import HIGHEST, LOWEST
 
 GROUP = tl.constexpr(32)  # tokens whose verdicts share a word
 _LANES = tl.constexpr(8)  # of these, keys that are loaded at once
+_COMPARED = tl.constexpr(16)  # tokens that others are compared with at once
 
 _MAX_HELD = 1024  # groups whose greatest ranks stay in registers
+_MAX_COUNTED = 512  # groups whose ranks are counted at once where they do not
 _MAX_HELD_LIST = 256  # listed groups whose keys do
 _LEAST_LIST = 16
+_MAX_COMPARED = 256  # tokens that are compared with one another
 _GROUPS_PER_WARP = 64
 _BALANCE_BLOCK = 1024  # experts whose running error is found at once
 
@@ -87,17 +92,17 @@ def _summarize(column, first, num_tokens, key_stride, BLOCK: tl.constexpr):
     """Of BLOCK groups from ``first`` on: whose tokens chose the expert, as words, and the greatest
     ranks of tokens to add and to drop."""
     group = first + tl.arange(0, BLOCK)
-    word = tl.zeros([BLOCK], tl.int32)
-    to_add = tl.full([BLOCK], -1, tl.int32)
-    to_drop = tl.full([BLOCK], -1, tl.int32)
+    word = tl.zeros([BLOCK, _LANES], tl.int32)
+    to_add = tl.full([BLOCK, _LANES], -1, tl.int32)
+    to_drop = tl.full([BLOCK, _LANES], -1, tl.int32)
     for part in range(GROUP // _LANES):
         lane = part * _LANES + tl.arange(0, _LANES)
         token = group[:, None] * GROUP + lane[None, :]
         key = _load_keys(column, token, key_stride)
-        word += tl.sum((key >= 0).to(tl.int32) << lane[None, :], axis=1)
-        to_add = tl.maximum(to_add, tl.max(_rank_to_add(key, token, num_tokens), axis=1))
-        to_drop = tl.maximum(to_drop, tl.max(_rank_to_drop(key), axis=1))
-    return word, to_add, to_drop
+        word += (key >= 0).to(tl.int32) << lane[None, :]
+        to_add = tl.maximum(to_add, _rank_to_add(key, token, num_tokens))
+        to_drop = tl.maximum(to_drop, _rank_to_drop(key))
+    return tl.sum(word, axis=1), tl.max(to_add, axis=1), tl.max(to_drop, axis=1)
 
 
 @triton.jit
@@ -111,15 +116,49 @@ def _tops(tops, held, first, num_groups, BLOCK: tl.constexpr, HELD: tl.constexpr
 
 
 @triton.jit
-def _groups_from(tops, held, bound, num_groups, BLOCK: tl.constexpr, HELD: tl.constexpr):
-    """How many groups have a token of rank ``bound`` or more, and the greatest rank of all."""
+def _both_spreads(count, greatest, least, other_count, other_greatest, other_least):
+    return (
+        count + other_count,
+        tl.maximum(greatest, other_greatest),
+        tl.minimum(least, other_least),
+    )
+
+
+@triton.jit
+def _spread(tops, held, num_groups, BLOCK: tl.constexpr, HELD: tl.constexpr):
+    """How many groups have a greatest rank, and of all these ranks the greatest and the least, or 0
+    if a group has none."""
     count = 0
     greatest = -1
+    least = HIGHEST
     for first in range(0, num_groups, BLOCK):
         top = _tops(tops, held, first, num_groups, BLOCK, HELD)
-        count += tl.sum((top >= bound).to(tl.int32), axis=0)
-        greatest = tl.maximum(greatest, tl.max(top, axis=0))
-    return count, greatest
+        inside = first + tl.arange(0, BLOCK) < num_groups
+        ranks = (top >= 0).to(tl.int32), top, tl.where(inside, tl.maximum(top, 0), HIGHEST)
+        number, high, low = tl.reduce(ranks, 0, _both_spreads)
+        count += number
+        greatest = tl.maximum(greatest, high)
+        least = tl.minimum(least, low)
+    return count, greatest, least
+
+
+@triton.jit
+def _groups_from(
+    tops, held, low, middle, high, num_groups, BLOCK: tl.constexpr, HELD: tl.constexpr
+):
+    """How many groups have a token of each of three ascending ranks or more, in one reduction; at
+    most 1023 have one of rank ``middle``."""
+    count_low = 0
+    count_middle = 0
+    count_high = 0
+    for first in range(0, num_groups, BLOCK):
+        top = _tops(tops, held, first, num_groups, BLOCK, HELD)
+        reached = ((top >= low).to(tl.int32) << 20) + ((top >= middle).to(tl.int32) << 10)
+        reached = tl.sum(reached + (top >= high).to(tl.int32), axis=0)
+        count_low += reached >> 20
+        count_middle += (reached >> 10) & 1023
+        count_high += reached & 1023
+    return count_low, count_middle, count_high
 
 
 @triton.jit
@@ -148,32 +187,48 @@ def _list_groups(
 ):
     """Write groups, LIST at most, that hold the ``want`` first tokens, ascending. Returns how many,
     a rank that all these tokens reach, and one that none does."""
+    reach, greatest, least = _spread(tops, held, num_groups, BLOCK, HELD)
     zero = tl.zeros([], tl.int64)
-    reach, greatest = _groups_from(tops, held, 0, num_groups, BLOCK, HELD)
     beyond = 0
-    low = zero
+    # Fewer groups than wanted tokens: some of these are not the first of their group.
+    low = zero + tl.where(reach < want, 0, least)
     end = zero + greatest + 1
     high = end
     # `reach` groups, at least `want` of them, reach `low`, and `beyond`, which are fewer, `high`.
     while (want > 0) & (reach > LIST) & (high - low > 1):
         middle = (low + high) >> 1
-        count, _ = _groups_from(tops, held, middle.to(tl.int32), num_groups, BLOCK, HELD)
+        below, above = (low + middle) >> 1, (middle + high) >> 1
+        # Not all groups reach `middle`, which is above the least rank.
+        count_below, count, count_above = _groups_from(
+            tops, held, below.to(tl.int32), middle.to(tl.int32), above.to(tl.int32), num_groups,
+            BLOCK, HELD,
+        )  # fmt: skip
+        low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
+        middle = tl.where(count >= want, above, below)
+        count = tl.where(count >= want, count_above, count_below)
         low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
     # Too many are left only if they tie: then the first of them are enough, or the last to drop.
     room = tl.where(reach > LIST, LIST - beyond, LIST)
     skipped = tl.where((reach > LIST) & (up == 0), reach - LIST, 0)
-    size = 0
+    better = 0
     ties = -skipped
     for first in range(0, num_groups, BLOCK):
         top = _tops(tops, held, first, num_groups, BLOCK, HELD)
-        tied = (top == low.to(tl.int32)).to(tl.int32)
-        place = ties + tl.cumsum(tied, axis=0) - 1
-        taken = (top > low.to(tl.int32)) | ((tied != 0) & (place >= 0) & (place < room))
+        is_better = top > low.to(tl.int32)
+        is_tied = (top == low.to(tl.int32)) & (top >= 0)
+        # At most LIST are better, unless none is wanted.
+        number = (is_better.to(tl.int32) << 16) + is_tied.to(tl.int32)
+        before = tl.cumsum(number, axis=0) - number
+        tie = ties + (before & 0xFFFF)
+        taken = is_better | (is_tied & (tie >= 0) & (tie < room))
         taken = (taken & (want > 0)).to(tl.int32)
-        place = size + tl.cumsum(taken, axis=0) - 1
+        place = better + (before >> 16) + tl.minimum(tl.maximum(tie, 0), room)
         tl.store(listed + place, first + tl.arange(0, BLOCK), mask=taken != 0)
-        ties += tl.sum(tied, axis=0)
-        size += tl.sum(taken, axis=0)
+        if not HELD:
+            number = tl.sum(number, axis=0)
+            better += number >> 16
+            ties += number & 0xFFFF
+    size = tl.where(want > 0, tl.minimum(reach, LIST), 0)
     return size, low, end
 
 
@@ -232,11 +287,72 @@ def _total(block):
 
 
 @triton.jit
+def _gather_first(
+    column,
+    listed,
+    held_key,
+    held_group,
+    found,
+    bound,
+    size,
+    up,
+    num_tokens,
+    num_groups,
+    key_stride,
+    BLOCK: tl.constexpr,
+    HELD: tl.constexpr,
+    ROOM: tl.constexpr,
+):
+    """Write ranks, and ROOM elements behind them places, of the listed tokens that reach a rank."""
+    lane = tl.arange(0, GROUP)[None, :]
+    first = 0
+    for start in range(0, size, BLOCK):
+        key, group = held_key, held_group
+        if not HELD:
+            key, group = _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK)
+        rank, place = _ranked(key, group, num_tokens, up)
+        reached = (rank >= 0) & (rank >= bound)
+        word = tl.sum(reached.to(tl.int32) << lane, axis=1)
+        number = popcount(word)
+        index = first + tl.cumsum(number, axis=0) - number
+        index = index[:, None] + popcount(word[:, None] & ((1 << lane) - 1))
+        tl.store(found + index, rank, mask=reached)
+        tl.store(found + ROOM + index, place, mask=reached)
+        if not HELD:
+            first += tl.sum(number, axis=0)
+
+
+@triton.jit
+def _load_found(found, index, count, up):
+    """int64, greater for a token that comes before another; all of them differ."""
+    rank = tl.load(found + index, mask=index < count, other=-1)
+    # Tokens were found by ascending number.
+    return (rank.to(tl.int64) << 32) + tl.where(up, HIGHEST - index, index)
+
+
+@triton.jit
+def _end_of(found, want, count, up, ROOM: tl.constexpr):
+    """Rank and place of the token, of the ``count`` that were found, at which ``want`` end."""
+    index = tl.arange(0, ROOM)
+    entry = _load_found(found, index, count, up)
+    better = tl.zeros([_COMPARED, ROOM], tl.int32)
+    for start in range(0, count, _COMPARED):
+        # Along the first axis, which a thread sums by itself.
+        other = _load_found(found, start + tl.arange(0, _COMPARED), count, up)
+        better += (other[:, None] > entry[None, :]).to(tl.int32)
+    is_last = tl.sum(better, axis=0) == want - 1
+    place = tl.load(found + ROOM + index, mask=is_last, other=0)
+    last = tl.max(tl.where(is_last, (entry >> 32 << 32) + place, -1), axis=0)
+    return (last >> 32).to(tl.int32), last.to(tl.int32)
+
+
+@triton.jit
 def _search(
     column,
     tops,
     held,
     listed,
+    found,
     want,
     up,
     num_tokens,
@@ -246,6 +362,7 @@ def _search(
     HELD: tl.constexpr,
     LIST: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
+    ROOM: tl.constexpr,
 ):
     """Groups that hold the ``want`` first tokens, listed, and where these tokens end: those of
     ranks above a bound, and of equal rank at places below a limit. Returns the number of groups,
@@ -260,27 +377,38 @@ def _search(
         key_stride, LIST_BLOCK, ALL,
     )  # fmt: skip
     beyond = 0
-    while (reach > want) & (beyond < want) & (high - low > 1):
+    few = tl.maximum(want, ROOM)
+    while (reach > few) & (beyond < want) & (high - low > 1):
         middle = (low + high) >> 1
         count = _count_listed(
             column, listed, key, group, middle.to(tl.int32), num_tokens, size, up, num_tokens,
             num_groups, key_stride, LIST_BLOCK, ALL,
         )  # fmt: skip
         low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
-    exact = beyond == want
-    bound = tl.where(exact & (reach > want), high - 1, low).to(tl.int32)
-    limit_low = 0
-    limit = tl.where(exact & (reach > want), 0, num_tokens)
-    # Tokens tie at the bound, and not all of them are wanted: bisected as well, by their place.
-    while (reach > want) & (beyond < want) & (limit - limit_low > 1):
-        middle = (limit_low + limit) >> 1
-        count = _count_listed(
-            column, listed, key, group, bound, middle, size, up, num_tokens, num_groups,
-            key_stride, LIST_BLOCK, ALL,
+    exact = (beyond == want) & (reach > want)
+    bound = tl.where(exact, high - 1, low).to(tl.int32)
+    limit = tl.where(exact, 0, num_tokens)
+    if (reach > want) & (reach <= ROOM) & (want > 0):
+        _gather_first(
+            column, listed, key, group, found, low.to(tl.int32), size, up, num_tokens, num_groups,
+            key_stride, LIST_BLOCK, ALL, ROOM,
         )  # fmt: skip
-        enough = count >= want
-        limit_low = tl.where(enough, limit_low, middle)
-        limit = tl.where(enough, middle, limit)
+        # Orders what other threads found before the loads.
+        tl.debug_barrier()
+        bound, last = _end_of(found, want, reach, up, ROOM)
+        limit = last + 1
+    else:
+        limit_low = 0
+        # Tokens tie at the bound, and not all of them are wanted: bisected by their place.
+        while (reach > want) & (beyond < want) & (limit - limit_low > 1):
+            middle = (limit_low + limit) >> 1
+            count = _count_listed(
+                column, listed, key, group, bound, middle, size, up, num_tokens, num_groups,
+                key_stride, LIST_BLOCK, ALL,
+            )  # fmt: skip
+            enough = count >= want
+            limit_low = tl.where(enough, limit_low, middle)
+            limit = tl.where(enough, middle, limit)
     return size, bound, limit, key, group
 
 
@@ -337,13 +465,13 @@ def _rounded_count(
 
 
 @triton.jit
-def _count_verdicts(words, counts_before, expert, num_experts, num_groups, BLOCK: tl.constexpr):
-    """counts_before of the expert's words."""
+def _count_verdicts(sizes, counts_before, expert, num_experts, num_groups, BLOCK: tl.constexpr):
+    """counts_before of the expert, from the tokens that it keeps of each group."""
     before = 0
     for first in range(0, num_groups, BLOCK):
         group = first + tl.arange(0, BLOCK)
         offset = group.to(tl.int64) * num_experts + expert
-        size = popcount(tl.load(words + offset, mask=group < num_groups, other=0))
+        size = tl.load(sizes + group, mask=group < num_groups, other=0)
         place = before + tl.cumsum(size, axis=0) - size
         tl.store(counts_before + offset, place, mask=group < num_groups)
         before += tl.sum(size, axis=0)
@@ -368,14 +496,19 @@ def _select_kernel(
     HELD: tl.constexpr,
     LIST: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
+    ROOM: tl.constexpr,
 ):
     """The expert's rounded count; words and counts_before (groups, E). With the rule ``"given"``
     the count is read instead of written. HELD: BLOCK groups are all there are. Scratch of an
-    expert: lists, and unless HELD greatest ranks, each of them twice, to drop and to add."""
+    expert: two lists, to drop and to add, what ``_gather_first`` writes, each group's kept tokens,
+    and unless HELD greatest ranks to drop and to add."""
     expert = tl.program_id(0)
     column = keys + expert.to(tl.int64) * key_stride
-    listed = scratch + expert.to(tl.int64) * (2 * LIST + (0 if HELD else 2 * num_groups))
-    tops = listed + 2 * LIST
+    kept: tl.constexpr = 1 if HELD else 3
+    listed = scratch + expert.to(tl.int64) * (2 * LIST + 2 * ROOM + kept * num_groups)
+    found = listed + 2 * LIST
+    sizes = found + 2 * ROOM
+    tops = sizes + num_groups
     frequency = 0
     to_add = tl.full([BLOCK], -1, tl.int32)
     to_drop = tl.full([BLOCK], -1, tl.int32)
@@ -384,10 +517,12 @@ def _select_kernel(
         group = first + tl.arange(0, BLOCK)
         inside = group < num_groups
         tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=inside)
+        size = popcount(word)
+        tl.store(sizes + group, size, mask=inside)
         if not HELD:
             tl.store(tops + group, to_drop, mask=inside)
             tl.store(tops + num_groups + group, to_add, mask=inside)
-        frequency += tl.sum(popcount(word), axis=0)
+        frequency += tl.sum(size, axis=0)
     if not HELD:
         # Orders what other threads stored before the loads.
         tl.debug_barrier()
@@ -395,12 +530,12 @@ def _select_kernel(
     lower, upper = _reachable(frequency, num_tokens, tile)
     if RULE == "nr-s":
         size_down, bound_down, limit_down, _, _ = _search(
-            column, tops, to_drop, listed, frequency - lower, False, num_tokens, num_groups,
-            key_stride, BLOCK, HELD, LIST, LIST_BLOCK,
+            column, tops, to_drop, listed, found, frequency - lower, False, num_tokens,
+            num_groups, key_stride, BLOCK, HELD, LIST, LIST_BLOCK, ROOM,
         )  # fmt: skip
         size_up, bound_up, limit_up, _, _ = _search(
-            column, tops + num_groups, to_add, listed + LIST, upper - frequency, True, num_tokens,
-            num_groups, key_stride, BLOCK, HELD, LIST, LIST_BLOCK,
+            column, tops + num_groups, to_add, listed + LIST, found, upper - frequency, True,
+            num_tokens, num_groups, key_stride, BLOCK, HELD, LIST, LIST_BLOCK, ROOM,
         )  # fmt: skip
         last = _mass(
             column, listed, size_down, bound_down, limit_down, False, num_tokens, num_groups,
@@ -426,8 +561,8 @@ def _select_kernel(
         up = count > frequency
         size, bound, limit, key, group = _search(
             column, tops + tl.where(up, num_groups, 0), tl.where(up, to_add, to_drop), listed,
-            tl.abs(count - frequency), up, num_tokens, num_groups, key_stride, BLOCK, HELD, LIST,
-            LIST_BLOCK,
+            found, tl.abs(count - frequency), up, num_tokens, num_groups, key_stride, BLOCK, HELD,
+            LIST, LIST_BLOCK, ROOM,
         )  # fmt: skip
 
     for start in range(0, size, LIST_BLOCK):
@@ -438,11 +573,13 @@ def _select_kernel(
         rank, place = _ranked(key, group, num_tokens, up)
         changed = _comes_first(rank, place, bound, limit)
         bit = ((key >= 0) ^ changed).to(tl.int32) << tl.arange(0, GROUP)[None, :]
+        word = tl.sum(bit, axis=1)
         offset = group.to(tl.int64) * num_experts + expert
-        tl.store(words + offset, tl.sum(bit, axis=1), mask=group < num_groups)
-    # Orders the words that other threads changed before they are counted.
+        tl.store(words + offset, word, mask=group < num_groups)
+        tl.store(sizes + group, popcount(word), mask=group < num_groups)
+    # Orders the sizes that other threads changed before they are added up.
     tl.debug_barrier()
-    _count_verdicts(words, counts_before, expert, num_experts, num_groups, BLOCK)
+    _count_verdicts(sizes, counts_before, expert, num_experts, num_groups, BLOCK)
 
 
 # --- counts that depend on one another ------------------------------------------------------------
@@ -520,15 +657,29 @@ def _balanced_counts(keys: torch.Tensor, decisions: Decisions, num_tokens: int, 
 def _list_size(num_tokens: int, tile: int, rule: str) -> int:
     """Groups that an expert lists at most: no fewer than the tokens that may be added or dropped,
     or all there are."""
-    most = min(tile // 2 if rule == "nr" else tile - 1, num_tokens)
-    return min(max(_LEAST_LIST, power_of_2(most)), power_of_2(cdiv(num_tokens, GROUP.value)))
+    most = power_of_2(_most_changed(num_tokens, tile, rule))
+    return min(max(_LEAST_LIST, most), power_of_2(cdiv(num_tokens, GROUP.value)))
+
+
+def _room(num_tokens: int, tile: int, rule: str) -> int:
+    """Tokens that are compared with one another at most; that few exceed those wanted, unless ranks
+    tie."""
+    return min(
+        max(_LEAST_LIST, 2 * power_of_2(_most_changed(num_tokens, tile, rule))), _MAX_COMPARED
+    )
+
+
+def _most_changed(num_tokens: int, tile: int, rule: str) -> int:
+    """Tokens that may be added or dropped."""
+    return max(1, min(tile // 2 if rule == "nr" else tile - 1, num_tokens))
 
 
 def scratch_size(num_tokens: int, num_experts: int, tile: int, rule: str) -> int:
     """Elements of ``scratch`` of :func:`decide`."""
     num_groups = cdiv(num_tokens, GROUP.value)
-    kept = num_groups if num_groups > _MAX_HELD else 0
-    return 2 * num_experts * (_list_size(num_tokens, tile, rule) + kept)
+    kept = 3 if num_groups > _MAX_HELD else 1
+    lists = _list_size(num_tokens, tile, rule) + _room(num_tokens, tile, rule)
+    return num_experts * (2 * lists + kept * num_groups)
 
 
 def decide(
@@ -550,7 +701,8 @@ def decide(
     """
     num_experts, key_stride = keys.shape
     num_groups = decisions.words.shape[0]
-    block = min(power_of_2(num_groups), _MAX_HELD)
+    held = num_groups <= _MAX_HELD
+    block = power_of_2(num_groups) if held else _MAX_COUNTED
     listed = _list_size(num_tokens, tile, rule)
     balanced = rule == "balance-f"
     if balanced:
@@ -571,8 +723,9 @@ def decide(
         tile,
         RULE="given" if balanced else rule,
         BLOCK=block,
-        HELD=num_groups <= block,
+        HELD=held,
         LIST=listed,
         LIST_BLOCK=min(listed, _MAX_HELD_LIST),
+        ROOM=_room(num_tokens, tile, rule),
         num_warps=max(4, min(16, max(block, 2 * listed) // _GROUPS_PER_WARP)),
     )

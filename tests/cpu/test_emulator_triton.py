@@ -97,3 +97,9 @@ def test_selection(compiled, tokens, tile, rule, ties):  # noqa: F811
     assert torch.equal(before.long(), sizes.cumsum(0) - sizes)
     assert torch.equal(counts.long(), kept.sum(1)) and torch.equal(load.long(), chosen.sum(1))
     assert not torch.equal(kept[:, :tokens], chosen)
+    # Where few tokens are left they are compared with one another, where many tie they are not.
+    room = rounding_select._room(tokens, tile, rule)
+    lists = 2 * rounding_select._list_size(tokens, tile, rule)
+    found = scratch.view(EXPERTS, -1)[:, lists : lists + 2 * room]
+    changed = counts != load
+    assert (found[changed] != -99).any(1).all() != (ties or tile > 2 * room)

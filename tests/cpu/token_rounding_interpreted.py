@@ -6,11 +6,14 @@ Not collected on its own: ``test_token_rounding_triton.py`` runs it in a process
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import sonic.triton.rounding_keys as keys
 import sonic.triton.rounding_select as select
 import sonic.triton.token_rounding as kernels
 from sonic.routing.token_rounding import RULES
+from sonic.triton.rounding_select import _end_of, _halved
 from tests import rounding_checks as checks
 
 # Importing it skips this module where the interpreter does not work.
@@ -60,9 +63,44 @@ def test_neither_groups_nor_listed_keys_in_registers(rule, kind, guarded, monkey
     """Both in several blocks; a tile of 4 lists few groups, one of 32 all of them."""
     monkeypatch.setattr(select, "_LEAST_LIST", 1)
     monkeypatch.setattr(select, "_MAX_HELD", 4)
+    monkeypatch.setattr(select, "_MAX_COUNTED", 4)
     monkeypatch.setattr(select, "_MAX_HELD_LIST", 2)
     for tile in (4, 32):
         check(Case(200, 3, 1, tile, rule, kind), guarded)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "ties"])
+@every_rule
+def test_no_tokens_are_compared(rule, kind, guarded, monkeypatch):
+    """Where more tie than are compared with one another, bisections find the last token."""
+    monkeypatch.setattr(select, "_LEAST_LIST", 1)
+    monkeypatch.setattr(select, "_MAX_COMPARED", 1)
+    check(Case(150, 3, 1, 16, rule, kind), guarded)
+
+
+@triton.jit
+def _end_one_later(found, want, count, up, ROOM: tl.constexpr):
+    return _end_of(found, want + 1, count, up, ROOM)
+
+
+@triton.jit
+def _halved_too_high(middle, count, want, low, reach, high, beyond):
+    return _halved(middle, count, want - 1, low, reach, high, beyond)
+
+
+@pytest.mark.parametrize(
+    ("compared", "name", "wrong"),
+    [(256, "_end_of", _end_one_later), (1, "_halved", _halved_too_high)],
+    ids=["compared", "bisected"],
+)
+def test_a_wrong_last_token_is_noticed(compared, name, wrong, guarded, monkeypatch):
+    """In either way to find it."""
+    monkeypatch.setattr(select, "_MAX_COMPARED", compared)
+    case = Case(150, 3, 1, 16, "down")
+    check(case, guarded)
+    monkeypatch.setattr(select, name, wrong)
+    with pytest.raises(AssertionError):
+        check(case, guarded)
 
 
 @pytest.mark.parametrize("kind", ["ties", "negative"])
