@@ -3,10 +3,11 @@
 The model: a tile costs a time for each step of its main loop and one beside (``_Tiling``); a GPU
 runs them in waves, of which a started one counts for half a full one; and no GEMM takes less than
 its traffic. Experts get rows at random, so that what counts is the expected number of row tiles.
-``_ORDERS`` says in which order the tiles are taken.
+``_order`` says how CTAs come to their tiles.
 
 The constants were fitted to an exhaustive sweep on an H200 of 2026-11-27 (``benchmarks/tiles.py``):
-the six GEMMs of 26 layers, 55 to 84 tilings each. ``kernels_sm90/README.md`` says what came of it.
+the six GEMMs of 26 layers, 55 to 84 tilings each, bf16 and SwiGLU. Other activations, biases and
+fp16 take what these take. ``kernels_sm90/README.md`` says what came of it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _TOLERANCE = 1.02  # further kernels are not worth compiling
 _HOPELESS = 2.0  # times the best, or more: as bad as any
 _WRONG_ORDER = 1.03  # what it costs, about, to take tiles in the order of other numbers of rows
 _FEW_WAVES, _MANY_WAVES = 10, 32
-_FEW_ROWS = 32  # of an expert: fewer only read its weights, see _FEW
+_FEW_ROWS = 32  # of an expert: fewer only read its weights, see _few_rows
 _MOST_ROWS = 4096  # more change nothing
 
 _COOPERATIVE, _PINGPONG, _OVERLAPPED = Schedule.COOPERATIVE, Schedule.PINGPONG, Schedule.OVERLAPPED
@@ -92,8 +93,8 @@ _UP = (
 )
 _DOWN = (
     _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.685, rest=1.28),
-    _Tiling(128, 192, 1, _PINGPONG, 2, step=0.533, rest=0.74),
-    _Tiling(128, 128, 1, _PINGPONG, 2, step=0.370, rest=0.72),
+    _Tiling(128, 192, 1, _PINGPONG, 2, step=0.539, rest=0.71),
+    _Tiling(128, 128, 1, _PINGPONG, 2, step=0.370, rest=0.85),
     _Tiling(128, 192, 2, _PINGPONG, 2, step=0.476, rest=0.71),
 )
 _DOWN_BACKWARD = (
@@ -104,22 +105,21 @@ _DOWN_BACKWARD = (
     _Tiling(128, 128, 2, _OVERLAPPED, 3, step=0.505, rest=1.09),
 )
 _UP_BACKWARD = (
-    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.746, rest=1.39),
-    _Tiling(128, 192, 1, _PINGPONG, 2, step=0.585, rest=0.78),
+    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.739, rest=1.39),
+    _Tiling(128, 192, 1, _PINGPONG, 2, step=0.585, rest=0.71),
     _Tiling(128, 128, 1, _PINGPONG, 2, step=0.392, rest=0.92),
-    _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.760, rest=0.67),
-    _Tiling(128, 128, 2, _PINGPONG, 2, step=0.356, rest=1.22),
+    _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.769, rest=0.67),
+    _Tiling(128, 128, 2, _PINGPONG, 2, step=0.356, rest=1.20),
 )
 _DOWN_WEIGHT = (
     _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.873, rest=1.03),
     _Tiling(128, 192, 1, _PINGPONG, 2, step=0.675, rest=0.46),
     _Tiling(256, 128, 1, _OVERLAPPED, 1, step=0.956, rest=0.72),
-    _Tiling(192, 128, 1, _PINGPONG, 1, step=0.677, rest=0.99),
 )
 _UP_WEIGHT = (
-    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.745, rest=1.24),
-    _Tiling(128, 192, 1, _PINGPONG, 2, step=0.583, rest=0.48),
-    _Tiling(256, 128, 1, _OVERLAPPED, 1, step=0.791, rest=0.83),
+    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.754, rest=1.19),
+    _Tiling(128, 192, 1, _PINGPONG, 2, step=0.589, rest=0.48),
+    _Tiling(256, 128, 1, _OVERLAPPED, 1, step=0.782, rest=0.97),
 )
 # Added to float32, a tile is not copied, as a copy would round it: cooperative schedules show their
 # epilogues. Not in the sweep: what earlier runs of shapes A to F said.
@@ -236,16 +236,24 @@ def _order(problem: Problem, tiling: _Tiling, size: _Size, grid: _Grid) -> _Orde
         return _Order(exceed, dynamic=True) if size.rows < 450 else _FIXED_ALONG_N
     if not (many_waves or exceed):
         return _FIXED_ALONG_N
+    return _order_of_linear(problem, tiling, size, tiles, weights)
+
+
+def _order_of_linear(
+    problem: Problem, tiling: _Tiling, size: _Size, tiles: float, weights: float
+) -> _Order:
+    """Of the down-projection and of dX, whose rows lie in order: no gather slows their loads."""
     pingpong = tiling.schedule is _PINGPONG
+    counted = _Order(along_m=pingpong or weights > _CACHE_BYTES, dynamic=True)
     if problem.transposed_weight:
         fixed = size.k <= 512 if pingpong else size.rows >= 1024
-    elif weights > _CACHE_BYTES / 3:
-        fixed = False
-    elif tiles >= 100 and size.rows < 450:  # of one expert, they hardly drift apart
-        return _Order(along_m=True, dynamic=False)
-    else:
-        fixed = size.rows >= 450
-    return _FIXED_ALONG_N if fixed else _Order(pingpong or exceed, dynamic=True)
+        return _FIXED_ALONG_N if fixed else counted
+    if weights > _CACHE_BYTES / 3:
+        return counted
+    if size.rows >= 450:
+        return _FIXED_ALONG_N
+    # The tiles of one expert fill nearly a wave: they hardly drift apart.
+    return _Order(along_m=True, dynamic=False) if tiles >= 90 else counted
 
 
 def _order_of_weight_gradient(
@@ -254,16 +262,15 @@ def _order_of_weight_gradient(
     """Tiles of hardly more than one step only store: there a counter spreads the stores."""
     if problem.epilogue is EpilogueKind.ACCUMULATE:
         return _Order(along_m=True, dynamic=False)  # others were not tried
-    tall = tiling.tile_m > tiling.tile_n
-    if grid.steps < (1.7 if tall else 1.1) and grid.waves >= _FEW_WAVES:
+    stores_only = grid.steps < (1.7 if tiling.tile_m == 256 else 1.1)
+    if stores_only and grid.waves >= _FEW_WAVES:
         return _Order(along_m=False, dynamic=True)
-    pingpong = tiling.schedule is _PINGPONG
     if problem.gather is not Operand.B:
-        return _Order(along_m=True, dynamic=tall and pingpong)
-    # The gathered rows are read along N.
-    output = _ELEMENT_BYTES * size.n * size.k
-    long = size.rows >= 1024 or output > _CACHE_BYTES + 10e6
-    return _Order(along_m=tiling.tile_n == 256 or (pingpong and long), dynamic=False)
+        return _Order(along_m=True, dynamic=False)
+    output = _ELEMENT_BYTES * size.n * size.k  # of an expert
+    large = output > (_CACHE_BYTES / 3 if size.rows >= 1024 else _CACHE_BYTES + 10e6)
+    pingpong = tiling.schedule is _PINGPONG
+    return _Order(along_m=tiling.tile_n == 256 or (pingpong and large), dynamic=False)
 
 
 def _few_rows(problem: Problem, size: _Size) -> TileConfig:
