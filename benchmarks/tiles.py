@@ -69,13 +69,7 @@ def launches(shape: Shape) -> dict[str, tuple[Problem, int, int]]:
 
 def tilings(backend: Backend, problem: Problem) -> list[TileConfig]:
     """The search space, and whatever the choice by sizes may choose."""
-    own = [
-        config
-        for rows in (64, 320, 2048)
-        for k in (256, 512, 2048)
-        for config in backend.candidates(problem, rows, k)
-    ]
-    return list(dict.fromkeys((*backend.search_space(problem), *own)))
+    return list(dict.fromkeys((*backend.search_space(problem), *backend.candidates(problem))))
 
 
 class Sweep:
@@ -128,7 +122,7 @@ class Sweep:
 
     def chosen(self, gemm: str, shape: Shape) -> TileConfig:
         problem, n, k = launches(shape)[gemm]
-        return self.backend.default_config(problem, shape.rows // shape.E, n, k)
+        return self.backend.default_config(problem, shape.rows // shape.E, n, k, shape.E)
 
     def ratio(self, gemm: str, index: int) -> float:
         """Time of the choice over that of the best tiling, on the shape ``index``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kernels_sm90 import search, tiles
+from kernels_sm90 import choice, search, tiles
 from sonic.runtime.problem import Arch, Problem, TileConfig, Unsupported
 
 
@@ -17,14 +17,16 @@ class _Backend:
     def supports_config(self, problem: Problem, config: TileConfig) -> Unsupported | None:
         return tiles.supports_config(problem, config)
 
-    def default_config(self, problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
-        return tiles.default_config(problem, rows_per_expert, n, k)
+    def default_config(
+        self, problem: Problem, rows_per_expert: int, n: int, k: int, experts: int
+    ) -> TileConfig:
+        return choice.default_config(problem, rows_per_expert, n, k, experts)
 
-    def default_configs(self, problem: Problem, n: int, k: int) -> list[TileConfig]:
-        return tiles.default_configs(problem, n, k)
+    def default_configs(self, problem: Problem, n: int, k: int, experts: int) -> list[TileConfig]:
+        return choice.default_configs(problem, n, k, experts)
 
-    def candidates(self, problem: Problem, rows_per_expert: int, k: int) -> list[TileConfig]:
-        return [config for config, _ in tiles.candidates(problem, rows_per_expert, k)]
+    def candidates(self, problem: Problem) -> list[TileConfig]:
+        return choice.candidates(problem)
 
     def search_space(self, problem: Problem) -> list[TileConfig]:
         return search.search_space(problem)

@@ -1,5 +1,5 @@
 """The tiles that a search for the fastest ones tries. What it may choose from by itself, without a
-search, is in ``tiles.candidates``."""
+search, is in ``choice.candidates``."""
 
 from __future__ import annotations
 

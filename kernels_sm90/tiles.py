@@ -1,9 +1,8 @@
-"""What the Hopper kernel can run, with which tiles, and its shared-memory plan. No GPU."""
+"""What the Hopper kernel can run, and its shared-memory plan. No GPU."""
 
 from __future__ import annotations
 
 from sonic.device.blocks import EpilogueBlocks
-from sonic.enums import ActivationType
 from sonic.runtime.limits import KERNEL_DTYPES
 from sonic.runtime.problem import (
     EpilogueKind,
@@ -21,9 +20,6 @@ SHARED_MEMORY_BYTES = 232_448  # 227 KB per CTA on sm_90
 _ELEMENT_BYTES = 2
 _BARRIER_BYTES = 1024
 _MAX_STAGES = 8
-_MANY_ROWS = 1024  # per expert; see candidates
-# Rows per expert, one number for all between which the choice of tiles makes no difference.
-_KINDS_OF_ROWS = (1, WARPGROUP + 1, _MANY_ROWS)
 TILE_SLOTS = 8  # tiles taken ahead of the slowest warp, with a dynamic tile order
 
 
@@ -134,102 +130,3 @@ def supports_config(problem: Problem, config: TileConfig) -> Unsupported | None:
             remedy,
         )
     return None
-
-
-def _coverage(extent: int, tile: int) -> float:
-    """Share of the tiles' area that holds output."""
-    return extent / (-(-extent // tile) * tile)
-
-
-def candidates(problem: Problem, rows_per_expert: int, k: int) -> list[tuple[TileConfig, float]]:
-    """Tiles worth trying, each with its rate on a matrix that it covers without waste.
-
-    Rates are relative within a problem: read off sweeps over the shapes A to F of the benchmark on
-    an H200 in November 2026, divided by the coverage. ``kernels_sm90/README.md`` has the ladder.
-    """
-    if problem.ragged is Ragged.REDUCTION:
-        return _weight_gradient_candidates(problem, rows_per_expert)
-    # With one tile of rows per expert, weights are read once in whatever order; with many, the
-    # tiles that share weights are many too, and SMs that get ahead do not lose them.
-    dynamic = WARPGROUP < rows_per_expert < _MANY_ROWS
-    # Along the columns, tiles that run at one time share gathered rows, along the rows, weights.
-    along_m = rows_per_expert < _MANY_ROWS
-    cooperative, pingpong, overlapped = (
-        Schedule.COOPERATIVE,
-        Schedule.PINGPONG,
-        Schedule.OVERLAPPED,
-    )
-    gated = problem.activation is not None and problem.activation.is_gated
-    if problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
-        narrow = TileConfig(128, 128, 1, 1, pingpong, 2)
-        if not gated or problem.activation is ActivationType.SWIGLU_OAI:
-            # Ungated, a thread has twice the accumulator columns of a chunk live. The gradients of
-            # gelu and of a clamped swiglu spill registers where a warpgroup holds a whole tile.
-            narrow = TileConfig(128, 128, 1, 1, cooperative, 4)
-        return [
-            (TileConfig(128, 256, 1, 1, overlapped, 3, along_m, dynamic), 1.0),
-            (TileConfig(128, 192, 1, 1, overlapped, 3, along_m, dynamic), 0.87),
-            (narrow, 0.8),
-        ]
-    if problem.epilogue is EpilogueKind.ACTIVATION:
-        return [
-            (TileConfig(128, 256, 1, 1, overlapped, 1, along_m, dynamic), 1.0),
-            (TileConfig(128, 192, 1, 1, overlapped, 1, along_m, dynamic), 0.87),
-            (TileConfig(128, 128, 1, 1, cooperative, 2), 0.75),
-        ]
-    # A short reduction hides little of an epilogue: there a second tile in flight hides more.
-    wide, narrow_rate = (0.93, 1.0) if k <= 512 else (1.0, 0.95)
-    return [
-        (TileConfig(128, 256, 1, 1, overlapped, 1, raster_along_m=False, dynamic=dynamic), wide),
-        (TileConfig(128, 192, 1, 1, pingpong, 2, dynamic=dynamic), narrow_rate),
-        (TileConfig(128, 128, 1, 1, pingpong, 2, dynamic=dynamic), 0.85),
-    ]
-
-
-def _weight_gradient_candidates(
-    problem: Problem, rows_per_expert: int
-) -> list[tuple[TileConfig, float]]:
-    cooperative, pingpong = Schedule.COOPERATIVE, Schedule.PINGPONG
-    many = rows_per_expert >= _MANY_ROWS
-    if problem.epilogue is EpilogueKind.LINEAR:
-        # The longer the reduction, the less there is to hide.
-        return [
-            (TileConfig(128, 256, 1, 1, Schedule.OVERLAPPED, 1), 1.0),
-            (TileConfig(128, 192, 1, 1, pingpong, 2), 0.97 if many else 1.08),
-        ]
-    # Added to float32, a tile is not copied: a copy would round it.
-    turns = TileConfig(128, 192, 1, 1, pingpong, 1)
-    if problem.gather is Operand.B:
-        return [
-            (turns, 1.0),
-            (TileConfig(256, 128, 1, 2, cooperative, 1), 0.96),
-            (TileConfig(256, 128, 1, 1, cooperative, 1), 0.95),
-        ]
-    return [
-        (turns, 0.99 if many else 1.15),
-        (TileConfig(128, 256, 2, 1, cooperative, 2), 1.0),
-        (TileConfig(256, 128, 1, 1, cooperative, 1), 0.93),
-    ]
-
-
-def default_config(problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
-    """The candidate with the highest expected rate for this size. Pure and deterministic.
-
-    ``n``: columns of the output. ``k``: the weight's other axis, which is the reduction for ragged
-    rows and the rows of the output for a ragged reduction.
-    """
-
-    def expected(entry: tuple[TileConfig, float]) -> float:
-        config, rate = entry
-        rate *= _coverage(n, config.tile_n * config.cluster_n)
-        if problem.ragged is Ragged.REDUCTION:
-            rate *= _coverage(k, config.tile_m * config.cluster_m)
-        return rate
-
-    return max(candidates(problem, rows_per_expert, k), key=expected)[0]
-
-
-def default_configs(problem: Problem, n: int, k: int) -> list[TileConfig]:
-    """Every choice of :func:`default_config` for these extents, whatever the rows per expert."""
-    choices = (default_config(problem, rows, n, k) for rows in _KINDS_OF_ROWS)
-    return list(dict.fromkeys(choices))

@@ -111,7 +111,7 @@ def all_launches(
 
 
 def layer_kernels(
-    default_config: Callable[[Problem, int, int, int], TileConfig],
+    default_config: Callable[[Problem, int, int, int, int], TileConfig],
     size: LayerSize,
     activation: ActivationType,
     dtype: str,
@@ -120,13 +120,13 @@ def layer_kernels(
     """The same with the tiles of each, slices of columns included."""
     rows = size.rows_per_expert
     return [
-        (problem, default_config(problem, rows, n, k))
+        (problem, default_config(problem, rows, n, k, size.experts))
         for problem, n, k in all_launches(size, activation, dtype, add_bias)
     ]
 
 
 def layer_kernels_of_any_tokens(
-    default_configs: Callable[[Problem, int, int], list[TileConfig]],
+    default_configs: Callable[[Problem, int, int, int], list[TileConfig]],
     size: LayerSize,
     activation: ActivationType,
     dtype: str,
@@ -140,7 +140,7 @@ def layer_kernels_of_any_tokens(
     kernels = {
         (problem, config): None
         for problem, n, k in launches
-        for config in default_configs(problem, n, k)
+        for config in default_configs(problem, n, k, size.experts)
     }
     return list(kernels)
 

@@ -92,7 +92,7 @@ def _gemm(
     gemm = grouped_gemm(
         problem, config, device, rows=rows, experts=experts, m=m, n=n, strides=strides
     )
-    compile_ahead(problem, device, widths or (n,), k)
+    compile_ahead(problem, device, widths or (n,), k, experts)
     return gemm
 
 

@@ -68,7 +68,7 @@ def run(parsed: argparse.Namespace) -> int:
         for size in sizes
         for problem, n, k in all_launches(size, *options)
         for config in (
-            backend.default_config(problem, size.rows_per_expert, n, k),
+            backend.default_config(problem, size.rows_per_expert, n, k, size.experts),
             *backend.search_space(problem),
         )
     }
@@ -99,7 +99,7 @@ def _search_layer(
 ) -> Iterator[_Result]:
     routing = _routing(size, device)
     for problem, n, k in all_launches(size, *options):
-        tuned = TunedSize(problem, size.rows_per_expert, n, k)
+        tuned = TunedSize(problem, size.rows_per_expert, n, k, size.experts)
         default = backend.default_config(*tuned)
         gemm = TimedGemm(problem, *routing, size.tokens, n, k)
         gemm.warm_up(default)
@@ -132,6 +132,7 @@ def _routing(size: LayerSize, device: torch.device) -> tuple[torch.Tensor, torch
 
 def _describe(size: TunedSize, config: TileConfig) -> str:
     return (
-        f"{size.problem.name}, {size.rows_per_expert} rows per expert, {size.n} by {size.k}: "
+        f"{size.problem.name}, {size.rows_per_expert} rows per expert, {size.experts} experts, "
+        f"{size.n} by {size.k}: "
         f"{config.name}"
     )

@@ -33,14 +33,16 @@ class Backend(Protocol):
     def supports_config(self, problem: Problem, config: TileConfig) -> Unsupported | None:
         """Why ``problem`` cannot run with these tiles, or ``None``."""
 
-    def default_config(self, problem: Problem, rows_per_expert: int, n: int, k: int) -> TileConfig:
+    def default_config(
+        self, problem: Problem, rows_per_expert: int, n: int, k: int, experts: int
+    ) -> TileConfig:
         """Tiles for an output of ``n`` columns, ``k`` the weight's other axis; pure, no GPU."""
 
-    def default_configs(self, problem: Problem, n: int, k: int) -> list[TileConfig]:
-        """All that :meth:`default_config` chooses for these extents and any rows per expert."""
+    def default_configs(self, problem: Problem, n: int, k: int, experts: int) -> list[TileConfig]:
+        """All that :meth:`default_config` chooses for these and any rows per expert."""
 
-    def candidates(self, problem: Problem, rows_per_expert: int, k: int) -> list[TileConfig]:
-        """The tiles that :meth:`default_config` chooses from."""
+    def candidates(self, problem: Problem) -> list[TileConfig]:
+        """The tiles that :meth:`default_config` chooses from, whatever the size."""
 
     def search_space(self, problem: Problem) -> list[TileConfig]:
         """The tiles that an explicit search tries."""

@@ -72,22 +72,26 @@ def _compile(backend: Backend, problem: Problem, config: TileConfig) -> Any:
     return kernel
 
 
-def compile_ahead(problem: Problem, device: torch.device, widths: tuple[int, ...], k: int) -> None:
+def compile_ahead(
+    problem: Problem, device: torch.device, widths: tuple[int, ...], k: int, experts: int
+) -> None:
     """Compile what :func:`config_for` calls for with another number of rows, so that no later call
     has to; ``widths``: each ``n`` that may come.
 
     Only kernels that the cache keeps, so that this happens once, and not with
     ``SONIC_COMPILE=needed``. One that cannot be compiled is left to the call that needs it.
     """
-    _compile_ahead(backend_for(device), problem, widths, k)
+    _compile_ahead(backend_for(device), problem, widths, k, experts)
 
 
 @functools.lru_cache(maxsize=4096)
-def _compile_ahead(backend: Backend, problem: Problem, widths: tuple[int, ...], k: int) -> None:
+def _compile_ahead(
+    backend: Backend, problem: Problem, widths: tuple[int, ...], k: int, experts: int
+) -> None:
     cache = kernel_cache()
     if cache.settings.compile is CompileMode.NEEDED or not cache.keeps(backend.arch):
         return
-    choices = (config for n in widths for config in backend.default_configs(problem, n, k))
+    choices = (config for n in widths for config in backend.default_configs(problem, n, k, experts))
     for config in dict.fromkeys(choices):
         if not cache.holds(KernelKey(backend.arch, problem, config)):
             try:
@@ -119,7 +123,8 @@ def config_for(
     problem: Problem, device: torch.device, rows: int, experts: int, n: int, k: int
 ) -> TileConfig:
     """The tiles that :func:`grouped_gemm` will use for this size: tuned ones, if there are any."""
-    return _config(backend_for(device), device, problem, rows // experts if experts else rows, n, k)
+    rows_per_expert = rows // experts if experts else rows
+    return _config(backend_for(device), device, problem, rows_per_expert, n, k, experts)
 
 
 # Routing changes the row count from call to call; a bounded memo keeps the choice off the hot path.
@@ -131,8 +136,9 @@ def _config(
     rows_per_expert: int,
     n: int,
     k: int,
+    experts: int,
 ) -> TileConfig:
-    size = TunedSize(problem, rows_per_expert, n, k)
+    size = TunedSize(problem, rows_per_expert, n, k, experts)
     tuned = _tuned(backend, device).get(size)
     refusal = None if tuned is None else backend.supports_config(problem, tuned)
     if tuned is not None and refusal is None:

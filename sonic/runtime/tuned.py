@@ -49,6 +49,7 @@ class TunedSize(NamedTuple):
     rows_per_expert: int
     n: int
     k: int
+    experts: int
 
 
 @functools.cache
@@ -108,7 +109,7 @@ def _read(path: Path) -> dict[TunedSize, TileConfig]:
     found = {}
     for entry in json.loads(read_own(path)):
         problem = _from_fields(Problem, entry["problem"])
-        size = (int(entry[name]) for name in ("rows_per_expert", "n", "k"))
+        size = (int(entry[name]) for name in ("rows_per_expert", "n", "k", "experts"))
         found[TunedSize(problem, *size)] = _from_fields(TileConfig, entry["tiles"])
     return found
 

@@ -17,9 +17,11 @@ from sonic.runtime.problem import (
     Operand,
     Schedule,
     TileConfig,
+    down_backward_act_problem,
     down_problem,
     layer_problems,
     up_backward_act_problem,
+    up_problem,
     weight_grad_problem,
 )
 from tests.emulator.fixture import check_exact, emulated_gemm  # noqa: F401
@@ -83,6 +85,21 @@ TILES = [
     (
         weight_grad_problem("bfloat16", Operand.B, True, True),
         TileConfig(128, 64, 1, 2, COOPERATIVE, 1),
+    ),
+    # What ``kernels_sm90.choice`` takes for larger sizes than these.
+    (
+        up_problem(ActivationType.SWIGLU, "bfloat16", True, True),
+        TileConfig(128, 256, 2, 1, OVERLAPPED, 1, raster_along_m=False),
+    ),
+    (
+        down_backward_act_problem(ActivationType.SWIGLU, "bfloat16"),
+        TileConfig(128, 128, 2, 1, OVERLAPPED, 3, raster_along_m=False),
+    ),
+    (DOWN, TileConfig(128, 192, 2, 1, PINGPONG, 2, raster_along_m=False)),
+    (DOWN_WEIGHT, TileConfig(128, 192, 1, 1, PINGPONG, 2, raster_along_m=False, dynamic=True)),
+    (
+        weight_grad_problem("bfloat16", Operand.B, True, False),
+        TileConfig(256, 128, 1, 1, OVERLAPPED, 1, raster_along_m=False, dynamic=True),
     ),
 ]
 

@@ -134,6 +134,8 @@ def test_stage(cases, name, stage):
         TileConfig(128, 192, 1, 1, Schedule.OVERLAPPED, 4, dynamic=True),
         TileConfig(128, 128, 1, 1, Schedule.PINGPONG, 2),
         TileConfig(128, 128, 1, 1, Schedule.COOPERATIVE, 4),
+        TileConfig(128, 256, 2, 1, Schedule.OVERLAPPED, 3, raster_along_m=False),
+        TileConfig(128, 128, 2, 1, Schedule.OVERLAPPED, 3, raster_along_m=False),
     ],
     ids=lambda config: config.name,
 )

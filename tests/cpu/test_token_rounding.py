@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sonic
-from kernels_sm90 import tiles
+from kernels_sm90 import choice
 from sonic import KernelBackendMoE, MoE
 from sonic.enums import ScoreOrder
 from sonic.functional import experts_planned
@@ -228,9 +228,7 @@ def test_the_tile_of_the_kernels_is_what_auto_takes():
                 epilogue=epilogue,
                 transposed_weight=transposed,
             )
-            for rows, k in ((64, 256), (4096, 256), (4096, 4096)):
-                config = tiles.default_config(problem, rows, 1024, k)
-                assert config.tile_m == KERNEL_TILE
+            assert {config.tile_m for config in choice.candidates(problem)} == {KERNEL_TILE}
     scores = checks.scores_of(Case(400, 4, 1, KERNEL_TILE, "nr"))
     expected = token_rounding(scores, 1, KERNEL_TILE)
     assert torch.equal(token_rounding(scores, 1, "auto")[0], expected[0])

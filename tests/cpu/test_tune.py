@@ -133,7 +133,7 @@ def test_what_is_faster_is_used_from_then_on(times, capsys):
 def test_every_legal_tiling_and_the_default_are_tried(times):
     assert cli.main(["tune", *THIEK]) == 0
     for problem, n, k in cli.layer_launches(SIZE, ActivationType.SWIGLU, "bfloat16", False):
-        default = BACKEND.default_config(problem, SIZE.rows_per_expert, n, k)
+        default = BACKEND.default_config(problem, SIZE.rows_per_expert, n, k, SIZE.experts)
         tried = {config for measured, config in times.measured if measured == problem}
         assert tried == {default, *BACKEND.search_space(problem)}
 

@@ -52,7 +52,7 @@ class Session:
         if self.config is not None:
             return self.config
         backend = importlib.import_module(f"kernels_{self.arch.value}").BACKEND
-        return backend.default_config(problem, rows // max(experts, 1), n, k)
+        return backend.default_config(problem, rows // max(experts, 1), n, k, experts)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,410 @@
+"""Which tiles a grouped GEMM gets: those of the least time by a model of it. No GPU.
+
+The model: a tile costs a time for each step of its main loop and one beside (``_Tiling``); a GPU
+runs them in waves, of which a started one counts for half a full one; and no GEMM takes less than
+its traffic. Experts get rows at random, so that what counts is the expected number of row tiles.
+``_order`` says how CTAs come to their tiles.
+
+The constants were fitted to an exhaustive sweep on an H200 of 2026-11-27 (``benchmarks/tiles.py``):
+the six GEMMs of 26 layers, 55 to 84 tilings each, bf16 and SwiGLU. Other activations, biases and
+fp16 take what these take. ``kernels_sm90/README.md`` says what came of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+from kernels_sm90.tiles import BLOCK_K, supports_config
+from sonic.enums import ActivationType
+from sonic.runtime.problem import (
+    EpilogueKind,
+    Operand,
+    Problem,
+    Ragged,
+    Schedule,
+    TileConfig,
+)
+
+_SMS = 132
+_CACHE_BYTES = 40e6  # what weights can have of 50 MB of L2
+_BYTES_PER_MICROSECOND = 4.4e6  # from and to memory
+_ELEMENT_BYTES = 2
+_STARTED_WAVE = 0.5  # what the missing tiles of the last wave cost, beside those that are there
+_DRIFT = 1.04  # what a fixed stride costs over many waves
+_RAMP = 0.135  # waves, before all SMs multiply and after some have finished
+_PADDED = 0.6  # how much of the padding of an output reaches memory: an exponent
+_SHARPNESS = 7  # of the greater of the times for multiplying and for traffic: a norm's exponent
+_KERNELS = 4  # of one GEMM, for all numbers of rows: each costs seconds when a layer is first used
+_KERNELS_OF_TWINS = 3  # where others of its kind are compiled too, see _limit
+_TOLERANCE = 1.02  # further kernels are not worth compiling
+_HOPELESS = 2.0  # times the best, or more: as bad as any
+_WRONG_ORDER = 1.03  # what it costs, about, to take tiles in the order of other numbers of rows
+_FEW_WAVES, _MANY_WAVES = 10, 32
+_FEW_ROWS = 32  # of an expert: fewer only read its weights, see _few_rows
+_MOST_ROWS = 4096  # more change nothing
+
+_COOPERATIVE, _PINGPONG, _OVERLAPPED = Schedule.COOPERATIVE, Schedule.PINGPONG, Schedule.OVERLAPPED
+
+
+class _Size(NamedTuple):
+    """What tiles are chosen for; ``n`` and ``k`` as for :func:`default_config`."""
+
+    rows: int  # of an expert
+    n: int
+    k: int
+    experts: int
+
+
+class _Tiling(NamedTuple):
+    """A tiling, in whatever order, and its two costs in microseconds."""
+
+    tile_m: int
+    tile_n: int
+    cluster_m: int
+    schedule: Schedule
+    epilogue_stages: int
+    step: float  # of the main loop: BLOCK_K of the reduction
+    rest: float  # of a tile: its start, and of its epilogue what nothing hides
+
+    def config(self, order: _Order) -> TileConfig:
+        return TileConfig(
+            self.tile_m, self.tile_n, self.cluster_m, 1, self.schedule, self.epilogue_stages, *order
+        )
+
+
+class _Order(NamedTuple):
+    """How CTAs come to their tiles."""
+
+    along_m: bool  # neighbours share weights; else they share rows
+    dynamic: bool  # from a counter; else with a fixed stride
+
+
+_FIXED_ALONG_N = _Order(along_m=False, dynamic=False)
+
+# The GEMMs of a layer, as ``sonic.runtime.problem`` names them. All tiles of ragged rows have 128.
+_UP = (
+    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.848, rest=1.25),
+    _Tiling(128, 192, 1, _OVERLAPPED, 1, step=0.684, rest=0.54),
+    _Tiling(128, 128, 1, _OVERLAPPED, 1, step=0.480, rest=0.79),
+    _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.817, rest=1.07),
+)
+_DOWN = (
+    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.685, rest=1.28),
+    _Tiling(128, 192, 1, _PINGPONG, 2, step=0.539, rest=0.71),
+    _Tiling(128, 128, 1, _PINGPONG, 2, step=0.370, rest=0.85),
+    _Tiling(128, 192, 2, _PINGPONG, 2, step=0.476, rest=0.71),
+)
+_DOWN_BACKWARD = (
+    _Tiling(128, 256, 1, _OVERLAPPED, 3, step=0.931, rest=1.32),
+    _Tiling(128, 192, 1, _OVERLAPPED, 3, step=0.767, rest=0.71),
+    _Tiling(128, 128, 1, _OVERLAPPED, 3, step=0.537, rest=0.55),
+    _Tiling(128, 256, 2, _OVERLAPPED, 3, step=0.874, rest=0.71),
+    _Tiling(128, 128, 2, _OVERLAPPED, 3, step=0.505, rest=1.09),
+)
+_UP_BACKWARD = (
+    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.739, rest=1.39),
+    _Tiling(128, 192, 1, _PINGPONG, 2, step=0.585, rest=0.71),
+    _Tiling(128, 128, 1, _PINGPONG, 2, step=0.392, rest=0.92),
+    _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.769, rest=0.67),
+    _Tiling(128, 128, 2, _PINGPONG, 2, step=0.356, rest=1.20),
+)
+_DOWN_WEIGHT = (
+    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.873, rest=1.03),
+    _Tiling(128, 192, 1, _PINGPONG, 2, step=0.675, rest=0.46),
+    _Tiling(256, 128, 1, _OVERLAPPED, 1, step=0.956, rest=0.72),
+)
+_UP_WEIGHT = (
+    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.754, rest=1.19),
+    _Tiling(128, 192, 1, _PINGPONG, 2, step=0.589, rest=0.48),
+    _Tiling(256, 128, 1, _OVERLAPPED, 1, step=0.782, rest=0.97),
+)
+# Added to float32, a tile is not copied, as a copy would round it: cooperative schedules show their
+# epilogues. Not in the sweep: what earlier runs of shapes A to F said.
+_DOWN_WEIGHT_ADDED = (
+    _Tiling(128, 192, 1, _PINGPONG, 1, step=0.60, rest=0.38),
+    _Tiling(128, 256, 2, _COOPERATIVE, 2, step=0.74, rest=1.4),
+    _Tiling(256, 128, 1, _COOPERATIVE, 1, step=0.80, rest=1.5),
+)
+_UP_WEIGHT_ADDED = (
+    _Tiling(128, 192, 1, _PINGPONG, 1, step=0.60, rest=0.38),
+    _Tiling(256, 128, 1, _COOPERATIVE, 1, step=0.84, rest=0.53),
+)
+
+
+def _tilings(problem: Problem) -> tuple[_Tiling, ...]:
+    if problem.ragged is Ragged.REDUCTION:
+        added = problem.epilogue is EpilogueKind.ACCUMULATE
+        if problem.gather is Operand.B:
+            return _UP_WEIGHT_ADDED if added else _UP_WEIGHT
+        return _DOWN_WEIGHT_ADDED if added else _DOWN_WEIGHT
+    if problem.epilogue is EpilogueKind.LINEAR:
+        return _UP_BACKWARD if problem.transposed_weight else _DOWN
+    return _UP if problem.epilogue is EpilogueKind.ACTIVATION else _DOWN_BACKWARD
+
+
+@functools.lru_cache(maxsize=4096)
+def _expected_tiles(rows: int, tile: int) -> float:
+    """Of an expert that gets ``rows`` on average: the mean of ``ceil(X / tile)``.
+
+    ``X``, a sum of many rare events, is about normal with the variance ``rows``.
+    """
+    deviation = math.sqrt(rows)
+    full = max(math.ceil((rows - 4 * deviation - 0.5) / tile), 0)  # surely reached
+    expected, reached = float(full), 1.0
+    while reached > 1e-4:
+        reached = 0.5 * math.erfc((full * tile + 0.5 - rows) / (deviation * math.sqrt(2)))
+        expected += reached
+        full += 1
+    return expected
+
+
+class _Grid(NamedTuple):
+    """The tiles of a GEMM, on average."""
+
+    along_m: float  # of an expert
+    along_n: int
+    steps: float  # of a tile's main loop
+    waves: float
+    stored: float  # share of the tiles that hold output: a cluster may have an idle CTA
+    padding: float  # area of the tiles over that of the output, as far as extents are known
+
+    @classmethod
+    def of(cls, problem: Problem, tiling: _Tiling, size: _Size) -> _Grid:
+        along_n = -(-size.n // tiling.tile_n)
+        padding = along_n * tiling.tile_n / size.n
+        if problem.ragged is Ragged.REDUCTION:
+            along_m = float(-(-size.k // (tiling.tile_m * tiling.cluster_m)) * tiling.cluster_m)
+            padding *= along_m * tiling.tile_m / size.k
+            steps, stored = _expected_tiles(size.rows, BLOCK_K), 1.0
+        else:
+            clusters = _expected_tiles(size.rows, tiling.tile_m * tiling.cluster_m)
+            along_m = clusters * tiling.cluster_m
+            steps = float(-(-size.k // BLOCK_K))
+            stored = _expected_tiles(size.rows, tiling.tile_m) / along_m
+        waves = size.experts * along_m * along_n / _SMS
+        return cls(along_m, along_n, steps, waves, stored, padding)
+
+
+def _traffic(problem: Problem, size: _Size) -> float:
+    """Bytes that must come from memory or go there, each once."""
+    gated = problem.activation is not None and problem.activation.is_gated
+    weights, rows = size.experts * size.n * size.k, size.experts * size.rows
+    outputs = 1.0
+    if problem.epilogue is EpilogueKind.ACTIVATION:
+        outputs = 0.5 if gated else 1.0
+        outputs += problem.store_preact
+    elif problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
+        outputs = 5.0 if gated else 3.0  # h, dh and a'
+    elif problem.epilogue is EpilogueKind.ACCUMULATE:
+        weights *= 4  # read and written in float32
+    return _ELEMENT_BYTES * (weights + rows * (size.k + size.n * outputs))
+
+
+def _microseconds(
+    problem: Problem, tiling: _Tiling, order: _Order, size: _Size, grid: _Grid
+) -> float:
+    waves = grid.waves + _STARTED_WAVE * (math.ceil(grid.waves) - grid.waves) + _RAMP
+    multiplying = waves * (grid.steps * tiling.step + grid.stored * tiling.rest)
+    moving = _traffic(problem, size) / _BYTES_PER_MICROSECOND
+    moving *= waves / grid.waves * grid.padding**_PADDED
+    if problem.ragged is Ragged.ROWS and not order.dynamic and grid.waves >= _MANY_WAVES:
+        waves_drift = _DRIFT
+    else:
+        waves_drift = 1.0
+    norm = multiplying**_SHARPNESS + moving**_SHARPNESS
+    return waves_drift * norm ** (1 / _SHARPNESS)
+
+
+def _order(problem: Problem, tiling: _Tiling, size: _Size, grid: _Grid) -> _Order:
+    """A counter keeps SMs together that a fixed stride lets drift apart: where experts have so few
+    rows that their last, partial row tile counts, or where the weights at hand exceed the cache.
+    """
+    if problem.ragged is Ragged.REDUCTION:
+        return _order_of_weight_gradient(problem, tiling, size, grid)
+    if tiling.cluster_m > 1 or grid.waves < _FEW_WAVES:
+        return _FIXED_ALONG_N
+    tiles = grid.along_m * grid.along_n  # of an expert
+    weights = _ELEMENT_BYTES * size.n * size.k * max(1.0, _SMS / tiles)  # that one wave reads
+    exceed = weights > _CACHE_BYTES  # then they are best read by neighbours, at once
+    many_waves = grid.waves >= _MANY_WAVES
+    if problem.epilogue is EpilogueKind.ACTIVATION:
+        return _Order(exceed, dynamic=size.rows < 1024 or not many_waves)
+    if problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
+        return _Order(exceed, dynamic=True) if size.rows < 450 else _FIXED_ALONG_N
+    if not (many_waves or exceed):
+        return _FIXED_ALONG_N
+    return _order_of_linear(problem, tiling, size, tiles, weights)
+
+
+def _order_of_linear(
+    problem: Problem, tiling: _Tiling, size: _Size, tiles: float, weights: float
+) -> _Order:
+    """Of the down-projection and of dX, whose rows lie in order: no gather slows their loads."""
+    pingpong = tiling.schedule is _PINGPONG
+    counted = _Order(along_m=pingpong or weights > _CACHE_BYTES, dynamic=True)
+    if problem.transposed_weight:
+        fixed = size.k <= 512 if pingpong else size.rows >= 1024
+        return _FIXED_ALONG_N if fixed else counted
+    if weights > _CACHE_BYTES / 3:
+        return counted
+    if size.rows >= 450:
+        return _FIXED_ALONG_N
+    # The tiles of one expert fill nearly a wave: they hardly drift apart.
+    return _Order(along_m=True, dynamic=False) if tiles >= 90 else counted
+
+
+def _order_of_weight_gradient(
+    problem: Problem, tiling: _Tiling, size: _Size, grid: _Grid
+) -> _Order:
+    """Tiles of hardly more than one step only store: there a counter spreads the stores."""
+    if problem.epilogue is EpilogueKind.ACCUMULATE:
+        return _Order(along_m=True, dynamic=False)  # others were not tried
+    stores_only = grid.steps < (1.7 if tiling.tile_m == 256 else 1.1)
+    if stores_only and grid.waves >= _FEW_WAVES:
+        return _Order(along_m=False, dynamic=True)
+    if problem.gather is not Operand.B:
+        return _Order(along_m=True, dynamic=False)
+    output = _ELEMENT_BYTES * size.n * size.k  # of an expert
+    large = output > (_CACHE_BYTES / 3 if size.rows >= 1024 else _CACHE_BYTES + 10e6)
+    pingpong = tiling.schedule is _PINGPONG
+    return _Order(along_m=tiling.tile_n == 256 or (pingpong and large), dynamic=False)
+
+
+def _few_rows(problem: Problem, size: _Size) -> TileConfig:
+    """Tiles of experts whose weights are read for hardly any rows. Memory decides, and no order of
+    tiles: the widest ones that cover the columns, by rates that runs with 1 to 16 rows confirmed.
+    """
+    gated = problem.activation is not None and problem.activation.is_gated
+    if problem.epilogue is EpilogueKind.LINEAR:
+        # A short reduction hides little of an epilogue: there a second tile in flight hides more.
+        wide, middle = (0.93, 1.0) if size.k <= 512 else (1.0, 0.95)
+        rates = [
+            (TileConfig(128, 256, 1, 1, _OVERLAPPED, 1, *_FIXED_ALONG_N), wide),
+            (TileConfig(128, 192, 1, 1, _PINGPONG, 2, *_FIXED_ALONG_N), middle),
+            (TileConfig(128, 128, 1, 1, _PINGPONG, 2, *_FIXED_ALONG_N), 0.85),
+        ]
+    elif problem.epilogue is EpilogueKind.ACTIVATION:
+        rates = [
+            (TileConfig(128, 256, 1, 1, _OVERLAPPED, 1, *_FIXED_ALONG_N), 1.0),
+            (TileConfig(128, 192, 1, 1, _OVERLAPPED, 1, *_FIXED_ALONG_N), 0.87),
+            (TileConfig(128, 128, 1, 1, _COOPERATIVE, 2, *_FIXED_ALONG_N), 0.75),
+        ]
+    else:
+        narrow = TileConfig(128, 128, 1, 1, _PINGPONG, 2, *_FIXED_ALONG_N)
+        if not gated or problem.activation is ActivationType.SWIGLU_OAI:
+            # Ungated, a thread has twice the accumulator columns of a chunk live. The gradients of
+            # gelu and of a clamped swiglu spill registers where a warpgroup holds a whole tile.
+            narrow = TileConfig(128, 128, 1, 1, _COOPERATIVE, 4, *_FIXED_ALONG_N)
+        rates = [
+            (TileConfig(128, 256, 1, 1, _OVERLAPPED, 3, *_FIXED_ALONG_N), 1.0),
+            (TileConfig(128, 192, 1, 1, _OVERLAPPED, 3, *_FIXED_ALONG_N), 0.87),
+            (narrow, 0.8),
+        ]
+
+    def rate(entry: tuple[TileConfig, float]) -> float:
+        config, full = entry
+        return full * size.n / (-(-size.n // config.tile_n) * config.tile_n)
+
+    return max(rates, key=rate)[0]
+
+
+def _class_of_rows(rows: int) -> int:
+    """Sixteen numbers of rows an octave stand for all."""
+    rows = min(max(rows, 1), _MOST_ROWS)
+    shift = max(rows.bit_length() - 5, 0)
+    return (rows + (1 << shift >> 1)) >> shift << shift
+
+
+_CLASSES_OF_ROWS = sorted({_class_of_rows(rows) for rows in range(1, _MOST_ROWS + 1)})
+
+
+class _Plan(NamedTuple):
+    """A tiling in an order of tiles: what a kernel is compiled for."""
+
+    tiling: _Tiling
+    order: _Order
+
+
+def _times(problem: Problem, size: _Size) -> dict[_Tiling, tuple[_Order, float]]:
+    """Of each tiling the order of tiles that suits it, and its microseconds then."""
+    times = {}
+    for tiling in _tilings(problem):
+        if tiling.cluster_m > 1 and problem.ragged is Ragged.ROWS and size.rows >= 1024:
+            continue  # many row tiles share weights as it is
+        grid = _Grid.of(problem, tiling, size)
+        order = _order(problem, tiling, size, grid)
+        times[tiling] = order, _microseconds(problem, tiling, order, size, grid)
+    return times
+
+
+def _ratio(times: dict[_Tiling, tuple[_Order, float]], plan: _Plan) -> float:
+    """Time of ``plan`` over the least of all."""
+    if plan.tiling not in times:
+        return math.inf
+    order, time = times[plan.tiling]
+    if order != plan.order:
+        time *= _WRONG_ORDER
+    return time / min(t for _, t in times.values())
+
+
+def _limit(problem: Problem) -> int:
+    """Kernels to compile: dX comes in slices of columns too, an up-projection for inference beside
+    one for training, and weight gradients written beside added ones.
+    """
+    rows = problem.ragged is Ragged.ROWS
+    sliced = problem.epilogue is EpilogueKind.LINEAR and problem.transposed_weight
+    inference = problem.epilogue is EpilogueKind.ACTIVATION and not problem.store_preact
+    return _KERNELS if rows and not sliced and not inference else _KERNELS_OF_TWINS
+
+
+@functools.lru_cache(maxsize=1024)
+def _choices(problem: Problem, n: int, k: int, experts: int) -> dict[int, TileConfig]:
+    """Tiles by class of rows: the best of the few that together serve all classes best."""
+    first = 1 if problem.ragged is Ragged.REDUCTION else _FEW_ROWS
+    classes = [rows for rows in _CLASSES_OF_ROWS if rows >= first]
+    times = [_times(problem, _Size(rows, n, k, experts)) for rows in classes]
+    plans = dict.fromkeys(_Plan(t, order) for row in times for t, (order, _) in row.items())
+    ratios = {plan: [_ratio(row, plan) for row in times] for plan in plans}
+    best = [_HOPELESS] * len(classes)
+    kept: list[_Plan] = []
+    while len(kept) < _limit(problem) and max(best) > _TOLERANCE:
+        kept.append(min(plans, key=lambda plan: sum(map(min, best, ratios[plan]))))
+        best = list(map(min, best, ratios[kept[-1]]))
+    choices = {}
+    for index, rows in enumerate(classes):
+        plan = min(kept, key=lambda plan: ratios[plan][index])
+        choices[rows] = plan.tiling.config(plan.order)
+    for rows in _CLASSES_OF_ROWS[: _CLASSES_OF_ROWS.index(first)]:
+        choices[rows] = _few_rows(problem, _Size(rows, n, k, experts))
+    return choices
+
+
+def default_config(
+    problem: Problem, rows_per_expert: int, n: int, k: int, experts: int
+) -> TileConfig:
+    """The tiles of the least expected time for this size. Pure and deterministic.
+
+    ``n``: columns of the output. ``k``: the weight's other axis, which is the reduction for ragged
+    rows and the rows of the output for a ragged reduction.
+    """
+    choices = _choices(problem, n, k, max(experts, 1))
+    return choices[_class_of_rows(rows_per_expert)]
+
+
+def default_configs(problem: Problem, n: int, k: int, experts: int) -> list[TileConfig]:
+    """Every choice of :func:`default_config` for these, whatever the rows per expert."""
+    return list(dict.fromkeys(_choices(problem, n, k, max(experts, 1)).values()))
+
+
+def candidates(problem: Problem) -> list[TileConfig]:
+    """What :func:`default_config` chooses from, whatever the size."""
+    few = [_few_rows(problem, _Size(1, n, k, 1)) for n in (128, 192, 256) for k in (64, 1024)]
+    if problem.ragged is Ragged.REDUCTION:
+        few = []
+    orders = [_Order(*flags) for flags in itertools.product((False, True), repeat=2)]
+    ordered = [tiling.config(order) for tiling in _tilings(problem) for order in orders]
+    legal = [config for config in ordered if supports_config(problem, config) is None]
+    return list(dict.fromkeys(few + legal))
