@@ -44,7 +44,7 @@ class Machine:
     def use(self, activation=ActivationType.SWIGLU, dtype="bfloat16", bias=False, training=True):
         up = up_problem(activation, dtype, bias, training)
         width = INTERMEDIATE * (2 if activation.is_gated else 1)
-        config = BACKEND.default_config(up, 64, width, HIDDEN)
+        config = BACKEND.default_config(up, 64, width, HIDDEN, EXPERTS)
         fill.fill_cache(up, config, DEVICE, hidden=HIDDEN, width=width, experts=EXPERTS)
         return KernelKey(Arch.SM90, up, config)
 
@@ -130,6 +130,6 @@ def test_a_problem_that_is_no_up_projection(machine):
     from sonic.runtime.problem import down_problem
 
     down = down_problem("bfloat16", False)
-    config = BACKEND.default_config(down, 64, HIDDEN, INTERMEDIATE)
+    config = BACKEND.default_config(down, 64, HIDDEN, INTERMEDIATE, EXPERTS)
     with pytest.raises(ValueError, match="no up-projection"):
         fill.fill_cache(down, config, DEVICE, hidden=8, width=8, experts=1)
