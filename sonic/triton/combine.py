@@ -27,7 +27,7 @@ from sonic.triton.launch import Fixed, Launcher
 
 # Rows of a token whose loads are in flight together.
 _MAX_UNROLL = 16
-_MIN_RAGGED_UNROLL, _MAX_RAGGED_UNROLL = 2, 8
+_RAGGED_UNROLL = 2, 8  # with up to about four slots a token on average, and with more
 
 
 @triton.jit
@@ -149,9 +149,8 @@ def _block_size(hidden_size: int, vector: int) -> int:
 
 
 def _ragged_unroll(num_slots: int, num_tokens: int) -> int:
-    """Most tokens have no more than the mean number of slots, to the next power of two."""
-    mean = power_of_2(max(1, num_slots // num_tokens))
-    return min(max(mean, _MIN_RAGGED_UNROLL), _MAX_RAGGED_UNROLL)
+    few, many = _RAGGED_UNROLL
+    return few if num_slots <= 5 * num_tokens else many
 
 
 def combine(
