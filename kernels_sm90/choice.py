@@ -273,6 +273,14 @@ def _order_of_weight_gradient(
     return _Order(along_m=tiling.tile_n == 256 or (pingpong and large), dynamic=False)
 
 
+def _is_small(problem: Problem, size: _Size) -> bool:
+    """Whether it is no concern of the model: few rows of an expert, or less than one wave."""
+    if problem.ragged is Ragged.REDUCTION:
+        return False
+    tiles = size.experts * _expected_tiles(size.rows, 128) * -(-size.n // 128)
+    return size.rows < _FEW_ROWS or tiles < _SMS
+
+
 def _few_rows(problem: Problem, size: _Size) -> TileConfig:
     """Tiles of experts whose weights are read for hardly any rows. Memory decides, and no order of
     tiles: the widest ones that cover the columns, by rates that runs with 1 to 16 rows confirmed.
@@ -363,22 +371,20 @@ def _limit(problem: Problem) -> int:
 @functools.lru_cache(maxsize=1024)
 def _choices(problem: Problem, n: int, k: int, experts: int) -> dict[int, TileConfig]:
     """Tiles by class of rows: the best of the few that together serve all classes best."""
-    first = 1 if problem.ragged is Ragged.REDUCTION else _FEW_ROWS
-    classes = [rows for rows in _CLASSES_OF_ROWS if rows >= first]
-    times = [_times(problem, _Size(rows, n, k, experts)) for rows in classes]
+    sizes = {rows: _Size(rows, n, k, experts) for rows in _CLASSES_OF_ROWS}
+    classes = [rows for rows, size in sizes.items() if not _is_small(problem, size)]
+    choices = {rows: _few_rows(problem, sizes[rows]) for rows in sizes if rows not in classes}
+    times = [_times(problem, sizes[rows]) for rows in classes]
     plans = dict.fromkeys(_Plan(t, order) for row in times for t, (order, _) in row.items())
     ratios = {plan: [_ratio(row, plan) for row in times] for plan in plans}
     best = [_HOPELESS] * len(classes)
     kept: list[_Plan] = []
-    while len(kept) < _limit(problem) and max(best) > _TOLERANCE:
+    while len(kept) < _limit(problem) and max(best, default=0.0) > _TOLERANCE:
         kept.append(min(plans, key=lambda plan: sum(map(min, best, ratios[plan]))))
         best = list(map(min, best, ratios[kept[-1]]))
-    choices = {}
     for index, rows in enumerate(classes):
         plan = min(kept, key=lambda plan: ratios[plan][index])
         choices[rows] = plan.tiling.config(plan.order)
-    for rows in _CLASSES_OF_ROWS[: _CLASSES_OF_ROWS.index(first)]:
-        choices[rows] = _few_rows(problem, _Size(rows, n, k, experts))
     return choices
 
 

@@ -72,7 +72,7 @@ def run_stages(size, activation, layout, dtype):
     dh, a_scaled, _ = stages.down_backward_act(
         x, w2, h, score, token_by_row, offsets, activation=activation
     )
-    stages.up_backward_act(dh, w1, offsets, layout=layout, gated=gated)
+    stages.up_backward_act(dh, w1, offsets, layout=layout, gated=gated, hidden_size=size.hidden)
     for into1, into2 in ((None, None), (w1.float(), w2.float())):
         stages.down_backward_weight(x, a_scaled, token_by_row, offsets, accumulate_into=into2)
         stages.up_backward_weight(

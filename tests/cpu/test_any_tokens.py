@@ -22,7 +22,7 @@ from sonic.runtime.problem import Arch, layer_problems
 from sonic.runtime.settings import CacheMode, CompileMode, Settings
 from tests.layer_launches import run_stages
 
-SMALL = cli.LayerSize(1, 512, 128, 2, 1)  # cut into slices of columns where it has many rows
+SMALL = cli.LayerSize(1, 512, 128, 16, 1)  # cut into slices of columns where it has many rows
 HOW = (ActivationType.SWIGLU, "bfloat16", False)
 
 
@@ -224,7 +224,7 @@ def test_only_what_is_needed_where_nothing_is_kept_or_so_asked(process, mode, ca
     backend = process(mode, cache)
     run(1)
     assert len(backend.compiled) == len(set(backend.compiled)) == 9
-    run(300)
+    run(40_000)
     assert len(backend.compiled) > 9
 
 
@@ -239,7 +239,7 @@ def test_a_kernel_that_nobody_needs_yet_may_fail(process, caplog):
     assert caplog.text.count("is missing") == failures, "tried once"
     assert backend.compiled
     with pytest.raises(CompileError, match="out of registers"):
-        run(300)
+        run(40_000)
 
 
 def test_slices_of_a_wide_layer_are_compiled_with_the_whole(process):

@@ -192,16 +192,17 @@ def test_every_number_of_tokens_is_compiled_unless_one_is_asked_for(directory, m
     backend = load_backend(Arch.SM90)
     filled = []
     monkeypatch.setattr(cli, "compile_kernels", lambda arch, kernels, jobs: filled.append(kernels))
-    command = ["compile", "--thiek", "64,128,64,4,2", "--thiek", "9,128,64,4,2", "--add_bias"]
+    command = ["compile", "--thiek", "64,1024,512,64,2", "--thiek", "9,1024,512,64,2", "--add_bias"]
     cli.main(command)
     cli.main([*command, "--these_tokens"])
     every, one = filled
     how = ActivationType.SWIGLU, "bfloat16", True
-    expected = cli.layer_kernels(backend.default_config, SIZE, *how)
-    expected += cli.layer_kernels(backend.default_config, replace(SIZE, tokens=9), *how)
+    size = cli.LayerSize(64, 1024, 512, 64, 2)  # more than one wave, with many tokens
+    expected = cli.layer_kernels(backend.default_config, size, *how)
+    expected += cli.layer_kernels(backend.default_config, replace(size, tokens=9), *how)
     assert set(one) == set(expected)
     configs = backend.default_configs
-    assert set(every) == set(cli.layer_kernels_of_any_tokens(configs, SIZE, *how))
+    assert set(every) == set(cli.layer_kernels_of_any_tokens(configs, size, *how))
     assert set(one) < set(every) and len(set(every)) == len(every)
     assert f"{len(every)} kernels for sm90" in capsys.readouterr().out
 

@@ -128,6 +128,8 @@ def test_what_is_faster_is_used_from_then_on(times, capsys):
     assert chosen() == [best] * 9
     other = cli.LayerSize(1024, 2048, 768, 16, 3)
     assert chosen(other) == by_size(other)
+    twice = cli.LayerSize(2048, 2048, 768, 32, 4)  # as many rows per expert
+    assert chosen(twice) == by_size(twice)
 
 
 def test_every_legal_tiling_and_the_default_are_tried(times):

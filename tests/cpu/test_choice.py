@@ -1,0 +1,75 @@
+"""The model that chooses the tiles of the Hopper kernels."""
+
+import math
+
+import pytest
+import torch
+
+from benchmarks.shapes import NAMED_SHAPES, Shape
+from benchmarks.tiles import launches
+from kernels_sm90 import choice
+from kernels_sm90.tiles import supports_config
+from sonic.enums import ActivationType
+from sonic.runtime.problem import Problem, Ragged, layer_problems
+
+
+def every_problem() -> list[Problem]:
+    return [
+        problem
+        for activation in ActivationType
+        for accumulate in (False, True)
+        for problem in layer_problems(activation, "bfloat16", True, accumulate)
+    ]
+
+
+@pytest.mark.parametrize("rows", [3, 45, 128, 209, 320, 2048])
+@pytest.mark.parametrize("tile", [64, 128, 256])
+def test_expected_tiles_are_those_of_random_routing(rows: int, tile: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.poisson(torch.full((100_000,), float(rows)), generator=generator)
+    mean = torch.ceil(counts / tile).mean().item()
+    assert choice._expected_tiles(rows, tile) == pytest.approx(mean, rel=0.02, abs=0.03)
+
+
+def test_candidates_are_legal_for_every_problem() -> None:
+    for problem in every_problem():
+        for config in choice.candidates(problem):
+            assert supports_config(problem, config) is None, (problem.name, config.name)
+
+
+@pytest.mark.parametrize("named", NAMED_SHAPES, ids=lambda named: named.letter)
+def test_few_kernels_serve_all_numbers_of_rows(named) -> None:
+    for problem, n, k in launches(named.shape).values():
+        configs = choice.default_configs(problem, n, k, named.shape.E)
+        few = 1 if problem.ragged is Ragged.ROWS else 0  # where weights are read for hardly a row
+        assert 1 <= len(configs) <= choice._limit(problem) + few
+
+
+def test_two_row_tiles_of_an_expert_share_its_weights() -> None:
+    """Experts with 152 rows have two row tiles nearly always, those with 320 have three."""
+    for shape, cluster_m in (
+        (Shape(4352, 1472, 256, 344, 12), 2),
+        (Shape(16384, 2048, 512, 512, 10), 1),
+    ):
+        problem, n, k = launches(shape)["up"]
+        config = choice.default_config(problem, shape.rows // shape.E, n, k, shape.E)
+        assert config.cluster_m == cluster_m
+
+
+def test_the_number_of_experts_decides_how_full_the_last_wave_is() -> None:
+    """The grid of 16 experts with 512 rows is six waves of narrow tiles, or 3.3 of wide ones."""
+    shape = Shape(1024, 5632, 704, 16, 8)
+    problem, n, k = launches(shape)["up"]
+    widths = {}
+    for experts in (shape.E, 64 * shape.E):
+        widths[experts] = choice.default_config(problem, 512, n, k, experts).tile_n
+    assert list(widths.values()) == [128, 256]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2**30])
+def test_extreme_sizes_have_tiles(rows: int) -> None:
+    for problem in every_problem():
+        for n, k, experts in ((8, 8, 0), (8, 16384, 1), (16384, 8, 65_536)):
+            config = choice.default_config(problem, rows, n, k, experts)
+            assert supports_config(problem, config) is None
+    assert math.isfinite(choice._expected_tiles(2**30, 64))
