@@ -10,6 +10,7 @@ from which ``kernels_sm90.tiles`` is fitted: after a change of the choice, witho
 
     python benchmarks/tiles.py --review benchmarks/results/<date>-tiles.json.times.gz
 
+which with ``--json`` also brings the ratios of the result file up to date.
 ``--again`` times the fastest tilings of such a file once more, for the same layers.
 """
 
@@ -153,13 +154,16 @@ class Sweep:
     def write(self, path: Path) -> None:
         """The ratios as a result file, and every time beside it."""
         result = Result(environment(self.device))
+        self.add_ratios(result)
+        result.write(path)
+        self.write_times(times_beside(path))
+
+    def add_ratios(self, result: Result) -> None:
         for gemm in self.spaces:
             for index, shape in enumerate(self.shapes):
                 ratio, best = self.ratio(gemm, index), min(self.times[gemm][index].values())
                 result.add(f"tiles/{gemm}", ratio, "times the best", shape.problem)
                 result.add(f"tiles/{gemm}/best", best, "ms", shape.problem)
-        result.write(path)
-        self.write_times(times_beside(path))
 
     def write_times(self, path: Path) -> None:
         content = {
@@ -215,13 +219,18 @@ def _values(config: TileConfig) -> list[object]:
     return [getattr(value, "value", value) for value in astuple(config)]
 
 
-def review(path: Path) -> None:
-    """Print what the choice by sizes, as it is now, costs by the times of an earlier sweep."""
+def review(path: Path, json_file: Path | None) -> None:
+    """Print what the choice by sizes, as it is now, costs by the times of an earlier sweep, and put
+    that into the sweep's result file if it is given."""
     sweep = Sweep.read_times(path, load_backend(Arch.SM90))
     for gemm in sweep.spaces:
         for index in range(len(sweep.shapes)):
             print(sweep.line(gemm, index, others=4))
     print(sweep.summary())
+    if json_file is not None:
+        result = Result(Result.read(json_file).head)
+        sweep.add_ratios(result)
+        result.write(json_file)
 
 
 def main() -> None:
@@ -241,7 +250,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.review is not None:
-        review(arguments.review)
+        review(arguments.review, arguments.json)
         return
     if not torch.cuda.is_available():
         print("Needs a CUDA GPU: tiles are timed there. --review needs none.", file=sys.stderr)

@@ -5,7 +5,7 @@ runs them in waves, of which a started one counts for half a full one; and no GE
 its traffic. Experts get rows at random, so that what counts is the expected number of row tiles.
 ``_order`` says how CTAs come to their tiles.
 
-The constants were fitted to an exhaustive sweep on an H200 of 2026-11-27 (``benchmarks/tiles.py``):
+The constants were fitted to sweeps over all tilings (``benchmarks/tiles.py``, H200, 2026-11-27):
 the six GEMMs of 26 layers, 55 to 84 tilings each, bf16 and SwiGLU. Other activations, biases and
 fp16 take what these take. ``kernels_sm90/README.md`` says what came of it.
 """
@@ -86,30 +86,32 @@ _FIXED_ALONG_N = _Order(along_m=False, dynamic=False)
 
 # The GEMMs of a layer, as ``sonic.runtime.problem`` names them. All tiles of ragged rows have 128.
 _UP = (
-    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.848, rest=1.25),
-    _Tiling(128, 192, 1, _OVERLAPPED, 1, step=0.684, rest=0.54),
-    _Tiling(128, 128, 1, _OVERLAPPED, 1, step=0.480, rest=0.79),
-    _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.817, rest=1.07),
+    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.803, rest=2.04),
+    _Tiling(128, 192, 1, _OVERLAPPED, 1, step=0.647, rest=0.98),
+    _Tiling(128, 128, 1, _OVERLAPPED, 1, step=0.462, rest=0.76),
+    _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.769, rest=0.90),
 )
 _DOWN = (
-    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.685, rest=1.28),
-    _Tiling(128, 192, 1, _PINGPONG, 2, step=0.539, rest=0.71),
-    _Tiling(128, 128, 1, _PINGPONG, 2, step=0.370, rest=0.85),
-    _Tiling(128, 192, 2, _PINGPONG, 2, step=0.476, rest=0.71),
+    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.696, rest=1.39),
+    _Tiling(128, 192, 1, _PINGPONG, 2, step=0.553, rest=0.66),
+    _Tiling(128, 128, 1, _PINGPONG, 2, step=0.369, rest=0.87),
+    _Tiling(128, 128, 1, _OVERLAPPED, 1, step=0.345, rest=1.93),
+    _Tiling(128, 192, 2, _PINGPONG, 2, step=0.500, rest=0.55),
+    _Tiling(128, 192, 2, _OVERLAPPED, 1, step=0.480, rest=1.10),
 )
 _DOWN_BACKWARD = (
     _Tiling(128, 256, 1, _OVERLAPPED, 3, step=0.931, rest=1.32),
     _Tiling(128, 192, 1, _OVERLAPPED, 3, step=0.767, rest=0.71),
-    _Tiling(128, 128, 1, _OVERLAPPED, 3, step=0.537, rest=0.55),
+    _Tiling(128, 128, 1, _OVERLAPPED, 3, step=0.537, rest=0.85),
     _Tiling(128, 256, 2, _OVERLAPPED, 3, step=0.874, rest=0.71),
     _Tiling(128, 128, 2, _OVERLAPPED, 3, step=0.505, rest=1.09),
 )
 _UP_BACKWARD = (
-    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.739, rest=1.39),
-    _Tiling(128, 192, 1, _PINGPONG, 2, step=0.585, rest=0.71),
-    _Tiling(128, 128, 1, _PINGPONG, 2, step=0.392, rest=0.92),
-    _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.769, rest=0.67),
-    _Tiling(128, 128, 2, _PINGPONG, 2, step=0.356, rest=1.20),
+    _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.736, rest=1.88),
+    _Tiling(128, 192, 1, _PINGPONG, 2, step=0.585, rest=0.92),
+    _Tiling(128, 128, 1, _PINGPONG, 2, step=0.385, rest=1.60),
+    _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.767, rest=1.05),
+    _Tiling(128, 128, 2, _PINGPONG, 2, step=0.353, rest=1.12),
 )
 _DOWN_WEIGHT = (
     _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.873, rest=1.03),
@@ -233,14 +235,16 @@ def _order(problem: Problem, tiling: _Tiling, size: _Size, grid: _Grid) -> _Orde
     if problem.epilogue is EpilogueKind.ACTIVATION:
         return _Order(exceed, dynamic=size.rows < 1024 or not many_waves)
     if problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
-        return _Order(exceed, dynamic=True) if size.rows < 450 else _FIXED_ALONG_N
-    if not (many_waves or exceed):
+        drifts = size.rows < 450 and tiles < 24  # the tiles of one expert are no share of a wave
+        shared = exceed and 1.01 < grid.along_m < 3.3
+        return _Order(shared, dynamic=True) if drifts else _FIXED_ALONG_N
+    if not (many_waves or weights > _CACHE_BYTES / (1 if problem.transposed_weight else 3)):
         return _FIXED_ALONG_N
-    return _order_of_linear(problem, tiling, size, tiles, weights)
+    return _order_of_linear(problem, tiling, size, grid, weights)
 
 
 def _order_of_linear(
-    problem: Problem, tiling: _Tiling, size: _Size, tiles: float, weights: float
+    problem: Problem, tiling: _Tiling, size: _Size, grid: _Grid, weights: float
 ) -> _Order:
     """Of the down-projection and of dX, whose rows lie in order: no gather slows their loads."""
     pingpong = tiling.schedule is _PINGPONG
@@ -249,11 +253,12 @@ def _order_of_linear(
         fixed = size.k <= 512 if pingpong else size.rows >= 1024
         return _FIXED_ALONG_N if fixed else counted
     if weights > _CACHE_BYTES / 3:
-        return counted
-    if size.rows >= 450:
+        return counted if grid.along_m > 1.01 else counted._replace(along_m=False)
+    if size.rows >= 1000:
         return _FIXED_ALONG_N
     # The tiles of one expert fill nearly a wave: they hardly drift apart.
-    return _Order(along_m=True, dynamic=False) if tiles >= 90 else counted
+    fill = grid.along_m * grid.along_n >= 90
+    return _Order(along_m=True, dynamic=False) if fill else counted
 
 
 def _order_of_weight_gradient(
@@ -339,8 +344,10 @@ class _Plan(NamedTuple):
 def _times(problem: Problem, size: _Size) -> dict[_Tiling, tuple[_Order, float]]:
     """Of each tiling the order of tiles that suits it, and its microseconds then."""
     times = {}
+    down = problem.epilogue is EpilogueKind.LINEAR and not problem.transposed_weight
+    most = 300 if down else 1024
     for tiling in _tilings(problem):
-        if tiling.cluster_m > 1 and problem.ragged is Ragged.ROWS and size.rows >= 1024:
+        if tiling.cluster_m > 1 and problem.ragged is Ragged.ROWS and size.rows >= most:
             continue  # many row tiles share weights as it is
         grid = _Grid.of(problem, tiling, size)
         order = _order(problem, tiling, size, grid)

