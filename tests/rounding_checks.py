@@ -147,12 +147,13 @@ def check_gradient(
 def check_logits(logits: Tensor, uniform: Tensor, case: Case, full: bool) -> None:
     """The fused kernels on (T, E) logits: scores and winners to rounding, then pairs, weights and
     plan exactly those that the twin makes of these scores, then the gradient to rounding."""
-    from sonic.triton.rounding_keys import winner_softmax
+    from sonic.triton.rounding_keys import keys_of_logits
     from sonic.triton.token_rounding import round_logits, round_logits_grad
 
     options = (case.top_k, case.tile, case.rule, case.num_pairs, full)
     rounded, load, winner_scores, winner_ids, lse = round_logits(logits, uniform, *options)
-    scores = winner_softmax(logits, case.top_k, full)
+    keys, *_ = keys_of_logits(logits, case.top_k, full)
+    scores = (keys[:, : case.tokens] & (2**31 - 1)).view(torch.float32).t().contiguous()
     exact, low = (
         _winner_softmax_torch(kind, case.top_k, full) for kind in (logits.double(), logits)
     )

@@ -2,14 +2,14 @@
 
 M is the tile, f the tokens that chose an expert. Rounding adds or drops n < M of its tokens: the
 best of those that had not chosen it, or the worst of those that had. Either are the n first by
-*rank*, a number that the score gives (see :mod:`sonic.triton.rounding_keys`), equal ranks by token.
+*rank*, a number that the key gives (see :mod:`sonic.triton.rounding_keys`), equal ranks by token.
 
-A program decides for one expert. It reads the greatest ranks of all GROUPs of 32 tokens. The n
-first tokens lie in the n groups whose greatest ranks come first, since these are n tokens of n
-groups. So a search over the groups, by four at a step, finds a few that are listed, with a rank
-that the n tokens reach and few others do. All that reach it are compared with one another, which
-gives the token at which the n tokens end; where too many tie for that, a bisection over the listed
-tokens does. Nothing is sorted.
+A program decides for one expert. It reads the column of keys once and keeps of every GROUP of 32
+tokens the greatest rank only. The n first tokens lie in the n groups whose greatest ranks come
+first, since these are n tokens of n groups. So a search over the groups, by four at a step, finds a
+few that are listed, with a rank that the n tokens reach and few others do. All that reach it are
+compared with one another, which gives the token at which the n tokens end; where too many tie for
+that, a bisection over the listed tokens does. Nothing is sorted.
 
 What is left behind is 32 tokens' verdicts in a word, and the expert's kept tokens before them.
 
@@ -24,17 +24,11 @@ import triton.language as tl
 
 from sonic.triton.common import cdiv, power_of_2
 from sonic.triton.launch import Launcher
-from sonic.triton.rounding_keys import (
-    GROUP,
-    Ranked,
-    _key_of,
-    _load_score,
-    _rank_to_add,
-    _rank_to_drop,
-    _score_of,
-)
-from sonic.triton.topk import HIGHEST
+from sonic.triton.rounding_keys import _score_of
+from sonic.triton.topk import HIGHEST, LOWEST
 
+GROUP = tl.constexpr(32)  # tokens whose verdicts share a word
+_LANES = tl.constexpr(8)  # of these, keys that are loaded at once
 _COMPARED = tl.constexpr(16)  # tokens that others are compared with at once
 
 _MAX_HELD = 1024  # groups whose greatest ranks stay in registers
@@ -42,14 +36,16 @@ _MAX_COUNTED = 512  # groups whose ranks are counted at once where they do not
 _MAX_HELD_LIST = 256  # listed groups whose keys do
 _LEAST_LIST = 16
 _MAX_COMPARED = 256  # tokens that are compared with one another
-_GROUPS_PER_WARP = 128
+_GROUPS_PER_WARP = 64
 _BALANCE_BLOCK = 1024  # experts whose running error is found at once
 
 
 class Decisions(NamedTuple):
-    """``counts_before`` (groups, E): the expert's kept tokens in earlier groups. ``counts`` (E,):
-    tokens the expert keeps, ``load`` (E,): those that chose it. All int32."""
+    """``words`` and ``counts_before`` (groups, E): bit i of a word is the verdict on token i of the
+    group, ``counts_before`` the expert's kept tokens in earlier groups. ``counts`` (E,): tokens the
+    expert keeps, ``load`` (E,): those that chose it. All int32."""
 
+    words: torch.Tensor
     counts_before: torch.Tensor
     counts: torch.Tensor
     load: torch.Tensor
@@ -60,33 +56,63 @@ class Decisions(NamedTuple):
 
 @triton.jit
 def popcount(word):
-    """Ones in each int32; in the form that compilers know to be one instruction."""
-    word = word.to(tl.uint32, bitcast=True)
+    """Ones in each int32."""
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24).to(tl.int32, bitcast=True)
+    word = word + (word >> 8)
+    return (word + (word >> 16)) & 0x3F
+
+
+@triton.jit
+def _rank_to_add(key, token, num_tokens):
+    """Of a token that did not choose the expert, greater for a better one; -1 of any other."""
+    return tl.where((key < 0) & (token < num_tokens), key & HIGHEST, -1)
+
+
+@triton.jit
+def _rank_to_drop(key):
+    """Of a token that chose the expert, greater for a worse one; -1 of any other."""
+    return tl.where(key >= 0, HIGHEST - key, -1)
 
 
 @triton.jit
 def _rank(key, token, num_tokens, up):
-    rank = tl.where(up, _rank_to_add(key), _rank_to_drop(key))
-    return tl.where(token < num_tokens, rank, -1)
+    return tl.where(up, _rank_to_add(key, token, num_tokens), _rank_to_drop(key))
 
 
 @triton.jit
-def _tops(tops, held, first, num_experts, num_groups, BLOCK: tl.constexpr, HELD: tl.constexpr):
+def _load_keys(column, token, key_stride):
+    # The stride is a multiple of 16, so that keys move in whole vectors.
+    return tl.load(column + token, mask=token < key_stride, other=LOWEST)
+
+
+@triton.jit
+def _summarize(column, first, num_tokens, key_stride, BLOCK: tl.constexpr):
+    """Of BLOCK groups from ``first`` on: whose tokens chose the expert, as words, and the greatest
+    ranks of tokens to add and to drop."""
+    group = first + tl.arange(0, BLOCK)
+    word = tl.zeros([BLOCK, _LANES], tl.int32)
+    to_add = tl.full([BLOCK, _LANES], -1, tl.int32)
+    to_drop = tl.full([BLOCK, _LANES], -1, tl.int32)
+    for part in range(GROUP // _LANES):
+        lane = part * _LANES + tl.arange(0, _LANES)
+        token = group[:, None] * GROUP + lane[None, :]
+        key = _load_keys(column, token, key_stride)
+        word += (key >= 0).to(tl.int32) << lane[None, :]
+        to_add = tl.maximum(to_add, _rank_to_add(key, token, num_tokens))
+        to_drop = tl.maximum(to_drop, _rank_to_drop(key))
+    return tl.sum(word, axis=1), tl.max(to_add, axis=1), tl.max(to_drop, axis=1)
+
+
+@triton.jit
+def _tops(tops, held, first, num_groups, BLOCK: tl.constexpr, HELD: tl.constexpr):
     """Greatest ranks of the groups from ``first`` on, -1 behind the last group."""
     if HELD:
         return held
     else:
-        return _load_tops(tops, first, num_experts, num_groups, BLOCK)
-
-
-@triton.jit
-def _load_tops(tops, first, num_experts, num_groups, BLOCK: tl.constexpr):
-    group = first + tl.arange(0, BLOCK)
-    return tl.load(tops + group.to(tl.int64) * num_experts, mask=group < num_groups, other=-1)
+        group = first + tl.arange(0, BLOCK)
+        return tl.load(tops + group, mask=group < num_groups, other=-1)
 
 
 @triton.jit
@@ -99,14 +125,14 @@ def _both_spreads(count, greatest, least, other_count, other_greatest, other_lea
 
 
 @triton.jit
-def _spread(tops, held, num_experts, num_groups, BLOCK: tl.constexpr, HELD: tl.constexpr):
+def _spread(tops, held, num_groups, BLOCK: tl.constexpr, HELD: tl.constexpr):
     """How many groups have a greatest rank, and of all these ranks the greatest and the least, or 0
     if a group has none."""
     count = 0
     greatest = -1
     least = HIGHEST
     for first in range(0, num_groups, BLOCK):
-        top = _tops(tops, held, first, num_experts, num_groups, BLOCK, HELD)
+        top = _tops(tops, held, first, num_groups, BLOCK, HELD)
         inside = first + tl.arange(0, BLOCK) < num_groups
         ranks = (top >= 0).to(tl.int32), top, tl.where(inside, tl.maximum(top, 0), HIGHEST)
         number, high, low = tl.reduce(ranks, 0, _both_spreads)
@@ -118,15 +144,7 @@ def _spread(tops, held, num_experts, num_groups, BLOCK: tl.constexpr, HELD: tl.c
 
 @triton.jit
 def _groups_from(
-    tops,
-    held,
-    low,
-    middle,
-    high,
-    num_experts,
-    num_groups,
-    BLOCK: tl.constexpr,
-    HELD: tl.constexpr,
+    tops, held, low, middle, high, num_groups, BLOCK: tl.constexpr, HELD: tl.constexpr
 ):
     """How many groups have a token of each of three ascending ranks or more, in one reduction; at
     most 1023 have one of rank ``middle``."""
@@ -134,7 +152,7 @@ def _groups_from(
     count_middle = 0
     count_high = 0
     for first in range(0, num_groups, BLOCK):
-        top = _tops(tops, held, first, num_experts, num_groups, BLOCK, HELD)
+        top = _tops(tops, held, first, num_groups, BLOCK, HELD)
         reached = ((top >= low).to(tl.int32) << 20) + ((top >= middle).to(tl.int32) << 10)
         reached = tl.sum(reached + (top >= high).to(tl.int32), axis=0)
         count_low += reached >> 20
@@ -162,7 +180,6 @@ def _list_groups(
     listed,
     want,
     up,
-    num_experts,
     num_groups,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
@@ -170,7 +187,7 @@ def _list_groups(
 ):
     """Write groups, LIST at most, that hold the ``want`` first tokens, ascending. Returns how many,
     a rank that all these tokens reach, and one that none does."""
-    reach, greatest, least = _spread(tops, held, num_experts, num_groups, BLOCK, HELD)
+    reach, greatest, least = _spread(tops, held, num_groups, BLOCK, HELD)
     zero = tl.zeros([], tl.int64)
     beyond = 0
     # Fewer groups than wanted tokens: some of these are not the first of their group.
@@ -183,8 +200,8 @@ def _list_groups(
         below, above = (low + middle) >> 1, (middle + high) >> 1
         # Not all groups reach `middle`, which is above the least rank.
         count_below, count, count_above = _groups_from(
-            tops, held, below.to(tl.int32), middle.to(tl.int32), above.to(tl.int32), num_experts,
-            num_groups, BLOCK, HELD,
+            tops, held, below.to(tl.int32), middle.to(tl.int32), above.to(tl.int32), num_groups,
+            BLOCK, HELD,
         )  # fmt: skip
         low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
         middle = tl.where(count >= want, above, below)
@@ -196,7 +213,7 @@ def _list_groups(
     better = 0
     ties = -skipped
     for first in range(0, num_groups, BLOCK):
-        top = _tops(tops, held, first, num_experts, num_groups, BLOCK, HELD)
+        top = _tops(tops, held, first, num_groups, BLOCK, HELD)
         is_better = top > low.to(tl.int32)
         is_tied = (top == low.to(tl.int32)) & (top >= 0)
         # At most LIST are better, unless none is wanted.
@@ -216,18 +233,13 @@ def _list_groups(
 
 
 @triton.jit
-def _load_listed(column, listed, start, size, num_groups, BLOCK: tl.constexpr):
+def _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK: tl.constexpr):
     """Keys (BLOCK, GROUP) of the groups listed from the ``start``-th on, and these groups, with
     ``num_groups`` behind the last one."""
-    table, top, inverse, words, expert, num_tokens, num_experts, stride = column
     entry = start + tl.arange(0, BLOCK)
     group = tl.load(listed + entry, mask=entry < size, other=num_groups)
-    offset = group.to(tl.int64) * num_experts + expert
-    word = tl.load(words + offset, mask=group < num_groups, other=0)
-    lane = tl.arange(0, GROUP)[None, :]
-    token = group[:, None] * GROUP + lane
-    score = _load_score(table, top, inverse, token, expert, stride, token < num_tokens)
-    return _key_of(score, ((word[:, None] >> lane) & 1) != 0), group
+    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    return _load_keys(column, token, key_stride), group
 
 
 @triton.jit
@@ -249,6 +261,7 @@ def _count_listed(
     up,
     num_tokens,
     num_groups,
+    key_stride,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
 ):
@@ -257,7 +270,7 @@ def _count_listed(
     for start in range(0, size, BLOCK):
         key, group = held_key, held_group
         if not HELD:
-            key, group = _load_listed(column, listed, start, size, num_groups, BLOCK)
+            key, group = _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK)
         rank, place = _ranked(key, group, num_tokens, up)
         count += _total(_comes_first(rank, place, bound, place_limit).to(tl.int32))
     return count
@@ -285,6 +298,7 @@ def _gather_first(
     up,
     num_tokens,
     num_groups,
+    key_stride,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
     ROOM: tl.constexpr,
@@ -295,7 +309,7 @@ def _gather_first(
     for start in range(0, size, BLOCK):
         key, group = held_key, held_group
         if not HELD:
-            key, group = _load_listed(column, listed, start, size, num_groups, BLOCK)
+            key, group = _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK)
         rank, place = _ranked(key, group, num_tokens, up)
         reached = (rank >= 0) & (rank >= bound)
         word = tl.sum(reached.to(tl.int32) << lane, axis=1)
@@ -342,8 +356,8 @@ def _search(
     want,
     up,
     num_tokens,
-    num_experts,
     num_groups,
+    key_stride,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
     LIST: tl.constexpr,
@@ -354,15 +368,13 @@ def _search(
     ranks above a bound, and of equal rank at places below a limit. Returns the number of groups,
     bound and limit, and keys and groups of the first LIST_BLOCK that are listed."""
     ALL: tl.constexpr = LIST <= LIST_BLOCK
-    size, low, high = _list_groups(
-        tops, held, listed, want, up, num_experts, num_groups, BLOCK, HELD, LIST
-    )
+    size, low, high = _list_groups(tops, held, listed, want, up, num_groups, BLOCK, HELD, LIST)
     # Orders the list, which other threads wrote, before the loads.
     tl.debug_barrier()
-    key, group = _load_listed(column, listed, 0, size, num_groups, LIST_BLOCK)
+    key, group = _load_listed(column, listed, 0, size, num_groups, key_stride, LIST_BLOCK)
     reach = _count_listed(
-        column, listed, key, group, low.to(tl.int32), num_tokens, size, up, num_tokens,
-        num_groups, LIST_BLOCK, ALL,
+        column, listed, key, group, low.to(tl.int32), num_tokens, size, up, num_tokens, num_groups,
+        key_stride, LIST_BLOCK, ALL,
     )  # fmt: skip
     beyond = 0
     few = tl.maximum(want, ROOM)
@@ -370,7 +382,7 @@ def _search(
         middle = (low + high) >> 1
         count = _count_listed(
             column, listed, key, group, middle.to(tl.int32), num_tokens, size, up, num_tokens,
-            num_groups, LIST_BLOCK, ALL,
+            num_groups, key_stride, LIST_BLOCK, ALL,
         )  # fmt: skip
         low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
     exact = (beyond == want) & (reach > want)
@@ -378,8 +390,8 @@ def _search(
     limit = tl.where(exact, 0, num_tokens)
     if (reach > want) & (reach <= ROOM) & (want > 0):
         _gather_first(
-            column, listed, key, group, found, low.to(tl.int32), size, up, num_tokens,
-            num_groups, LIST_BLOCK, ALL, ROOM,
+            column, listed, key, group, found, low.to(tl.int32), size, up, num_tokens, num_groups,
+            key_stride, LIST_BLOCK, ALL, ROOM,
         )  # fmt: skip
         # Orders what other threads found before the loads.
         tl.debug_barrier()
@@ -391,8 +403,8 @@ def _search(
         while (reach > want) & (beyond < want) & (limit - limit_low > 1):
             middle = (limit_low + limit) >> 1
             count = _count_listed(
-                column, listed, key, group, bound, middle, size, up, num_tokens,
-                num_groups, LIST_BLOCK, ALL,
+                column, listed, key, group, bound, middle, size, up, num_tokens, num_groups,
+                key_stride, LIST_BLOCK, ALL,
             )  # fmt: skip
             enough = count >= want
             limit_low = tl.where(enough, limit_low, middle)
@@ -404,23 +416,19 @@ def _search(
 def _mass(
     column,
     listed,
-    held_key,
-    held_group,
     size,
     bound,
     limit,
     up,
     num_tokens,
     num_groups,
+    key_stride,
     BLOCK: tl.constexpr,
-    HELD: tl.constexpr,
 ):
     """Sum of the scores of the tokens that :func:`_search` found."""
     mass = tl.zeros([], tl.float64)
     for start in range(0, size, BLOCK):
-        key, group = held_key, held_group
-        if not HELD:
-            key, group = _load_listed(column, listed, start, size, num_groups, BLOCK)
+        key, group = _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK)
         rank, place = _ranked(key, group, num_tokens, up)
         first = _comes_first(rank, place, bound, limit)
         mass += _total(tl.where(first, _score_of(key), 0.0).to(tl.float64))
@@ -471,20 +479,17 @@ def _count_verdicts(sizes, counts_before, expert, num_experts, num_groups, BLOCK
 
 @triton.jit(do_not_specialize=["num_tokens", "num_groups", "tile"])
 def _select_kernel(
-    table,
-    top_by_token,
-    inverse_by_token,
-    words,
-    tops,
+    keys,
     uniform,
     count_by_expert,
     load,
+    words,
     counts_before,
     scratch,
     num_tokens,
     num_experts,
     num_groups,
-    stride,
+    key_stride,
     tile,
     RULE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -493,46 +498,52 @@ def _select_kernel(
     LIST_BLOCK: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    """The expert's rounded count; words, from choices to verdicts, and counts_before (groups, E).
-    With the rule ``"given"`` the count is read instead of written. HELD: BLOCK groups are all there
-    are. Scratch of an expert: two lists, to drop and to add, what ``_gather_first`` writes, and
-    each group's kept tokens."""
-    ALL: tl.constexpr = LIST <= LIST_BLOCK
+    """The expert's rounded count; words and counts_before (groups, E). With the rule ``"given"``
+    the count is read instead of written. HELD: BLOCK groups are all there are. Scratch of an
+    expert: two lists, to drop and to add, what ``_gather_first`` writes, each group's kept tokens,
+    and unless HELD greatest ranks to drop and to add."""
     expert = tl.program_id(0)
-    column = table, top_by_token, inverse_by_token, words, expert, num_tokens, num_experts, stride
-    listed = scratch + expert.to(tl.int64) * (2 * LIST + 2 * ROOM + num_groups)
+    column = keys + expert.to(tl.int64) * key_stride
+    kept: tl.constexpr = 1 if HELD else 3
+    listed = scratch + expert.to(tl.int64) * (2 * LIST + 2 * ROOM + kept * num_groups)
     found = listed + 2 * LIST
     sizes = found + 2 * ROOM
-    drop_tops = tops + expert
-    add_tops = drop_tops + num_groups.to(tl.int64) * num_experts
+    tops = sizes + num_groups
     frequency = 0
-    to_add = _load_tops(add_tops, 0, num_experts, num_groups if HELD else 0, BLOCK)
-    to_drop = _load_tops(drop_tops, 0, num_experts, num_groups if HELD else 0, BLOCK)
+    to_add = tl.full([BLOCK], -1, tl.int32)
+    to_drop = tl.full([BLOCK], -1, tl.int32)
     for first in range(0, num_groups, BLOCK):
+        word, to_add, to_drop = _summarize(column, first, num_tokens, key_stride, BLOCK)
         group = first + tl.arange(0, BLOCK)
         inside = group < num_groups
-        offset = group.to(tl.int64) * num_experts + expert
-        size = popcount(tl.load(words + offset, mask=inside, other=0))
+        tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=inside)
+        size = popcount(word)
         tl.store(sizes + group, size, mask=inside)
+        if not HELD:
+            tl.store(tops + group, to_drop, mask=inside)
+            tl.store(tops + num_groups + group, to_add, mask=inside)
         frequency += tl.sum(size, axis=0)
+    if not HELD:
+        # Orders what other threads stored before the loads.
+        tl.debug_barrier()
     tl.store(load + expert, frequency)
     lower, upper = _reachable(frequency, num_tokens, tile)
     if RULE == "nr-s":
-        size_down, bound_down, limit_down, key_down, group_down = _search(
-            column, drop_tops, to_drop, listed, found, frequency - lower, False, num_tokens,
-            num_experts, num_groups, BLOCK, HELD, LIST, LIST_BLOCK, ROOM,
+        size_down, bound_down, limit_down, _, _ = _search(
+            column, tops, to_drop, listed, found, frequency - lower, False, num_tokens,
+            num_groups, key_stride, BLOCK, HELD, LIST, LIST_BLOCK, ROOM,
         )  # fmt: skip
-        size_up, bound_up, limit_up, key_up, group_up = _search(
-            column, add_tops, to_add, listed + LIST, found, upper - frequency, True, num_tokens,
-            num_experts, num_groups, BLOCK, HELD, LIST, LIST_BLOCK, ROOM,
+        size_up, bound_up, limit_up, _, _ = _search(
+            column, tops + num_groups, to_add, listed + LIST, found, upper - frequency, True,
+            num_tokens, num_groups, key_stride, BLOCK, HELD, LIST, LIST_BLOCK, ROOM,
         )  # fmt: skip
         last = _mass(
-            column, listed, key_down, group_down, size_down, bound_down, limit_down, False,
-            num_tokens, num_groups, LIST_BLOCK, ALL,
+            column, listed, size_down, bound_down, limit_down, False, num_tokens, num_groups,
+            key_stride, LIST_BLOCK,
         )  # fmt: skip
         added = _mass(
-            column, listed + LIST, key_up, group_up, size_up, bound_up, limit_up, True, num_tokens,
-            num_groups, LIST_BLOCK, ALL,
+            column, listed + LIST, size_up, bound_up, limit_up, True, num_tokens, num_groups,
+            key_stride, LIST_BLOCK,
         )  # fmt: skip
         up = tl.load(uniform + expert).to(tl.float64) * (last + added) < last
         tl.store(count_by_expert + expert, tl.where(up, upper, lower))
@@ -540,7 +551,7 @@ def _select_kernel(
         bound = tl.where(up, bound_up, bound_down)
         limit = tl.where(up, limit_up, limit_down)
         listed += tl.where(up, LIST, 0)
-        key, group = tl.where(up, key_up, key_down), tl.where(up, group_up, group_down)
+        key, group = _load_listed(column, listed, 0, size, num_groups, key_stride, LIST_BLOCK)
     else:
         count = _rounded_count(
             count_by_expert, uniform, expert, frequency, lower, upper, tile, RULE
@@ -549,19 +560,19 @@ def _select_kernel(
             tl.store(count_by_expert + expert, count)
         up = count > frequency
         size, bound, limit, key, group = _search(
-            column, tl.where(up, add_tops, drop_tops), tl.where(up, to_add, to_drop), listed,
-            found, tl.abs(count - frequency), up, num_tokens, num_experts, num_groups, BLOCK, HELD,
+            column, tops + tl.where(up, num_groups, 0), tl.where(up, to_add, to_drop), listed,
+            found, tl.abs(count - frequency), up, num_tokens, num_groups, key_stride, BLOCK, HELD,
             LIST, LIST_BLOCK, ROOM,
         )  # fmt: skip
 
     for start in range(0, size, LIST_BLOCK):
-        if not ALL:
-            key, group = _load_listed(column, listed, start, size, num_groups, LIST_BLOCK)
-            # Orders the words that were loaded before the stores.
-            tl.debug_barrier()
+        if LIST > LIST_BLOCK:
+            key, group = _load_listed(
+                column, listed, start, size, num_groups, key_stride, LIST_BLOCK
+            )
         rank, place = _ranked(key, group, num_tokens, up)
         changed = _comes_first(rank, place, bound, limit)
-        bit = ((key < 0) ^ changed).to(tl.int32) << tl.arange(0, GROUP)[None, :]
+        bit = ((key >= 0) ^ changed).to(tl.int32) << tl.arange(0, GROUP)[None, :]
         word = tl.sum(bit, axis=1)
         offset = group.to(tl.int64) * num_experts + expert
         tl.store(words + offset, word, mask=group < num_groups)
@@ -574,14 +585,14 @@ def _select_kernel(
 # --- counts that depend on one another ------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["num_groups"])
-def _frequency_kernel(words, frequency, num_experts, num_groups, BLOCK: tl.constexpr):
+@triton.jit
+def _frequency_kernel(keys, frequency, key_stride, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
+    column = keys + expert.to(tl.int64) * key_stride
     count = 0
-    for start in range(0, num_groups, BLOCK):
-        group = start + tl.arange(0, BLOCK)
-        offset = group.to(tl.int64) * num_experts + expert
-        count += tl.sum(popcount(tl.load(words + offset, mask=group < num_groups, other=0)), axis=0)
+    for start in range(0, key_stride, BLOCK):
+        key = _load_keys(column, start + tl.arange(0, BLOCK), key_stride)
+        count += tl.sum((key >= 0).to(tl.int32), axis=0)
     tl.store(frequency + expert, count)
 
 
@@ -635,11 +646,10 @@ _frequency = Launcher(_frequency_kernel)
 _balance = Launcher(_balance_kernel)
 
 
-def _balanced_counts(ranked: Ranked, decisions: Decisions, tile: int) -> None:
-    num_tokens, num_experts = ranked.table.shape
+def _balanced_counts(keys: torch.Tensor, decisions: Decisions, num_tokens: int, tile: int) -> None:
+    num_experts, key_stride = keys.shape
     load, counts = decisions.load, decisions.counts
-    num_groups = ranked.words.shape[0]
-    _frequency(num_experts, ranked.words, load, num_experts, num_groups, BLOCK=512, num_warps=4)
+    _frequency(num_experts, keys, load, key_stride, BLOCK=8192, num_warps=8)
     block = min(power_of_2(num_experts), _BALANCE_BLOCK)
     _balance(1, load, counts, num_tokens, num_experts, tile, BLOCK=block, num_warps=4)
 
@@ -667,46 +677,49 @@ def _most_changed(num_tokens: int, tile: int, rule: str) -> int:
 def scratch_size(num_tokens: int, num_experts: int, tile: int, rule: str) -> int:
     """Elements of ``scratch`` of :func:`decide`."""
     num_groups = cdiv(num_tokens, GROUP.value)
+    kept = 3 if num_groups > _MAX_HELD else 1
     lists = _list_size(num_tokens, tile, rule) + _room(num_tokens, tile, rule)
-    return num_experts * (2 * lists + num_groups)
+    return num_experts * (2 * lists + kept * num_groups)
 
 
 def decide(
-    ranked: Ranked,
+    keys: torch.Tensor,
     uniform: torch.Tensor | None,
     decisions: Decisions,
     scratch: torch.Tensor,
+    num_tokens: int,
     tile: int,
     rule: str,
 ) -> None:
     """Fills in ``decisions``: one launch, three for ``"balance-f"``.
 
     Args:
-        ranked: of T tokens, at least 1. Its words become those of the decisions.
+        keys: (E, stride) int32 of :mod:`sonic.triton.rounding_keys`.
         uniform: (E,) fp32 in [0, 1), for ``"sr"`` and ``"nr-s"``.
         scratch: int32, of as many elements as :func:`scratch_size` says, overwritten.
-        tile: M. rule: see :mod:`sonic.routing.token_rounding`.
+        num_tokens: T, at least 1. tile: M. rule: see :mod:`sonic.routing.token_rounding`.
     """
-    num_tokens, num_experts = ranked.table.shape
-    num_groups = ranked.words.shape[0]
+    num_experts, key_stride = keys.shape
+    num_groups = decisions.words.shape[0]
     held = num_groups <= _MAX_HELD
     block = power_of_2(num_groups) if held else _MAX_COUNTED
     listed = _list_size(num_tokens, tile, rule)
     balanced = rule == "balance-f"
     if balanced:
-        _balanced_counts(ranked, decisions, tile)
+        _balanced_counts(keys, decisions, num_tokens, tile)
     _select(
         num_experts,
-        *ranked,
+        keys,
         uniform,
         decisions.counts,
         decisions.load,
+        decisions.words,
         decisions.counts_before,
         scratch,
         num_tokens,
         num_experts,
         num_groups,
-        ranked.table.stride(0),
+        key_stride,
         tile,
         RULE="given" if balanced else rule,
         BLOCK=block,
@@ -714,5 +727,5 @@ def decide(
         LIST=listed,
         LIST_BLOCK=min(listed, _MAX_HELD_LIST),
         ROOM=_room(num_tokens, tile, rule),
-        num_warps=max(4, min(16, max(block, 8 * listed) // _GROUPS_PER_WARP)),
+        num_warps=max(4, min(16, max(block, 2 * listed) // _GROUPS_PER_WARP)),
     )

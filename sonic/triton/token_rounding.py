@@ -3,20 +3,11 @@ the pairs that are kept follows in the same launches.
 
 T tokens, E experts, S slots. Three launches::
 
-    ranks    how experts rank tokens, from scores or logits     sonic.triton.rounding_keys
+    keys     how experts rank tokens, from scores or logits     sonic.triton.rounding_keys
     select   counts, and a verdict on every token and expert    sonic.triton.rounding_select
     emit     pairs, slots and rows, read off the verdicts
 
 and one for the gradient. Nothing is sorted, and no kernel uses an atomic.
-
-Times that the three should take on an H200, in us, at T = 16384, tile 128, ``"nr"``, bf16 logits:
-predicted, not measured, from the compiled kernels' instructions at 0.8 of the issue rate, their
-bytes and barriers, and 2 us a launch::
-
-    E, top_k   16, 2   64, 2   64, 8   128, 8   256, 8   512, 8
-    ranks          3       4       6        9       14       20
-    select         9       9       9       10       11       14
-    emit           4       5       8        9       10       12
 
 Source: SonicMoE (arXiv 2512.14080), algorithms 4 and 6.
 """
@@ -36,11 +27,10 @@ from sonic.triton.common import (
     row_major,
 )
 from sonic.triton.launch import Launcher
-from sonic.triton.rounding_keys import GROUP, Ranked, _load_score, rank_logits, rank_scores
-from sonic.triton.rounding_select import Decisions, decide, popcount, scratch_size
+from sonic.triton.rounding_keys import _score_of, keys_of_logits, keys_of_scores
+from sonic.triton.rounding_select import GROUP, Decisions, decide, popcount, scratch_size
 
 _TAIL = 1024  # slots that a program clears
-_PAIRS = 512  # whose rows and weights are found at once
 _MAX_BLOCK_E = 512
 _PARTS = 16  # of a block of experts
 
@@ -114,17 +104,7 @@ def _words_by_token(words, start, num_experts, BLOCK_E: tl.constexpr, PART: tl.c
 
 
 @triton.jit
-def _row_of(pair, words, first_rows, line, live):
-    """Expert and row of pairs of a group: GROUP times the expert plus the token's place."""
-    expert = pair // GROUP
-    word = tl.load(words + line + expert, mask=live, other=0)
-    row = tl.load(first_rows + line + expert, mask=live, other=0)
-    return expert, row + popcount(word & ((1 << (pair % GROUP)) - 1))
-
-
-@triton.jit
-def _store_slots(results, slot, values, mask):
-    weights, token_ids, expert_ids, row_by_slot = results
+def _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, mask):
     weight, token, expert, row = values
     tl.store(weights + slot, weight, mask=mask)
     if token_ids is not None:
@@ -135,14 +115,12 @@ def _store_slots(results, slot, values, mask):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_groups", "num_slots"])
 def _emit_kernel(
-    table,
-    top_by_token,
-    inverse_by_token,
     words,
     counts_before,
     counts,
     first_rows,
-    pairs,
+    keys,
+    scores,
     weights,
     token_ids,
     expert_ids,
@@ -158,12 +136,10 @@ def _emit_kernel(
     stride,
     BLOCK_E: tl.constexpr,
     PART: tl.constexpr,
-    PAIRS: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """The first ``num_groups`` programs write a group of tokens each, the others what lies behind
-    the last pair. A group's ``pairs`` are put in order of their slots first, so that threads next
-    to one another write slots that are."""
+    the last pair. ``stride`` is that of the scores, or without scores that of the keys."""
     pid = tl.program_id(0)
     if pid < num_groups:
         line = pid.to(tl.int64) * num_experts
@@ -185,6 +161,8 @@ def _emit_kernel(
         slot_by_token = before + tl.cumsum(size, axis=0) - size
         tl.store(offset_by_token + token, slot_by_token, mask=token < num_tokens)
         tl.store(offset_by_token + token + 1, slot_by_token + size, mask=token == num_tokens - 1)
+        # Orders the first rows that other threads wrote before the loads below.
+        tl.debug_barrier()
         for start in range(0, num_experts, BLOCK_E):
             left = _words_by_token(words + line, start, num_experts, BLOCK_E, PART)
             number = popcount(left)
@@ -193,26 +171,23 @@ def _emit_kernel(
             first = start + PART * tl.arange(0, BLOCK_E // PART)[:, None]
             # Few experts of a part keep a token, so that these go one by one.
             for _ in range(0, tl.max(tl.max(number, axis=0), axis=0)):
+                live = left != 0
                 expert = first + popcount((left & -left) - 1)
-                tl.store(pairs + slot, expert * GROUP + lane[None, :], mask=left != 0)
+                word = tl.load(words + line + expert, mask=live, other=0)
+                row = tl.load(first_rows + line + expert, mask=live, other=0)
+                row += popcount(word & ((1 << lane) - 1)[None, :])
+                if scores is not None:
+                    address = scores + token.to(tl.int64)[None, :] * stride + expert
+                    weight = tl.load(address, mask=live, other=0.0).to(tl.float32)
+                else:
+                    address = keys + expert.to(tl.int64) * stride + token[None, :]
+                    weight = _score_of(tl.load(address, mask=live, other=0))
+                values = weight, token[None, :], expert, row
+                _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, live)
+                tl.store(token_by_row + row, token[None, :], mask=live)
+                tl.store(slot_by_row + row, slot, mask=live)
                 left = left & (left - 1)
                 slot += 1
-        # Orders the pairs, and the first rows, that other threads wrote before the loads below.
-        tl.debug_barrier()
-        total = tl.sum(size, axis=0)
-        results = weights, token_ids, expert_ids, row_by_slot
-        for start in range(0, total, PAIRS):
-            slot = before + start + tl.arange(0, PAIRS)
-            live = slot < before + total
-            pair = tl.load(pairs + slot, mask=live, other=0)
-            expert, row = _row_of(pair, words, first_rows, line, live)
-            member = pid * GROUP + pair % GROUP
-            weight = _load_score(
-                table, top_by_token, inverse_by_token, member, expert, stride, live
-            )
-            _store_slots(results, slot, (weight, member, expert, row), live)
-            tl.store(token_by_row + row, member, mask=live)
-            tl.store(slot_by_row + row, slot, mask=live)
     else:
         total = 0
         for start in range(0, num_experts, BLOCK_E):
@@ -221,8 +196,8 @@ def _emit_kernel(
             total += tl.sum(count, axis=0)
         index = (pid - num_groups).to(tl.int64) * TAIL + tl.arange(0, TAIL)
         dead = (index >= total) & (index < num_slots)
-        results = weights, token_ids, expert_ids, row_by_slot
-        _store_slots(results, index, (0.0, num_tokens, num_experts, -1), dead)
+        values = 0.0, num_tokens, num_experts, -1
+        _store_slots(weights, token_ids, expert_ids, row_by_slot, index, values, dead)
         tl.store(token_by_row + index, -1, mask=dead)
         tl.store(slot_by_row + index, -1, mask=dead)
 
@@ -357,24 +332,35 @@ _logit_grad = Launcher(_logit_grad_kernel)
 
 
 def _emit(
-    ranked: Ranked,
+    keys: torch.Tensor,
+    scores: torch.Tensor | None,
     uniform: torch.Tensor | None,
+    num_tokens: int,
     tile: int,
     rule: str,
     num_slots: int,
     with_token_ids: bool,
 ) -> tuple[Rounded, torch.Tensor]:
-    """Pairs and plan, and how many tokens chose each expert (E,)."""
-    num_tokens, num_experts = ranked.table.shape
-    device = ranked.table.device
+    """Pairs and plan of the keys, and how many tokens chose each expert (E,)."""
+    num_experts = keys.shape[0]
+    device = keys.device
     num_groups = cdiv(num_tokens, GROUP.value)
     options: dict[str, Any] = {"dtype": torch.int32, "device": device}
-    size = num_groups * num_experts
+    table = num_groups * num_experts
     extra = scratch_size(num_tokens, num_experts, tile, rule)
-    sizes = [size, size, extra, num_experts, num_slots]
-    before, first_rows, scratch, counts, pairs = torch.empty(sum(sizes), **options).split(sizes)
+    sizes = [table, table, table, extra, num_experts]
+    words, before, first_rows, scratch, counts = torch.empty(sum(sizes), **options).split(sizes)
+    shape = num_groups, num_experts
     load = torch.empty(num_experts, **options)
-    decide(ranked, uniform, Decisions(before, counts, load), scratch, tile, rule)
+    decide(
+        keys,
+        uniform,
+        Decisions(words.view(shape), before.view(shape), counts, load),
+        scratch,
+        num_tokens,
+        tile,
+        rule,
+    )
     rounded = Rounded(
         weights=torch.empty(num_slots, dtype=torch.float32, device=device),
         token_ids=torch.empty(num_slots, **options) if with_token_ids else None,
@@ -388,20 +374,20 @@ def _emit(
     block_e = min(_MAX_BLOCK_E, max(_PARTS, power_of_2(num_experts)))
     _emit_pairs(
         num_groups + cdiv(num_slots, _TAIL),
-        *ranked[:4],
+        words,
         before,
         counts,
         first_rows,
-        pairs,
+        keys,
+        scores,
         *rounded,
         num_tokens,
         num_experts,
         num_groups,
         num_slots,
-        ranked.table.stride(0),
+        keys.shape[1] if scores is None else scores.stride(0),
         BLOCK_E=block_e,
         PART=block_e // _PARTS,
-        PAIRS=_PAIRS,
         TAIL=_TAIL,
         num_warps=4,
     )
@@ -432,7 +418,8 @@ def round_tokens(
     _check_uniform(scores, uniform)
     scores = row_major(scores)
     with device_of(scores):
-        return _emit(rank_scores(scores, top_k), uniform, tile, rule, num_slots, True)[0]
+        keys = keys_of_scores(scores, top_k)
+        return _emit(keys, scores, uniform, scores.shape[0], tile, rule, num_slots, True)[0]
 
 
 def round_logits(
@@ -460,8 +447,8 @@ def round_logits(
     _check_uniform(logits, uniform)
     logits = row_major(logits)
     with device_of(logits):
-        ranked, *winners = rank_logits(logits, top_k, full)
-        rounded, load = _emit(ranked, uniform, tile, rule, num_slots, False)
+        keys, *winners = keys_of_logits(logits, top_k, full)
+        rounded, load = _emit(keys, None, uniform, logits.shape[0], tile, rule, num_slots, False)
     return rounded, load, winners[0], winners[1], winners[2]
 
 

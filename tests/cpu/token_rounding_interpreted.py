@@ -182,23 +182,3 @@ def test_logits_of_several_groups_and_blocks_of_experts(rule, guarded, monkeypat
         case = Case(150, 70, 4, 8, rule, kind)
         logits = guarded.copy_of(logits_of(case, dtype))
         checks.check_logits(logits, checks.uniform_of(case), case, kind == "ties")
-
-
-@triton.jit
-def _experts_in_order(BLOCK_E: tl.constexpr, HALVES: tl.constexpr):
-    return tl.arange(0, BLOCK_E)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("experts", [16, 11])
-def test_logits_of_a_token_in_two_loads(experts, dtype, guarded, monkeypatch):
-    """Whose experts are then not in order, which a mistake shows."""
-    monkeypatch.setattr(keys, "_BYTES_PER_LOAD", 8 * dtype.itemsize)
-    case = Case(50, experts, 3, 8, "nr")
-    logits = guarded.copy_of(logits_of(case, dtype))
-    for full in (False, True):
-        checks.check_logits(logits, checks.uniform_of(case), case, full)
-        checks.check_winner_softmax(logits, 3, full)
-    monkeypatch.setattr(keys, "_experts", _experts_in_order)
-    with pytest.raises(AssertionError):
-        checks.check_logits(logits, checks.uniform_of(case), case, True)
