@@ -42,6 +42,7 @@ GROUP = tl.constexpr(32)  # tokens whose verdicts share a word
 MAX_BLOCK_E = 4096  # experts of a token in one block
 _ELEMENTS = 4096  # of a block, or those of one token
 _ELEMENTS_PER_WARP = 512  # where tokens choose
+_ELEMENTS_OF_ROWS = 1024  # of a block of _WARPS warps, unless its rows are longer
 _BYTES_PER_LOAD = 512  # of a warp
 _WARPS = 4
 _MOST_WARPS = 8  # of a block that chooses; more would have to do with too few registers
@@ -50,14 +51,13 @@ _MOST_WARPS = 8  # of a block that chooses; more would have to do with too few r
 class Ranked(NamedTuple):
     """What :mod:`sonic.triton.rounding_select` needs of the scores.
 
-    ``table`` (T, E): the scores; or logits, with ``top`` and ``inverse`` (T,) fp32, the greatest
-    one and the inverse of the divisor. ``words`` (groups, E) int32: bit i of a word is whether
+    ``table`` (T, E): the scores; or logits, with ``scales`` (T, 2) fp32, the greatest one and the
+    inverse of the divisor. ``words`` (groups, E) int32: bit i of a word is whether
     token i of the group chose the expert. ``tops`` (2, groups, E) int32: the greatest ranks of a
     token to drop, and to add; -1 if there is none."""
 
     table: torch.Tensor
-    top: torch.Tensor | None
-    inverse: torch.Tensor | None
+    scales: torch.Tensor | None
     words: torch.Tensor
     tops: torch.Tensor
 
@@ -98,13 +98,14 @@ def _softmax_score(logit, top, inverse):
 
 
 @triton.jit
-def _load_score(table, top_by_token, inverse_by_token, token, expert, stride, mask):
-    """fp32 scores of pairs, from scores, or if ``top_by_token`` is given from logits."""
+def _load_score(table, scales, token, expert, stride, mask):
+    """fp32 scores of pairs, from scores, or if ``scales`` are given from logits."""
     address = table + token.to(tl.int64) * stride + expert
     value = tl.load(address, mask=mask, other=0.0).to(tl.float32)
-    if top_by_token is not None:
-        top = tl.load(top_by_token + token, mask=mask, other=0.0)
-        inverse = tl.load(inverse_by_token + token, mask=mask, other=0.0)
+    if scales is not None:
+        scale = scales + 2 * token.to(tl.int64)
+        top = tl.load(scale, mask=mask, other=0.0)
+        inverse = tl.load(scale + 1, mask=mask, other=0.0)
         value = _softmax_score(value, top, inverse)
     return value
 
@@ -184,8 +185,7 @@ def _logit_scores_kernel(
     scores,
     words,
     tops,
-    top_by_token,
-    inverse_by_token,
+    scales,
     winner_scores,
     winner_ids,
     lse_by_token,
@@ -237,8 +237,10 @@ def _logit_scores_kernel(
         if words is not None:
             key = _key_of(score, left == LOWEST)
             word, greatest, least = _with_ranks(word, greatest, least, key, place, is_token)
-            tl.store(top_by_token + token, top, mask=is_token)
-            tl.store(inverse_by_token + token, inverse, mask=is_token)
+            side = tl.arange(0, 2)[None, :]
+            scale = tl.where(side == 0, top[:, None], inverse[:, None])
+            offset = token.to(tl.int64)[:, None] * 2 + side
+            tl.store(scales + offset, scale, mask=is_token[:, None])
             tl.store(lse_by_token + token, top + tl.log(total), mask=is_token)
             offset = token.to(tl.int64)[:, None] * TOP_K + lane[None, :]
             is_slot = is_token[:, None] & (lane[None, :] < TOP_K)
@@ -297,7 +299,7 @@ def _rows_and_warps(block_e: int) -> tuple[int, int]:
     """Tokens of a group that are seen at once, and warps: of which each has a row, or several, as
     long as rows are short enough."""
     most = _MOST_WARPS * _ELEMENTS_PER_WARP // block_e
-    rows = min(GROUP.value, max(_WARPS, _WARPS * _ELEMENTS_PER_WARP // block_e), max(1, most))
+    rows = min(GROUP.value, max(_WARPS, _ELEMENTS_OF_ROWS // block_e), max(1, most))
     return rows, max(_WARPS, rows * block_e // _ELEMENTS_PER_WARP)
 
 
@@ -350,12 +352,10 @@ def rank_logits(
     words, tops = _empty_ranks(num_tokens, num_experts, device)
     winner_scores = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
     winner_ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
-    top, inverse, lse = (
-        torch.empty(num_tokens, dtype=torch.float32, device=device) for _ in range(3)
-    )
-    outputs = None, words, tops, top, inverse, winner_scores, winner_ids, lse
-    _launch(logits, outputs, top_k, full)
-    return Ranked(logits, top, inverse, words, tops), winner_scores, winner_ids, lse
+    scales = torch.empty(num_tokens, 2, dtype=torch.float32, device=device)
+    lse = torch.empty(num_tokens, dtype=torch.float32, device=device)
+    _launch(logits, (None, words, tops, scales, winner_scores, winner_ids, lse), top_k, full)
+    return Ranked(logits, scales, words, tops), winner_scores, winner_ids, lse
 
 
 def rank_scores(scores: torch.Tensor, top_k: int) -> Ranked:
@@ -381,7 +381,7 @@ def rank_scores(scores: torch.Tensor, top_k: int) -> Ranked:
         BLOCK_E=block_e,
         num_warps=max(_WARPS, block_e // _ELEMENTS_PER_WARP),
     )
-    return Ranked(scores, None, None, words, tops)
+    return Ranked(scores, None, words, tops)
 
 
 def winner_softmax(logits: torch.Tensor, top_k: int, full: bool) -> torch.Tensor:
@@ -399,7 +399,7 @@ def winner_softmax(logits: torch.Tensor, top_k: int, full: bool) -> torch.Tensor
     scores = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
         with device_of(logits):
-            _launch(row_major(logits), (scores, *[None] * 7), top_k, full)
+            _launch(row_major(logits), (scores, *[None] * 6), top_k, full)
     return scores
 
 

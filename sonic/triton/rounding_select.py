@@ -219,14 +219,14 @@ def _list_groups(
 def _load_listed(column, listed, start, size, num_groups, BLOCK: tl.constexpr):
     """Keys (BLOCK, GROUP) of the groups listed from the ``start``-th on, and these groups, with
     ``num_groups`` behind the last one."""
-    table, top, inverse, words, expert, num_tokens, num_experts, stride = column
+    table, scales, words, expert, num_tokens, num_experts, stride = column
     entry = start + tl.arange(0, BLOCK)
     group = tl.load(listed + entry, mask=entry < size, other=num_groups)
     offset = group.to(tl.int64) * num_experts + expert
     word = tl.load(words + offset, mask=group < num_groups, other=0)
     lane = tl.arange(0, GROUP)[None, :]
     token = group[:, None] * GROUP + lane
-    score = _load_score(table, top, inverse, token, expert, stride, token < num_tokens)
+    score = _load_score(table, scales, token, expert, stride, token < num_tokens)
     return _key_of(score, ((word[:, None] >> lane) & 1) != 0), group
 
 
@@ -472,8 +472,7 @@ def _count_verdicts(sizes, counts_before, expert, num_experts, num_groups, BLOCK
 @triton.jit(do_not_specialize=["num_tokens", "num_groups", "tile"])
 def _select_kernel(
     table,
-    top_by_token,
-    inverse_by_token,
+    scales,
     words,
     tops,
     uniform,
@@ -499,7 +498,7 @@ def _select_kernel(
     each group's kept tokens."""
     ALL: tl.constexpr = LIST <= LIST_BLOCK
     expert = tl.program_id(0)
-    column = table, top_by_token, inverse_by_token, words, expert, num_tokens, num_experts, stride
+    column = table, scales, words, expert, num_tokens, num_experts, stride
     listed = scratch + expert.to(tl.int64) * (2 * LIST + 2 * ROOM + num_groups)
     found = listed + 2 * LIST
     sizes = found + 2 * ROOM

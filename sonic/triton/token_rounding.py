@@ -14,8 +14,8 @@ predicted, not measured, from the compiled kernels' instructions at 0.8 of the i
 bytes and barriers, and 2 us a launch::
 
     E, top_k   16, 2   64, 2   64, 8   128, 8   256, 8   512, 8
-    ranks          3       4       6        9       14       20
-    select         9       9       9       10       11       14
+    ranks          3       4       6        9       13       20
+    select         9       9       9        9       10       12
     emit           4       5       8        9       10       12
 
 Source: SonicMoE (arXiv 2512.14080), algorithms 4 and 6.
@@ -136,8 +136,7 @@ def _store_slots(results, slot, values, mask):
 @triton.jit(do_not_specialize=["num_tokens", "num_groups", "num_slots"])
 def _emit_kernel(
     table,
-    top_by_token,
-    inverse_by_token,
+    scales,
     words,
     counts_before,
     counts,
@@ -207,9 +206,7 @@ def _emit_kernel(
             pair = tl.load(pairs + slot, mask=live, other=0)
             expert, row = _row_of(pair, words, first_rows, line, live)
             member = pid * GROUP + pair % GROUP
-            weight = _load_score(
-                table, top_by_token, inverse_by_token, member, expert, stride, live
-            )
+            weight = _load_score(table, scales, member, expert, stride, live)
             _store_slots(results, slot, (weight, member, expert, row), live)
             tl.store(token_by_row + row, member, mask=live)
             tl.store(slot_by_row + row, slot, mask=live)
@@ -388,7 +385,7 @@ def _emit(
     block_e = min(_MAX_BLOCK_E, max(_PARTS, power_of_2(num_experts)))
     _emit_pairs(
         num_groups + cdiv(num_slots, _TAIL),
-        *ranked[:4],
+        *ranked[:3],
         before,
         counts,
         first_rows,

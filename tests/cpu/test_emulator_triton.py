@@ -59,7 +59,7 @@ def _ranked(scores, chosen):
     bits = scores.view(torch.int32)
     ranks = torch.where(chosen, HIGHEST.value - bits, -1), torch.where(chosen, -1, bits)
     tops = torch.stack([_by_group(rank, -1).amax(2) for rank in ranks])
-    return Ranked(scores.t().contiguous(), None, None, _words(chosen), tops)
+    return Ranked(scores.t().contiguous(), None, _words(chosen), tops)
 
 
 def _kept(scores, chosen, tile, rule):
