@@ -116,7 +116,7 @@ def host_microseconds(function: Callable[[], object], device: torch.device) -> H
     """Host time of one call: ``_HOST_CALLS`` are enqueued on an idle device without waiting.
 
     The first second does not count: with cores and GPU that were idle before, a call took 114 us in
-    it and 85 us from then on (H200, 2026-11-27).
+    it and 85 us from then on (a development run on an H200, 2026-11-27).
     """
     _call_times(function, device)
     times = _call_times(function, device)

@@ -6,12 +6,12 @@ sizes alone costs.
 The shapes of the bars and others drawn at random, so that one of the smaller GEMMs takes 0.1 to
 2.5 ms. All kernels are compiled first. The result file has, for each shape and GEMM, the time of
 the choice over that of the best tiling; ``<json>.times.gz`` beside it has the time of every tiling,
-from which ``kernels_sm90.tiles`` is fitted: after a change of the choice, without a GPU,
+from which ``kernels_sm90.choice`` is fitted: after a change of the choice, without a GPU,
 
     python benchmarks/tiles.py --review benchmarks/results/<date>-tiles.json.times.gz
 
-which with ``--json`` also brings the ratios of the result file up to date.
-``--again`` times the fastest tilings of such a file once more, for the same layers.
+which with ``--json`` also brings the ratios of the result file up to date: its head stays that of
+the sweep. ``--again`` times the fastest tilings of such a file once more, for the same layers.
 """
 
 import argparse
@@ -126,9 +126,16 @@ class Sweep:
         return self.backend.default_config(problem, shape.rows // shape.E, n, k, shape.E)
 
     def ratio(self, gemm: str, index: int) -> float:
-        """Time of the choice over that of the best tiling, on the shape ``index``."""
-        times = self.times[gemm][index]
-        return times[self.chosen(gemm, self.shapes[index])] / min(times.values())
+        """Time of the choice over that of the best tiling, on the shape ``index``.
+
+        :raises ValueError: the choice was not among the tilings of the sweep.
+        """
+        times, chosen = self.times[gemm][index], self.chosen(gemm, self.shapes[index])
+        if chosen not in times:
+            raise ValueError(
+                f"{gemm} with {chosen.name} was not timed; sweep over all tilings anew"
+            )
+        return times[chosen] / min(times.values())
 
     def line(self, gemm: str, index: int, others: int = 1) -> str:
         """The choice for one shape, and the fastest tilings."""
@@ -235,10 +242,10 @@ def review(path: Path, json_file: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="*", default=list(BARS), choices=list(BARS))
-    parser.add_argument("--gemms", nargs="+", default=list(TILED_GEMMS), choices=TILED_GEMMS)
-    parser.add_argument("--random", type=not_negative, default=0, help="so many drawn shapes more")
-    parser.add_argument("--seed", type=not_negative, default=SEED)
+    parser.add_argument("--shapes", nargs="*", choices=list(BARS), help="default: all")
+    parser.add_argument("--gemms", nargs="+", choices=TILED_GEMMS, help="default: all")
+    parser.add_argument("--random", type=not_negative, help="so many drawn shapes more")
+    parser.add_argument("--seed", type=not_negative, help=f"of these; default {SEED}")
     parser.add_argument("--jobs", type=positive, default=8, help="kernels compiled at once")
     parser.add_argument("--seconds", type=positive, default=3600, help="start no shape after these")
     parser.add_argument("--json", type=output_file)
@@ -249,6 +256,14 @@ def main() -> None:
         "--again", type=Path, metavar="FILE", help="the fastest by these times of an earlier sweep"
     )
     arguments = parser.parse_args()
+    sizes = arguments.shapes, arguments.gemms, arguments.random, arguments.seed
+    earlier = arguments.review or arguments.again
+    if earlier is not None and any(value is not None for value in sizes):
+        parser.error("--review and --again take shapes and GEMMs from their file; leave them out")
+    if arguments.review is not None and arguments.again is not None:
+        parser.error("--review looks at times, --again takes them; give one of the two")
+    if arguments.review and arguments.json and times_beside(arguments.json) != arguments.review:
+        parser.error(f"--json has to be the result file of {arguments.review}")
     if arguments.review is not None:
         review(arguments.review, arguments.json)
         return
@@ -262,11 +277,17 @@ def main() -> None:
         shapes, spaces = old.shapes, old.spaces
     else:
         old = None
-        shapes = [BARS[name] for name in arguments.shapes]
-        shapes += drawn_shapes(arguments.random, arguments.seed)
-        problems = {gemm: launches(BARS["A"])[gemm][0] for gemm in arguments.gemms}
+        names = list(BARS) if arguments.shapes is None else arguments.shapes
+        seed = SEED if arguments.seed is None else arguments.seed
+        shapes = [BARS[name] for name in names] + drawn_shapes(arguments.random or 0, seed)
+        gemms = arguments.gemms or TILED_GEMMS
+        problems = {gemm: launches(BARS["A"])[gemm][0] for gemm in gemms}
         spaces = {gemm: tilings(backend, problem) for gemm, problem in problems.items()}
     sweep = Sweep(backend, spaces)
+    for gemm, space in spaces.items():
+        for shape in shapes:
+            if sweep.chosen(gemm, shape) not in space:
+                sys.exit(f"{sweep.chosen(gemm, shape).name} is new; sweep all tilings anew")
     if compile_kernels(backend.arch, sweep.kernels(shapes, old), arguments.jobs):
         sys.exit("a kernel did not compile")
     for index, shape in enumerate(shapes):

@@ -6,8 +6,11 @@ its traffic. Experts get rows at random, so that what counts is the expected num
 ``_order`` says how CTAs come to their tiles.
 
 The constants were fitted to sweeps over all tilings (``benchmarks/tiles.py``, H200, 2026-11-27):
-the six GEMMs of 26 layers, 55 to 84 tilings each, bf16 and SwiGLU. Other activations, biases and
-fp16 take what these take. ``kernels_sm90/README.md`` says what came of it.
+the six GEMMs of 26 layers, 55 to 84 tilings each, bf16 and SwiGLU; the thresholds of the orders lie
+between layers that an order helped and others that it did not. Other activations, biases and fp16
+take what these take. ``kernels_sm90/README.md`` says what came of it. Not measured: other numbers of
+SMs, and less than one wave, where the rule of few rows takes the widest tiles that cover the
+columns, whatever the rows.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ _HOPELESS = 2.0  # times the best, or more: as bad as any
 _WRONG_ORDER = 1.03  # what it costs, about, to take tiles in the order of other numbers of rows
 _FEW_WAVES, _MANY_WAVES = 10, 32
 _FEW_ROWS = 32  # of an expert: fewer only read its weights, see _few_rows
-_MOST_ROWS = 4096  # more change nothing
+_MOST_ROWS = 4096  # more count as so many; with a few experts that is up to a fifth off
 
 _COOPERATIVE, _PINGPONG, _OVERLAPPED = Schedule.COOPERATIVE, Schedule.PINGPONG, Schedule.OVERLAPPED
 

@@ -1,7 +1,7 @@
 """The first use of a layer whose kernels nobody has compiled: all of them at once, side by side.
 
-CuTeDSL compiles one kernel at a time in a process, for seconds each, and a layer has twenty. So the
-command ``sonic compile`` runs, which compiles in processes of its own and leaves the kernels on
+CuTeDSL compiles one kernel at a time in a process, for seconds each, and a layer has some 25. So
+the command ``sonic compile`` runs, which compiles in processes of its own and leaves the kernels on
 disk. It is a process of its own too, because those that it starts would otherwise import the
 caller's main module again.
 """
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Hashable
 from pathlib import Path
 
 import torch
@@ -24,12 +26,25 @@ from sonic.runtime.settings import CompileMode
 
 _log = logging.getLogger("sonic")
 
+_MOST_JOBS = 8  # that nobody asked for: each takes about a gigabyte
+_MOST_SECONDS = 1800.0
+_AT_ONCE = 1.0  # seconds: whoever waited longer for its turn came second
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_tried: set[Hashable] = set()
+
 
 def usable_cpus() -> int:
-    """CPUs that this process may run on; a container or a job may own few of the machine's."""
+    """CPUs that this process may use, of which a container or a job may have few: by affinity, and
+    by the quota of its control group (version 2)."""
     if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):  # there is none, or it is "max"
+        return count
 
 
 def fill_cache(
@@ -44,8 +59,8 @@ def fill_cache(
     """Compile what a layer may need if its up-projection, ``up`` with ``config``, is missing.
 
     Only where the cache keeps kernels, without ``SONIC_COMPILE=needed``, and where more than one
-    CPU can compile. Of several processes one compiles, and the others wait. If that fails, each
-    kernel is left to the call that needs it.
+    CPU can compile; once in a process for each layer, and by one of several processes, while the
+    others wait. If that fails, which is logged, each kernel is left to the call that needs it.
 
     Args:
         hidden: H. width: rows of an expert's ``w1``. experts: E.
@@ -56,40 +71,71 @@ def fill_cache(
     key = KernelKey(arch, up, config)
     if cache.settings.compile is CompileMode.NEEDED or not cache.keeps(arch) or cache.holds(key):
         return
-    folder = cache.folder(arch, create=True) if usable_cpus() > 1 else None
-    if folder is None:
+    layer = arch, up.activation, up.dtype, up.has_bias, hidden, width, experts
+    jobs = min(usable_cpus(), _MOST_JOBS)
+    # A frozen program's executable is the program.
+    if layer in _tried or jobs < 2 or not sys.executable or getattr(sys, "frozen", False):
+        return
+    _tried.add(layer)
+    folder = cache.folder(arch, create=True)
+    if folder is None or not os.access(folder, os.W_OK):
         return
     intermediate = width // 2 if up.activation.is_gated else width
     command = [
-        *(sys.executable, "-m", "sonic", "compile", "--arch", arch.value),
+        *(sys.executable, "-m", "sonic", "compile", "--arch", arch.value, "--jobs", str(jobs)),
         *("--thiek", f"1,{hidden},{intermediate},{experts},1"),
         *("--activation", up.activation.value, "--dtype", up.dtype),
         *(["--add_bias"] if up.has_bias else []),
     ]
+    start = time.perf_counter()
     with turn(folder / ".fill.lock"):
-        if not cache.holds(key):
+        # Where another process had its turn before and it is missing still, that one has failed.
+        if not cache.holds(key) and time.perf_counter() - start < _AT_ONCE:
             _run(command, folder)
+            if not cache.holds(key):
+                _log.warning("sonic compile left no %s %s here", up.name, config.name)
 
 
 def _run(command: list[str], folder: Path) -> None:
+    """Run ``command``, which finds sonic where this process found it, and no module of the current
+    directory, which ``python -m`` looks into first."""
     _log.info("compiling the kernels of a layer: %s", " ".join(command))
     start = time.perf_counter()
-    # sonic is found where this process found it, and no module of the current directory, which
-    # "python -m" looks into first.
-    search = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    environment = os.environ | {"PYTHONPATH": search}
     try:
-        subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            check=True,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-        )
+        search = [os.path.abspath(path) for path in sys.path if isinstance(path, str)]
+        # That process never does this in turn, whatever it is.
+        environment = {"PYTHONPATH": os.pathsep.join(search), "SONIC_COMPILE": "needed"}
+        status, said = _wait_for(command, folder, os.environ | environment)
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
-        reasons = "; ".join([str(error), *said.splitlines()[-1:]])
-        _log.warning("kernels are compiled one after another now: %s", reasons)
+        _log.warning("kernels are compiled one after another now: %s", error)
         return
-    _log.info("compiled them in %.1f s", time.perf_counter() - start)
+    _log.info("it took %.1f s", time.perf_counter() - start)
+    if status != 0:
+        failures = [line for line in said.splitlines() if "failed:" in line] or said.splitlines()
+        _log.warning(
+            "sonic compile, exit status %d; what is missing is compiled when needed: %s",
+            status,
+            "; ".join(failures[-3:]) or "it said nothing",
+        )
+
+
+def _wait_for(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit status and output. Whatever ends the wait early, an interrupt too, ends the command and
+    the processes that it started."""
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=_MOST_SECONDS)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return process.returncode, said

@@ -369,7 +369,8 @@ def _search(
     bound and limit, and keys and groups of the first LIST_BLOCK that are listed."""
     ALL: tl.constexpr = LIST <= LIST_BLOCK
     size, low, high = _list_groups(tops, held, listed, want, up, num_groups, BLOCK, HELD, LIST)
-    # Orders the list, which other threads wrote, before the loads.
+    # Orders the list, which other threads wrote, before the loads, and what an earlier search of
+    # this program loaded of `found` before what this one stores there.
     tl.debug_barrier()
     key, group = _load_listed(column, listed, 0, size, num_groups, key_stride, LIST_BLOCK)
     reach = _count_listed(

@@ -1,6 +1,7 @@
 """The model that chooses the tiles of the Hopper kernels."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from benchmarks.tiles import launches
 from kernels_sm90 import choice
 from kernels_sm90.tiles import supports_config
 from sonic.enums import ActivationType
-from sonic.runtime.problem import Problem, Ragged, layer_problems
+from sonic.runtime.problem import Problem, Ragged, TileConfig, layer_problems
 
 
 def every_problem() -> list[Problem]:
@@ -64,6 +65,37 @@ def test_the_number_of_experts_decides_how_full_the_last_wave_is() -> None:
     for experts in (shape.E, 64 * shape.E):
         widths[experts] = choice.default_config(problem, 512, n, k, experts).tile_n
     assert list(widths.values()) == [128, 256]
+
+
+def without_order(config: TileConfig) -> TileConfig:
+    return replace(config, raster_along_m=True, dynamic=False)
+
+
+def test_few_kernels_cost_little_by_the_model() -> None:
+    """Three or four kernels for all numbers of rows, beside the best tiling for each."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(least: int, most: int) -> int:
+        exponent = torch.rand((), generator=generator) * math.log2(most / least)
+        return 8 * round(least * 2 ** exponent.item() / 8)
+
+    ratios = []
+    for _ in range(6):
+        shape = Shape(1, drawn(1024, 8192), drawn(128, 4096), drawn(8, 512), 1)
+        for problem, n, k in launches(shape).values():
+            for rows in (64, 200, 500, 1500, 4000):
+                size = choice._Size(choice._class_of_rows(rows), n, k, shape.E)
+                if choice._is_small(problem, size):
+                    continue
+                times = choice._times(problem, size)
+                config = choice.default_config(problem, rows, n, k, shape.E)
+                ratios += [
+                    time / min(t for _, t in times.values())
+                    for tiling, (order, time) in times.items()
+                    if without_order(tiling.config(order)) == without_order(config)
+                ]
+    assert len(ratios) > 100
+    assert max(ratios) < 1.15 and sum(ratios) / len(ratios) < 1.02
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2**30])

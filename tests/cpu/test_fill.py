@@ -1,7 +1,11 @@
 """The first use of a layer: what is compiled side by side, by whom, and when not."""
 
+import contextlib
 import logging
+import os
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,28 +29,40 @@ class Machine:
 
     def __init__(self, folder, monkeypatch):
         self.folder, self._patch = folder, monkeypatch
-        self.commands, self.fails, self.compiles = [], None, True
+        self.commands = []
+        self.outcome = 0, ""
+        self.keeps = True
         self.set_up()
         monkeypatch.setattr(fill, "backend_for", lambda device: BACKEND)
-        monkeypatch.setattr(fill.subprocess, "run", self.run)
+        monkeypatch.setattr(fill, "_wait_for", self.run)
 
     def set_up(self, cache=CacheMode.READ_WRITE, mode=CompileMode.ALL, cpus=4):
+        """A process that has not tried anything yet."""
         settings = Settings(cache, self.folder / "kernels", mode)
         self.cache = KernelCache(settings, toolchain=lambda arch: {"sources": "one"})
         self._patch.setattr(fill, "kernel_cache", lambda: self.cache)
         self._patch.setattr(fill, "usable_cpus", lambda: cpus)
+        self._patch.setattr(fill, "_tried", set())
 
-    def run(self, command, **how):
-        self.commands.append((command, how))
-        if self.fails is not None:
-            raise self.fails
+    def run(self, command, folder, environment):
+        self.commands.append((command, folder, environment))
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        if self.keeps and self.outcome[0] == 0:
+            self.path().write_text("a kernel")
+        return self.outcome
 
-    def use(self, activation=ActivationType.SWIGLU, dtype="bfloat16", bias=False, training=True):
+    def path(self):
+        return self.cache.folder(Arch.SM90, create=True) / f"{self.key.stem}.so"
+
+    def use(
+        self, activation=ActivationType.SWIGLU, dtype="bfloat16", bias=False, training=True, rows=64
+    ):
         up = up_problem(activation, dtype, bias, training)
         width = INTERMEDIATE * (2 if activation.is_gated else 1)
-        config = BACKEND.default_config(up, 64, width, HIDDEN, EXPERTS)
+        config = BACKEND.default_config(up, rows, width, HIDDEN, EXPERTS)
+        self.key = KernelKey(Arch.SM90, up, config)
         fill.fill_cache(up, config, DEVICE, hidden=HIDDEN, width=width, experts=EXPERTS)
-        return KernelKey(Arch.SM90, up, config)
 
 
 @pytest.fixture
@@ -59,7 +75,8 @@ def machine(tmp_path, monkeypatch):
 @pytest.mark.parametrize("activation", [ActivationType.SWIGLU, ActivationType.RELU_SQ])
 def test_the_command_compiles_what_the_layer_launches(machine, activation, bias):
     machine.use(activation, "float16", bias)
-    ((command, how),) = machine.commands
+    ((command, folder, environment),) = machine.commands
+    assert folder.is_dir() and environment["SONIC_COMPILE"] == "needed"
     assert command[:3] == [sys.executable, "-m", "sonic"]
     parsed = cli._parser().parse_args(command[3:])
     (size,) = parsed.thiek
@@ -74,16 +91,15 @@ def test_the_command_compiles_what_the_layer_launches(machine, activation, bias)
         how_run = activation, "interleaved", torch.float16
         launched = kernels_of_stages(BACKEND.default_config, layer, *how_run)
     assert launched and set(launched) <= set(compiled)
-    assert how["check"] and how["cwd"].is_dir()
+    assert parsed.jobs == 4
 
 
 def test_nothing_runs_where_the_kernel_is_there_or_none_would_be_kept(machine):
-    key = machine.use()
-    path = machine.cache.folder(Arch.SM90, create=True) / f"{key.stem}.so"
-    path.write_text("a kernel")
+    machine.use()
+    machine.set_up()
     machine.use()
     assert len(machine.commands) == 1
-    path.unlink()
+    machine.path().unlink()
     for settings in (
         {"mode": CompileMode.NEEDED},
         {"cache": CacheMode.READ_ONLY},
@@ -98,18 +114,109 @@ def test_nothing_runs_where_the_kernel_is_there_or_none_would_be_kept(machine):
     assert len(machine.commands) == 2
 
 
+def test_no_more_jobs_than_fit_into_memory(machine):
+    machine.set_up(cpus=192)
+    machine.use()
+    ((command, *_),) = machine.commands
+    assert command[command.index("--jobs") + 1] == "8"
+
+
+@pytest.mark.parametrize("executable", [None, ""])
+def test_a_program_without_an_interpreter_compiles_by_itself(machine, monkeypatch, executable):
+    monkeypatch.setattr(sys, "executable", executable)
+    machine.use()
+    assert not machine.commands
+
+
+def test_a_frozen_program_is_not_started_again(machine, monkeypatch):
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    machine.use()
+    assert not machine.commands
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("outcome", "said"),
     [
-        OSError("no processes left"),
-        fill.subprocess.CalledProcessError(2, ["sonic"], stderr=b"loading\nno compiler\n"),
+        (OSError("no processes left"), "no processes left"),
+        (fill.subprocess.TimeoutExpired(["sonic"], 1800), "timed out"),
+        ((1, "[1/2] up: failed: no registers\n1 of 2 in the cache\n"), "failed: no registers"),
+        ((2, "sonic compile: no disk\n"), "no disk"),
+        ((0, "all there"), "left no"),
     ],
 )
-def test_a_failure_leaves_the_kernels_to_the_calls(machine, caplog, error):
-    machine.fails = error
+def test_a_failure_is_logged_and_not_repeated(machine, caplog, outcome, said):
+    machine.outcome, machine.keeps = outcome, False
+    for rows in (64, 300, 64):
+        machine.use(rows=rows)
+    assert said in caplog.text
+    assert len(machine.commands) == 1
+    machine.use(bias=True)
+    assert len(machine.commands) == 2, "another layer"
+
+
+def test_of_several_processes_one_compiles(machine, monkeypatch):
+    """The second one waits for its turn, and finds the kernels, or does not try what failed."""
+    for keeps in (True, False):
+        machine.set_up()
+        machine.commands.clear()
+
+        @contextlib.contextmanager
+        def late(path, keeps=keeps):
+            assert path.parent == machine.cache.folder(Arch.SM90)
+            machine.path().unlink(missing_ok=True)
+            if keeps:
+                machine.path().write_text("a kernel")
+            else:
+                monkeypatch.setattr(fill, "_AT_ONCE", -1.0)
+            yield
+
+        monkeypatch.setattr(fill, "turn", late)
+        machine.use()
+        assert not machine.commands
+
+
+def test_odd_search_paths_are_no_failure(machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [tmp_path, "", "relative", *sys.path])
     machine.use()
-    assert "one after another" in caplog.text
-    assert "no processes left" in caplog.text or "no compiler" in caplog.text
+    ((*_, environment),) = machine.commands
+    search = environment["PYTHONPATH"].split(os.pathsep)
+    assert all(os.path.isabs(path) for path in search)
+    assert search[:2] == [os.getcwd(), os.path.abspath("relative")]
+
+
+def test_what_ends_the_wait_ends_the_processes(tmp_path, monkeypatch):
+    """Those too that the command started."""
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "open('pid', 'w').write(str(child.pid))\n"
+        "time.sleep(60)"
+    )
+    monkeypatch.setattr(fill, "_MOST_SECONDS", 3.0)
+    with pytest.raises(fill.subprocess.TimeoutExpired):
+        fill._wait_for([sys.executable, "-c", code], tmp_path, dict(os.environ))
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and _runs(pid):
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+def _runs(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_a_quota_counts(monkeypatch, tmp_path):
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(fill, "_QUOTA", quota)
+    everything = fill.usable_cpus()
+    for text, expected in (("max 100000", everything), ("50000 100000", 1), ("100000 100000", 1)):
+        quota.write_text(text)
+        assert fill.usable_cpus() == expected
 
 
 def test_the_child_imports_this_sonic_and_nothing_of_the_current_directory(
@@ -123,7 +230,7 @@ def test_the_child_imports_this_sonic_and_nothing_of_the_current_directory(
     code = f"import sys, sonic.cli; sys.exit(sonic.cli.__file__ != {cli.__file__!r})"
     with caplog.at_level(logging.INFO, logger="sonic"):
         fill._run([sys.executable, "-c", code], tmp_path)
-    assert "compiled them in" in caplog.text, caplog.text
+    assert "it took" in caplog.text and "exit status" not in caplog.text, caplog.text
 
 
 def test_a_problem_that_is_no_up_projection(machine):

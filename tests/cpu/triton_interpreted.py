@@ -199,6 +199,16 @@ def test_combine_of_general_routing(case, dtype, with_scores, guarded):
     checks.check_combine(plan, hidden, dtype, with_scores)
 
 
+def test_combine_in_blocks_without_empty_columns(guarded):
+    """520 columns of float32: three blocks of 256 hold fewer empty ones than two of 512."""
+    from sonic.triton.combine import _block_size
+
+    checks.check_combine(checks.topk_plan(4, 3, 5, CPU), 520, torch.float32, True)
+    checks.check_combine(checks.flat_plan(5, 12, 5, CPU), 520, torch.float32, True)
+    assert _block_size(520, 4) == 256
+    assert [_block_size(hidden, 8) for hidden in (8, 1536, 2880, 4096)] == [8, 512, 1024, 1024]
+
+
 def test_combine_without_slots(poisoned):
     rows = torch.empty(0, 16)
     plan = build_plan_flat(
