@@ -8,8 +8,8 @@ its traffic. Experts get rows at random, so that what counts is the expected num
 The constants were fitted to sweeps over all tilings (``benchmarks/tiles.py``, H200, 2026-11-27):
 the six GEMMs of 26 layers, 55 to 84 tilings each, bf16 and SwiGLU; the thresholds of the orders lie
 between layers that an order helped and others that it did not. Other activations, biases and fp16
-take what these take. ``kernels_sm90/README.md`` says what came of it. Not measured: other numbers of
-SMs, and less than one wave, where the rule of few rows takes the widest tiles that cover the
+take what these take. ``kernels_sm90/README.md`` says what came of it. Not measured: other numbers
+of SMs, and less than one wave, where the rule of few rows takes the widest tiles that cover the
 columns, whatever the rows.
 """
 
