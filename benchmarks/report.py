@@ -293,12 +293,12 @@ def router_table(figures: Figures) -> str:
             cells = [letter, ", ".join(map(str, problem)), router]
             for name in ("forward", "backward"):
                 metric = f"router {router}/{name}"
-                pair = [figures.get(metric, "ms", problem, provider) for provider in (OURS, EAGER)]
-                counts = [
-                    figures.get(f"{metric}/launches", "count", problem, provider)
-                    for provider in (OURS, EAGER)
-                ]
-                cells += [_beside(pair, 1000), _beside(counts, 1)]
+                for suffix, unit, factor in (("", "ms", 1000), ("/launches", "count", 1)):
+                    pair = [
+                        figures.get(metric + suffix, unit, problem, provider)
+                        for provider in (OURS, EAGER)
+                    ]
+                    cells.append(_beside(pair, factor))
             if cells[3] != "–":
                 rows.append(cells)
     if not rows:
