@@ -1,8 +1,8 @@
-"""Runs the GPU tests, one process per file, and writes how many passed to a result file.
+"""Runs the GPU tests side by side (pytest-xdist) and writes how many passed to a result file.
 
     python benchmarks/gpu_tests.py --jobs 6 --json benchmarks/results/<date>-gpu-tests.json
 
-Exit status 1 if a test failed, a file did not finish, or no test ran.
+Exit status 1 if a test failed, the run did not finish, or no test ran.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter, defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,36 +23,51 @@ from benchmarks.measure import environment
 from benchmarks.report import Result
 
 OUTCOMES = ("passed", "failed", "skipped")
+PRINTED = 20_000  # characters of a failed run
 
 
-def run_file(path: Path, report: Path, limit: float) -> str:
-    """Run one file's tests; the JUnit report goes to ``report``. Returns what pytest printed."""
-    command = [sys.executable, "-m", "pytest", "-q", str(path), f"--junitxml={report}"]
+def run(paths: list[Path], processes: int, report: Path, limit: float) -> str:
+    """Run the tests side by side; the JUnit report goes to ``report``. Returns what was printed:
+    nothing is captured in the workers, so that an abort is seen."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", str(processes), "--dist", "worksteal"]
+    command += ["--capture=sys", "-p", "no:cacheprovider", f"--junitxml={report}"]
     try:
-        run = subprocess.run(
-            command, cwd=ROOT, timeout=limit, capture_output=True, text=True, check=False
+        done = subprocess.run(
+            [*command, *map(str, paths)],
+            cwd=ROOT,
+            timeout=limit,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
         )
     except subprocess.TimeoutExpired as expired:
         printed = expired.stdout or b""
-        return f"not finished after {limit:.0f} s\n{printed.decode(errors='replace')}"
-    return run.stdout + run.stderr
+        return f"{printed.decode(errors='replace')}\nnot finished after {limit:.0f} s"
+    return done.stdout
 
 
-def count(report: Path) -> dict[str, int]:
-    """Tests by outcome; a report that is missing or unreadable counts as one failure."""
+def count(report: Path) -> dict[str, Counter[str]]:
+    """Tests of every file by outcome; a missing or unreadable report is one failure."""
     try:
         cases = list(ElementTree.parse(report).iter("testcase"))
     except (OSError, ElementTree.ParseError):
-        return {"passed": 0, "failed": 1, "skipped": 0}
-    failed = sum(any(part.tag in ("failure", "error") for part in case) for case in cases)
-    skipped = sum(any(part.tag == "skipped" for part in case) for case in cases)
-    return {"passed": len(cases) - failed - skipped, "failed": failed, "skipped": skipped}
+        return {"report": Counter(failed=1)}
+    files: dict[str, Counter[str]] = defaultdict(Counter)
+    for case in cases:
+        tags = {part.tag for part in case}
+        outcome = "failed" if tags & {"failure", "error"} else "passed"
+        # tests.gpu.test_layer, or tests.gpu.test_layer.TestClass; none where a worker died
+        parts = case.get("classname", "").split(".")
+        name = next((part for part in parts if part.startswith("test_")), "a worker")
+        files[name]["skipped" if "skipped" in tags else outcome] += 1
+    return dict(files)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=4, help="files at a time")
-    parser.add_argument("--limit", type=float, default=900, help="seconds for each file")
+    parser.add_argument("--jobs", type=int, default=4, help="processes")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for all")
     parser.add_argument("--files", nargs="+", help="some of them, as in: layer graph compile")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -63,24 +78,21 @@ def main() -> int:
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
     if arguments.files:
         files = [path for path in files if path.stem.removeprefix("test_") in arguments.files]
-    total = dict.fromkeys(OUTCOMES, 0)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
-        running = {}
-        for path in files:
-            report = Path(folder) / f"{path.stem}.xml"
-            running[pool.submit(run_file, path, report, arguments.limit)] = (path, report)
-        for done in as_completed(running):
-            path, report = running[done]
-            counts = count(report)
-            print(f"{path.name}: " + ", ".join(f"{counts[o]} {o}" for o in OUTCOMES), flush=True)
-            if counts["failed"]:
-                print(done.result()[-4000:], flush=True)
-            for outcome in OUTCOMES:
-                total[outcome] += counts[outcome]
-                result.add(f"{path.name}/{outcome}", counts[outcome], "tests", [])
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        printed = run(files, arguments.jobs, report, arguments.limit)
+        counts = count(report)
+    total: Counter[str] = Counter()
+    for name, outcomes in sorted(counts.items()):
+        print(f"{name}: " + ", ".join(f"{outcomes[o]} {o}" for o in OUTCOMES))
+        total += outcomes
+        for outcome in OUTCOMES:
+            result.add(f"{name}.py/{outcome}", outcomes[outcome], "tests", [])
     for outcome in OUTCOMES:
         result.add(f"all/{outcome}", total[outcome], "tests", [])
+    if total["failed"] or not total["passed"]:
+        print(printed[-PRINTED:])
     print(", ".join(f"{total[o]} {o}" for o in OUTCOMES), f"{time.perf_counter() - start:.0f} s")
     if arguments.json:
         result.write(arguments.json)
