@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import astuple, fields
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,10 @@ def launches(shape: Shape) -> dict[str, tuple[Problem, int, int]]:
 
 
 def tilings(backend: Backend, problem: Problem) -> list[TileConfig]:
-    """The search space, and whatever the choice by sizes may choose."""
-    return list(dict.fromkeys((*backend.search_space(problem), *backend.candidates(problem))))
+    """The search space, and whatever the choice by sizes may choose: reductions that are not split,
+    because no expert of a uniform routing has the rows for it."""
+    every = (*backend.search_space(problem), *backend.candidates(problem))
+    return list(dict.fromkeys(config for config in every if not config.split))
 
 
 class Sweep:
@@ -123,7 +125,8 @@ class Sweep:
 
     def chosen(self, gemm: str, shape: Shape) -> TileConfig:
         problem, n, k = launches(shape)[gemm]
-        return self.backend.default_config(problem, shape.rows // shape.E, n, k, shape.E)
+        chosen = self.backend.default_config(problem, shape.rows // shape.E, n, k, shape.E)
+        return replace(chosen, split=False)  # see :func:`tilings`
 
     def ratio(self, gemm: str, index: int) -> float:
         """Time of the choice over that of the best tiling, on the shape ``index``.

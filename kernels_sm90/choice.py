@@ -18,10 +18,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 from kernels_sm90.tiles import BLOCK_K, supports_config
 from sonic.enums import ActivationType
+from sonic.runtime.limits import MAX_SPLIT_EXPERTS
 from sonic.runtime.problem import (
     EpilogueKind,
     Operand,
@@ -47,6 +49,8 @@ _HOPELESS = 2.0  # times the best, or more: as bad as any
 _WRONG_ORDER = 1.03  # what it costs, about, to take tiles in the order of other numbers of rows
 _FEW_WAVES, _MANY_WAVES = 10, 32
 _FEW_ROWS = 32  # of an expert: fewer only read its weights, see _few_rows
+_FEW_TILES = _SMS // 4  # of a weight gradient
+_LEAST_SPLIT_EXPERTS = 4  # fewer have large shares of the rows by themselves
 _MOST_ROWS = 4096  # more count as so many; with a few experts that is up to a fifth off
 
 _COOPERATIVE, _PINGPONG, _OVERLAPPED = Schedule.COOPERATIVE, Schedule.PINGPONG, Schedule.OVERLAPPED
@@ -394,8 +398,18 @@ def _choices(problem: Problem, n: int, k: int, experts: int) -> dict[int, TileCo
         best = list(map(min, best, ratios[kept[-1]]))
     for index, rows in enumerate(classes):
         plan = min(kept, key=lambda plan: ratios[plan][index])
-        choices[rows] = plan.tiling.config(plan.order)
+        config = plan.tiling.config(plan.order)
+        choices[rows] = replace(config, split=_is_split(problem, config, n, k, experts))
     return choices
+
+
+def _is_split(problem: Problem, config: TileConfig, n: int, k: int, experts: int) -> bool:
+    """Whether few tiles share the rows of an expert: one with a quarter of all rows would keep
+    these few SMs busy when the others have long finished."""
+    if supports_config(problem, replace(config, split=True)) is not None:
+        return False
+    tiles = -(-k // config.tile_m) * -(-n // config.tile_n)
+    return tiles <= _FEW_TILES and _LEAST_SPLIT_EXPERTS <= experts <= MAX_SPLIT_EXPERTS
 
 
 def default_config(
@@ -422,5 +436,6 @@ def candidates(problem: Problem) -> list[TileConfig]:
         few = []
     orders = [_Order(*flags) for flags in itertools.product((False, True), repeat=2)]
     ordered = [tiling.config(order) for tiling in _tilings(problem) for order in orders]
+    ordered += [replace(config, split=True) for config in ordered]
     legal = [config for config in ordered if supports_config(problem, config) is None]
     return list(dict.fromkeys(few + legal))

@@ -43,6 +43,8 @@ def fake_arguments(problem: Problem, gemm: GroupedGemmSm90) -> tuple:
     has_aux = kind in (EpilogueKind.ACTIVATION, EpilogueKind.ACTIVATION_GRAD)
     is_grad = kind is EpilogueKind.ACTIVATION_GRAD
     aux = _fake(dtype, (rows, eight[4])) if has_aux else None
+    if gemm.config.split:
+        aux = _fake_weight(dtype, (cute.sym_int(), eight[2], eight[3]))
     c = _fake(dtype, (rows, eight[3])) if is_grad else None
     bias = None
     if problem.has_bias:

@@ -372,11 +372,25 @@ class EpilogueMixin:
                 coordinates = weight_coordinates(column, first_row, expert, self.problem.gated_rows)
                 if cutlass.const_expr(epilogue.accumulates):
                     tma_reduce_add(d_map, d_slot, coordinates)
+                elif cutlass.const_expr(self.config.split):
+                    self._store_part(d_map, aux_map, context, d_slot, column, first_row)
                 else:
                     tma_store(d_map, d_slot, coordinates)
         if cutlass.const_expr(epilogue.aux_blocks > 0):
             column = col // epilogue.acc_blocks + index * epilogue.aux_chunk
             tma_store(aux_map, aux_slot, ragged_coordinates(column, first_row, begin, end))
+
+    @cute.jit
+    def _store_part(self, d_map, parts_map, context, d_slot, column, first_row):
+        """A piece of the output, or of the sum over a later part of the expert's rows."""
+        cursor, _, _, sizes = context
+        expert, _, part, begin, _ = cursor
+        gated = self.problem.gated_rows
+        if part == 0:
+            tma_store(d_map, d_slot, weight_coordinates(column, first_row, expert, gated))
+        else:
+            block = begin // sizes[2] - 1
+            tma_store(parts_map, d_slot, weight_coordinates(column, first_row, block, gated))
 
     @cute.jit
     def store_row_sums(self, vectors, rows, context, warp: Int32, group: Int32):

@@ -31,6 +31,7 @@ from sonic.device.scheduler import (
     TileOrder,
     seek_ragged_reduction,
     seek_ragged_rows,
+    seek_split_reduction,
 )
 from sonic.runtime.problem import EpilogueKind, Operand, Problem, Ragged, Schedule, TileConfig
 
@@ -112,7 +113,10 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
         """Builds the descriptors and launches; absent tensors are ``None``.
 
         :param a, b, d: operands and output as :class:`Problem` describes them.
-        :param aux: ``(R, I)`` second output. :param c: ``(R, N)`` pre-activation that the epilogue
+        :param aux: ``(R, I)`` second output; of a split reduction ``(P, rows, cols)`` like ``d``:
+        a part of an expert has at most ``ceil(R / (P + 1))`` rows, the first one is stored to
+        ``d``, and one that begins in the block ``i`` of so many rows to ``aux[i - 1]``.
+        :param c: ``(R, N)`` pre-activation that the epilogue
         reads.
         :param bias: ``(E, rows of the weight)``. :param score: ``(R,)`` float32.
         :param row_sum: ``(ceil(N / tile_n), R)`` float32 partial sums.
@@ -143,6 +147,10 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
             d_map = tensormap.weight_map(
                 d, self.epilogue.d_chunk, rows_box, gated, pair_stride, unit_stride
             )
+            if cutlass.const_expr(config.split):
+                aux_map = tensormap.weight_map(
+                    aux, self.epilogue.d_chunk, rows_box, gated, pair_stride, unit_stride
+                )
         gathered = a if cutlass.const_expr(self.gather_a) else b
         if cutlass.const_expr(problem.gather is None):
             gathered = None
@@ -151,6 +159,9 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
             n = Int32(b.shape[1] if self.b_is_k_major else b.shape[2])
         else:
             m, n, k = Int32(a.shape[1]), Int32(b.shape[1]), Int32(0)
+            if cutlass.const_expr(config.split):
+                rows = (b if cutlass.const_expr(self.gather_a) else a).shape[0]
+                k = Int32(cute.ceil_div(rows, aux.shape[0] + 1))
         bias_unit = Int32(0)
         bias_pair = Int32(0)
         if cutlass.const_expr(problem.has_bias and gated):
@@ -251,7 +262,8 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
             cute.arch.sync_threads()
 
     def tile_counts(self, sizes):
-        """Cluster tiles of one expert along M (ragged reduction only) and along N."""
+        """Cluster tiles of one expert, or of one of its parts, along M (ragged reduction only) and
+        along N."""
         m, n, _ = sizes
         config = self.config
         tiles_n = cute.ceil_div(n, config.tile_n * config.cluster_n)
@@ -260,12 +272,18 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
         return cute.ceil_div(m, config.tile_m * config.cluster_m), tiles_n
 
     @cute.jit
-    def seek(self, tile: Int32, cursor, offset_by_expert: cute.Tensor, counts):
+    def seek(self, tile: Int32, cursor, offset_by_expert: cute.Tensor, sizes):
         """Cursor at ``tile``; see ``sonic.device.scheduler``."""
+        counts = self.tile_counts(sizes)
         num_experts = Int32(offset_by_expert.shape[0] - 1)
         if cutlass.const_expr(self.ragged_rows):
             rows = self.config.tile_m * self.config.cluster_m
             result = seek_ragged_rows(tile, cursor, offset_by_expert, num_experts, counts[1], rows)
+        elif cutlass.const_expr(self.config.split):
+            tiles = counts[0] * counts[1]
+            result = seek_split_reduction(
+                tile, cursor, offset_by_expert, num_experts, tiles, sizes[2]
+            )
         else:
             result = seek_ragged_reduction(
                 tile, cursor, offset_by_expert, num_experts, counts[0] * counts[1]

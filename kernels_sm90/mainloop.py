@@ -111,7 +111,7 @@ class MainloopMixin:
     def _decode(self, tile: Int32, cursor, offset_by_expert: cute.Tensor, sizes, loader):
         """``(cursor, first row, first column, loader state)`` of a tile that is not started yet."""
         counts = self.tile_counts(sizes)
-        cursor = self.seek(tile, cursor, offset_by_expert, counts)
+        cursor = self.seek(tile, cursor, offset_by_expert, sizes)
         row, col = self.locate(tile, cursor, counts)
         state = ()
         if cutlass.const_expr(loader is not None):
@@ -236,14 +236,14 @@ class MainloopMixin:
         operands, accumulator = self._make_mma(smem, group)
         position = Int32(0)  # stages that earlier tiles consumed, the other warpgroup's too
         chunk, turn = Int32(0), Int32(0)
-        cursor = self.seek(tile, start_cursor(), offset_by_expert, counts)
+        cursor = self.seek(tile, start_cursor(), offset_by_expert, sizes)
         if cutlass.const_expr(self.pingpong):
             if group == 1:
                 self._pass_turn(group)
                 position = self.k_tiles(cursor, sizes)
                 if cursor[0] < num_experts:
                     tile, turn = self.next_tile(tile, tile_step, turn, smem)
-                    cursor = self.seek(tile, cursor, offset_by_expert, counts)
+                    cursor = self.seek(tile, cursor, offset_by_expert, sizes)
         while cursor[0] < num_experts:
             row, col = self.locate(tile, cursor, counts)
             context = (cursor, row, col, sizes)
@@ -259,14 +259,14 @@ class MainloopMixin:
                 self._pass_turn(group)
             # Decoding the next tile reads memory: here it hides behind the last wgmma group.
             tile, turn = self.next_tile(tile, tile_step, turn, smem)
-            following = self.seek(tile, cursor, offset_by_expert, counts)
+            following = self.seek(tile, cursor, offset_by_expert, sizes)
             consumed = k_tiles
             if cutlass.const_expr(self.pingpong):
                 # That one belongs to the other warpgroup.
                 consumed = k_tiles + self.k_tiles(following, sizes)
                 if following[0] < num_experts:
                     tile, turn = self.next_tile(tile, tile_step, turn, smem)
-                    following = self.seek(tile, following, offset_by_expert, counts)
+                    following = self.seek(tile, following, offset_by_expert, sizes)
             self._finish_multiply(k_tiles, position, smem)
             position = position + consumed
             chunk = self.store_tile(
@@ -287,7 +287,7 @@ class MainloopMixin:
         saved = saved_accumulator(self.rows_per_group, self.config.tile_n, self.stored_unchanged())
         rows = self.make_row_state()
         chunk, turn = Int32(0), Int32(0)
-        cursor = self.seek(tile, start_cursor(), offset_by_expert, counts)
+        cursor = self.seek(tile, start_cursor(), offset_by_expert, sizes)
         row, col = self.locate(tile, cursor, counts)
         valid = cursor[0] < num_experts
         k_tiles = self.k_tiles(cursor, sizes) if valid else Int32(0)
@@ -297,7 +297,7 @@ class MainloopMixin:
         following = cursor
         if valid:
             tile, turn = self.next_tile(tile, tile_step, turn, smem)
-            following = self.seek(tile, cursor, offset_by_expert, counts)
+            following = self.seek(tile, cursor, offset_by_expert, sizes)
         self._finish_multiply(k_tiles, Int32(0), smem)
         position = k_tiles
         self.save_accumulator(
@@ -330,7 +330,7 @@ class MainloopMixin:
             cursor, row, col = following, next_row, next_col
             if valid:
                 tile, turn = self.next_tile(tile, tile_step, turn, smem)
-                following = self.seek(tile, cursor, offset_by_expert, counts)
+                following = self.seek(tile, cursor, offset_by_expert, sizes)
             self._finish_multiply(k_tiles, position, smem)
             position = position + k_tiles
             self.save_accumulator(

@@ -98,6 +98,9 @@ def supports_config(problem: Problem, config: TileConfig) -> Unsupported | None:
         )
     if config.dynamic and config.cluster_size > 1:
         return Unsupported("a dynamic tile order of clusters: only single CTAs take tiles", remedy)
+    stored = problem.ragged is Ragged.REDUCTION and problem.epilogue is EpilogueKind.LINEAR
+    if config.split and not stored:
+        return Unsupported("a split reduction of anything but a stored weight gradient", remedy)
     if config.schedule is Schedule.OVERLAPPED:
         if problem.epilogue is EpilogueKind.ACCUMULATE:
             return Unsupported("an overlapped epilogue that accumulates: copies round", remedy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from sonic.plan import build_plan
 from sonic.runtime.backend import Backend, backend_for
 from sonic.runtime.errors import ArgumentError
 from sonic.runtime.launch import forget_tiles
-from sonic.runtime.problem import TileConfig
+from sonic.runtime.problem import Problem, TileConfig
 from sonic.runtime.tuned import TunedSize, keep_tuned, tuned_file, tuned_tiles
 from sonic.runtime.tuning import TimedGemm, search
 
@@ -68,8 +69,8 @@ def run(parsed: argparse.Namespace) -> int:
         for size in sizes
         for problem, n, k in all_launches(size, *options)
         for config in (
-            backend.default_config(problem, size.rows_per_expert, n, k, size.experts),
-            *backend.search_space(problem),
+            _default(backend, size, problem, n, k),
+            *_space(backend, size, problem, n, k),
         )
     }
     if compile_kernels(backend.arch, list(kernels), min(parsed.jobs, len(kernels))):
@@ -91,6 +92,17 @@ def run(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _default(backend: Backend, size: LayerSize, problem: Problem, n: int, k: int) -> TileConfig:
+    return backend.default_config(problem, size.rows_per_expert, n, k, size.experts)
+
+
+def _space(backend: Backend, size: LayerSize, problem: Problem, n: int, k: int) -> list[TileConfig]:
+    """The tiles to try: split as by default, since a search sees uniform routing only."""
+    split = _default(backend, size, problem, n, k).split
+    space = [replace(config, split=split) for config in backend.search_space(problem)]
+    return [config for config in space if backend.supports_config(problem, config) is None]
+
+
 def _search_layer(
     backend: Backend,
     size: LayerSize,
@@ -100,10 +112,10 @@ def _search_layer(
     routing = _routing(size, device)
     for problem, n, k in all_launches(size, *options):
         tuned = TunedSize(problem, size.rows_per_expert, n, k, size.experts)
-        default = backend.default_config(*tuned)
+        default = _default(backend, size, problem, n, k)
         gemm = TimedGemm(problem, *routing, size.tokens, n, k)
         gemm.warm_up(default)
-        times = search(default, backend.search_space(problem), gemm.milliseconds)
+        times = search(default, _space(backend, size, problem, n, k), gemm.milliseconds)
         best = _fastest_right(gemm, tuned, default, times)
         del gemm  # its operands, before the next ones are made
         yield _Result(tuned, default, times[default], best, times[best])

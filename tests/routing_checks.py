@@ -4,6 +4,8 @@ Shared by the interpreter's tests on a CPU and those on a GPU. Sizes: T tokens, 
 experts, S slots.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from sonic.plan import RoutingPlan, build_plan, build_plan_flat
 from sonic.reference import routing as routing_twin
 from sonic.reference import stages as twin
 from sonic.testing import assert_close, poison_dead_rows_
-from sonic.triton import bias_grad, combine, score_grad
+from sonic.triton import bias_grad, combine, parts, score_grad
 from sonic.triton import topk as triton_topk
 
 PLAN_TENSORS = (
@@ -142,6 +144,23 @@ def check_score_grad(plan: RoutingPlan, num_partials: int, hidden_size: int, dty
         actual, exact, low, ulps=4.0, magnitude=(num_partials + hidden_size) ** 0.5, name="ds"
     )
     assert not actual[plan.row_by_slot < 0].any()
+
+
+def check_add_parts(counts: list[int], num_parts: int, shape: tuple[int, int], dtype, device):
+    """Places that belong to no part hold NaN, and outputs of one part stay as they are."""
+    offset = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
+    rows = sum(counts) + 5  # that belong to no expert
+    size = parts.rows_per_part(rows, num_parts)
+    partial = torch.full((num_parts, *shape), torch.nan, dtype=dtype, device=device)
+    out = torch.randn(len(counts), *shape, device=device).to(dtype)
+    expected = out.clone()
+    for expert, (begin, end) in enumerate(itertools.pairwise(offset.tolist())):
+        for row in range(begin + size, end, size):
+            partial[row // size - 1] = torch.randn(shape, device=device).to(dtype)
+        later = [partial[row // size - 1].float() for row in range(begin + size, end, size)]
+        expected[expert] = sum(later, out[expert].float()).to(dtype)
+    parts.add_parts(out, partial, offset, rows)
+    assert torch.equal(out, expected)
 
 
 def check_bias_grads(plan: RoutingPlan, width: int, dtype, out_dtype) -> None:

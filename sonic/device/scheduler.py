@@ -60,16 +60,79 @@ def seek_ragged_rows(
     one, an inclusive warp scan places them, and the first lane past ``tile`` owns it.
     """
     expert, first, tiles, begin, end = cursor
-    lane = cute.arch.lane_idx()
     searching = tile >= first + tiles
     if searching:
         expert = expert + (Int32(1) if tiles > 0 else Int32(0))
         first = first + tiles
+    return _seek(
+        tile, (expert, first, tiles, begin, end), searching, offset_by_expert, num_experts,
+        tiles_n, rows_per_tile, 0,
+    )  # fmt: skip
+
+
+@cute.jit
+def seek_split_reduction(
+    tile: Int32,
+    cursor,
+    offset_by_expert: cute.Tensor,
+    num_experts: Int32,
+    tiles_per_part: Int32,
+    rows_per_part: Int32,
+):
+    """Cursor at ``tile``, where every expert has as many parts as it has started blocks of
+    ``rows_per_part`` rows, but at least one, and a part has ``tiles_per_part`` tiles.
+
+    The cursor is that of a part, and its third entry the part's number.
+    """
+    expert, first, part, begin, end = cursor
+    begin = begin - part * rows_per_part  # of the expert
+    first = first - part * tiles_per_part
+    end = offset_by_expert[cutlass.min(expert + 1, num_experts)]
+    tiles = _tiles_of(end - begin, tiles_per_part, rows_per_part, 1)
+    searching = tile >= first + tiles
+    if searching:
+        expert = cutlass.min(expert + 1, num_experts)
+        first = first + tiles
+    expert, first, tiles, begin, end = _seek(
+        tile, (expert, first, tiles, begin, end), searching, offset_by_expert, num_experts,
+        tiles_per_part, rows_per_part, 1,
+    )  # fmt: skip
+    part = (tile - first) // tiles_per_part
+    if expert == num_experts:
+        part = Int32(0)
+    begin = begin + part * rows_per_part
+    first = first + part * tiles_per_part
+    return expert, first, part, begin, cutlass.min(end, begin + rows_per_part)
+
+
+def _tiles_of(rows, tiles_n, rows_per_tile, least: int):
+    """Tiles of an expert with ``rows`` rows; ``least``: the fewest row tiles, 0 or 1."""
+    row_tiles = (rows + rows_per_tile - 1) // rows_per_tile
+    return (cutlass.max(row_tiles, 1) if least else row_tiles) * tiles_n
+
+
+@cute.jit
+def _seek(
+    tile: Int32,
+    cursor,
+    searching: cutlass.Boolean,
+    offset_by_expert: cute.Tensor,
+    num_experts: Int32,
+    tiles_n: Int32,
+    rows_per_tile,
+    least: cutlass.Constexpr,
+):
+    """The first expert from the cursor's on that has ``tile``; see :func:`seek_ragged_rows`."""
+    expert, first, tiles, begin, end = cursor
+    lane = cute.arch.lane_idx()
     while searching:
         candidate = expert + lane
         low = offset_by_expert[cutlass.min(candidate, num_experts)]
         high = offset_by_expert[cutlass.min(candidate + 1, num_experts)]
-        count = (high - low + rows_per_tile - 1) // rows_per_tile * tiles_n
+        count = _tiles_of(high - low, tiles_n, rows_per_tile, least)
+        if cutlass.const_expr(least > 0):
+            if candidate >= num_experts:
+                count = Int32(0)
         inclusive = count
         for i in cutlass.range_constexpr(5):
             below = cute.arch.shuffle_sync_up(inclusive, 1 << i, mask_and_clamp=0)

@@ -20,6 +20,7 @@ from sonic.runtime.settings import CompileMode
 from sonic.runtime.tuned import TunedSize, tuned_file, tuned_tiles
 
 _log = logging.getLogger("sonic")
+_LEAST_ROWS_OF_A_PART = 512  # of a split reduction
 _kernels: dict[tuple[Backend, Problem, TileConfig], Any] = {}
 # CuTeDSL traces into process-wide state, so two threads must not compile at once.
 _compile_lock = threading.Lock()
@@ -119,6 +120,16 @@ def _grid(
     return max(min(tiles, sms // config.cluster_size), 1) * config.cluster_size
 
 
+def later_parts(config: TileConfig, rows: int, experts: int, m: int, n: int, sms: int) -> int:
+    """How many parts, beside the first one of every expert, a split reduction has room for.
+
+    No part has more rows than a quarter of an SM's share of the work; an expert with twice its
+    share of the rows has one part, and so has one with few rows.
+    """
+    tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
+    return max(min(4 * sms // tiles, experts // 2, rows // _LEAST_ROWS_OF_A_PART) - 1, 1)
+
+
 def config_for(
     problem: Problem, device: torch.device, rows: int, experts: int, n: int, k: int
 ) -> TileConfig:
@@ -169,6 +180,8 @@ class GroupedGemm:
     config: TileConfig
     device: torch.device
     scalars: tuple[int, int, int]  # the two strides, and the grid
+    rows: int  # static bound of the routed rows
+    parts: int = 0  # of a split reduction, beside the first part of every expert
 
     def __call__(
         self,
@@ -184,14 +197,20 @@ class GroupedGemm:
         row_sum: torch.Tensor | None = None,
         gather: torch.Tensor | None = None,
     ) -> None:
-        """Launches it on the current stream."""
+        """Launches it on the current stream, and after a split reduction what adds its parts."""
         # A kept counter would outlive the memory pool of a captured graph, or be shared by its
         # replays.
         counter = None
         if self.config.dynamic:
             counter = torch.zeros(1, dtype=torch.int32, device=self.device)
         vectors = (bias, score, row_sum, gather, offset_by_expert, counter)
+        if self.config.split and d is not None:
+            aux = d.new_empty(self.parts, *d.shape[1:])
         self.kernel(a, b, d, aux, c, *vectors, *self.scalars)
+        if self.config.split and d is not None and aux is not None:
+            from sonic.triton.parts import add_parts
+
+            add_parts(d, aux, offset_by_expert, self.rows)
 
 
 def grouped_gemm(
@@ -212,8 +231,10 @@ def grouped_gemm(
     :param strides: element strides of gate -> up and of unit -> next unit, for gated weight rows.
     """
     kernel = kernel_for(backend_for(device), problem, config)
-    grid = _grid(problem, config, rows, experts, m, n, _multiprocessors(device))
-    return GroupedGemm(kernel, config, device, (*strides, grid))
+    sms = _multiprocessors(device)
+    parts = later_parts(config, rows, experts, m, n, sms) if config.split else 0
+    grid = _grid(problem, config, rows, experts, m, n, sms)
+    return GroupedGemm(kernel, config, device, (*strides, grid), rows, parts)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -13,6 +13,7 @@ KERNEL_ALIGNMENT = 8  # elements of 2 bytes: rows move in pieces of 16 bytes
 # A descriptor of ragged rows reaches this far from an expert's last row, see
 # ``sonic.device.tensormap``, and one expert may receive every row.
 MAX_KERNEL_ROWS = 2**30
+MAX_SPLIT_EXPERTS = 4096  # of a split reduction: one program holds their offsets
 
 
 def message(op: str, got: str, allowed: str, todo: str) -> str:

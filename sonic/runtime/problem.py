@@ -115,6 +115,7 @@ class TileConfig(_HashedOnce):
     epilogue_stages: int = 2
     raster_along_m: bool = True
     dynamic: bool = False  # CTAs take tiles from a counter instead of with a fixed stride
+    split: bool = False  # reductions over the rows of an expert that has many are split
 
     __hash__ = _HashedOnce.hash_once
 
@@ -127,7 +128,7 @@ class TileConfig(_HashedOnce):
         return (
             f"{self.tile_m}x{self.tile_n}_{self.cluster_m}x{self.cluster_n}_{self.schedule.value}"
             f"_e{self.epilogue_stages}{'' if self.raster_along_m else '_n'}"
-            f"{'_dynamic' if self.dynamic else ''}"
+            f"{'_dynamic' if self.dynamic else ''}{'_split' if self.split else ''}"
         )
 
 

@@ -4,14 +4,17 @@ Small sizes that are no multiple of any tile, an empty expert, NaN in rows that 
 Results are held to the reference, and bitwise to exact sums.
 """
 
+import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed")
 
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.reference import stages as reference
+from sonic.runtime import launch
 from sonic.runtime.problem import (
     Arch,
     Operand,
@@ -24,15 +27,16 @@ from sonic.runtime.problem import (
     up_problem,
     weight_grad_problem,
 )
-from tests.emulator.fixture import check_exact, emulated_gemm  # noqa: F401
+from tests.emulator.fixture import check_exact, emulated_gemm, run_emulated  # noqa: F401
 from tests.emulator.layer import has_kernels
-from tests.grouped_gemms import EXACT, GroupedGemm, Sizes, cast
+from tests.grouped_gemms import EXACT, NORMAL, GroupedGemm, Sizes, cast
 
 READY = [arch for arch in Arch if has_kernels(arch)]
 COOPERATIVE, PINGPONG = Schedule.COOPERATIVE, Schedule.PINGPONG
 OVERLAPPED = Schedule.OVERLAPPED
 DOWN = down_problem("bfloat16", False)
 DOWN_WEIGHT = weight_grad_problem("bfloat16", Operand.A, False, False)
+UP_WEIGHT = weight_grad_problem("bfloat16", Operand.B, True, False)
 # A tile and a bit in every direction, and few of them: most of the time goes into tiles.
 SIZES = Sizes(40, 136, 72, (130, 0, 7))
 
@@ -122,6 +126,49 @@ def test_no_rows(emulated_gemm):  # noqa: F811
     sizes = replace(SIZES, counts=(0, 0))
     run = emulated_gemm(GroupedGemm(DOWN_WEIGHT, sizes), runs=((0, EXACT),))
     assert not run.outputs["dw2"].any()
+
+
+SPLIT = [
+    (DOWN_WEIGHT, TileConfig(128, 256, 1, 1, OVERLAPPED, 1, split=True)),
+    (DOWN_WEIGHT, TileConfig(128, 64, 2, 1, PINGPONG, 2, split=True)),
+    (UP_WEIGHT, TileConfig(128, 192, 1, 1, PINGPONG, 2, dynamic=True, split=True)),
+    (UP_WEIGHT, TileConfig(256, 128, 1, 1, OVERLAPPED, 1, raster_along_m=False, split=True)),
+]
+
+
+@pytest.mark.parametrize("layout", GateUpLayout, ids=lambda v: v.value)
+@pytest.mark.parametrize("rows", [(1, (130, 0, 7)), (6, (0, 3, 0, 290, 0, 70, 64, 0))], ids=str)
+@pytest.mark.parametrize("case", SPLIT, ids=lambda v: f"{v[0].name} {v[1].name}")
+def test_split_reductions(emulated_gemm, monkeypatch, case, rows, layout):  # noqa: F811
+    """Experts of one to seven parts, some of them empty, and parts of less than a step."""
+    (problem, config), (parts, counts) = case, rows
+    if layout is GateUpLayout.CONCATENATED and not problem.gated_rows:
+        pytest.skip("no gate and up")
+    monkeypatch.setattr(launch, "later_parts", lambda *_: parts)
+    gemm = GroupedGemm(problem, replace(SIZES, counts=counts), layout)
+    emulated_gemm(gemm, config, runs=((0, NORMAL),))
+    inputs = gemm.inputs(1, EXACT)
+    got = run_emulated(gemm, inputs, 1, config, Arch.SM90).outputs
+    for name, expected in of_rounded_parts(gemm, inputs, parts).items():
+        assert torch.equal(got[name], expected)
+
+
+def of_rounded_parts(gemm, inputs, parts):
+    """Exact sums over parts of an expert's rows, each rounded, and their sum."""
+    size = -(-gemm.sizes.rows // (parts + 1))
+    counts, owners = [], []
+    for expert, count in enumerate(gemm.sizes.counts):
+        for begin in range(0, max(count, 1), size):
+            counts.append(min(count - begin, size))
+            owners.append(expert)
+    offsets = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+    by_part = replace(gemm, sizes=replace(gemm.sizes, counts=tuple(counts)))
+    outputs = by_part.run(reference, cast(inputs) | {"offset_by_expert": offsets})
+    for name, summed in outputs.items():
+        total = torch.zeros(len(gemm.sizes.counts), *summed.shape[1:])
+        total.index_add_(0, torch.tensor(owners), summed.to(gemm.dtype).float())
+        outputs[name] = total.to(gemm.dtype)
+    return outputs
 
 
 def test_a_wrong_result_is_refused():

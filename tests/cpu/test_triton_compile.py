@@ -25,7 +25,7 @@ import sonic.triton
 from sonic.enums import ScoreOrder
 from sonic.plan import build_plan, build_plan_flat
 from sonic.runtime.route import Route
-from sonic.triton import bias_grad, combine, score_grad, tail, topk
+from sonic.triton import bias_grad, combine, parts, score_grad, tail, topk
 
 # By walking the package, so that a kernel that no function below launches makes the test fail.
 MODULES = {
@@ -171,6 +171,9 @@ def _launch_all() -> None:
         score_grad.score_grad(torch.zeros(3, 64), slots, rows, b2, slots, offset)
         bias_grad.bias_grad_rows(rows, offset)
         bias_grad.bias_grad_gathered(rows, slots, scores, offset, dtype=torch.float32)
+    for experts in (4, 128, 4096):
+        out = torch.zeros(experts, 16, 8, dtype=torch.bfloat16)
+        parts.add_parts(out, out[:3], _ids(experts + 1), 999)
     combine.combine(rows, slots, scores, None, None, 2, 32)
     score_grad.gather_scores(scores, slots)
     score_grad.score_grad(torch.zeros(3, 64), slots)

@@ -233,6 +233,13 @@ def test_score_grad(experts, hidden, guarded):
     checks.check_score_grad(checks.flat_plan(9, 50, experts, CPU), 1, hidden, torch.float32)
 
 
+@pytest.mark.parametrize("counts", [[0, 90, 3, 200, 0, 41], [7], [0, 0], [1, 300]], ids=str)
+@pytest.mark.parametrize("num_parts", [1, 5])
+def test_add_parts(num_parts, counts, guarded):
+    # Not bfloat16: the interpreter cuts it off.
+    checks.check_add_parts(counts, num_parts, (24, 104), torch.float16, CPU)
+
+
 @pytest.mark.parametrize("shares", [1, 3])
 @pytest.mark.parametrize("out_dtype", [None, torch.float32], ids=["same", "float32"])
 @every_dtype

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import itertools
 from collections.abc import Iterator
 
 from sonic.runtime.problem import Arch
@@ -55,6 +56,14 @@ class Session:
         return backend.default_config(problem, rows // max(experts, 1), n, k, experts)
 
 
+def _add_parts(out, partial, offset_by_expert, rows):
+    """The torch twin of `sonic.triton.parts.add_parts`."""
+    size = max(-(-rows // (partial.shape[0] + 1)), 1)
+    for expert, (begin, end) in enumerate(itertools.pairwise(offset_by_expert.tolist())):
+        later = [partial[row // size - 1].float() for row in range(begin + size, end, size)]
+        out[expert] = sum(later, out[expert].float()).to(out.dtype)
+
+
 @contextlib.contextmanager
 def emulated_layer(
     seed=0, mode="mixed", sms=4, config=None, arch=Arch.SM90, **options
@@ -66,6 +75,7 @@ def emulated_layer(
     config: a TileConfig for every launch instead of the default one.
     arch: whose kernels, see :func:`has_kernels`. options: see Machine.
     """
+    import sonic.triton.parts as parts_module
     from sonic import stages
     from sonic.runtime import launch
 
@@ -75,6 +85,7 @@ def emulated_layer(
         (launch, "backend_for", lambda device: None),
         (launch, "_multiprocessors", lambda device: sms),
         (launch, "config_for", session.config_for),
+        (parts_module, "add_parts", _add_parts),
         (stages, "config_for", session.config_for),
         (stages, "compile_ahead", lambda *_: None),
         (stages, "fill_cache", lambda *_, **__: None),

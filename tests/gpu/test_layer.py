@@ -23,6 +23,7 @@ from sonic.testing import (
     random_problem,
     run_layer,
 )
+from sonic.triton import parts
 from tests.layers import (
     DEVICE,
     IMPL,
@@ -88,6 +89,17 @@ def test_sizes(sizes):
             top_k=top_k,
         )
     )
+
+
+def test_weight_gradients_of_an_expert_with_many_rows(monkeypatch):
+    """Its rows are reduced in four parts, of which the last three are added by a kernel."""
+    problem = PROBLEM.with_changes(
+        num_tokens=5000, num_experts=16, routing=Routing.HOT, drop_fraction=0.0
+    )
+    check(problem)
+    monkeypatch.setattr(parts, "add_parts", lambda *_: None)
+    with pytest.raises(AssertionError, match="dw"):
+        check(problem)
 
 
 @pytest.mark.parametrize("fraction", [0.9, 1.0])

@@ -191,6 +191,13 @@ def test_score_grad(experts, hidden, guarded):
     checks.check_gather_scores(flat)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_parts", [1, 5, 23])
+@pytest.mark.parametrize("counts", [[0, 90, 3, 2000, 0, 41], [7], [9] * 500 + [4000]], ids=len)
+def test_add_parts(counts, num_parts, dtype, guarded):
+    checks.check_add_parts(counts, num_parts, (72, 136), dtype, CUDA)
+
+
 @every_dtype
 @pytest.mark.parametrize("out_dtype", [None, torch.float32], ids=["same", "float32"])
 @pytest.mark.parametrize("case", [(60, 1536), (1, 768), (3000, 100)], ids=str)
