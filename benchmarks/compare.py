@@ -37,6 +37,7 @@ from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import environment
 from benchmarks.options import device as device_option
 from benchmarks.options import not_negative, output_file, positive
+from benchmarks.options import shape as shape_option
 from benchmarks.peers import (
     BOUND,
     CONTENDERS,
@@ -59,7 +60,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = parser.add_argument_group("what to compare")
     sizes.add_argument("--shapes", type=_letters, default=[], metavar="A,B,...", help="the bars")
-    sizes.add_argument("--thiek", type=_shape, action="append", default=[], metavar="T,H,I,E,K")
+    sizes.add_argument(
+        "--thiek", type=shape_option, action="append", default=[], metavar="T,H,I,E,K"
+    )
     sizes.add_argument("--random", type=not_negative, default=0, metavar="N", help="random sizes")
     sizes.add_argument("--seed", type=not_negative, default=0, help="of the random sizes")
     sizes.add_argument("--skew", choices=SKEWS, default="none", help="routing of those sizes")
@@ -95,13 +98,6 @@ def _letters(text: str) -> list[str]:
     if unknown:
         raise argparse.ArgumentTypeError(f"no shape {unknown[0]!r}; there are {', '.join(BARS)}")
     return letters
-
-
-def _shape(text: str) -> Shape:
-    try:
-        return Shape.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _peers(text: str) -> list[str]:

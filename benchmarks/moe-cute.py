@@ -30,6 +30,7 @@ from benchmarks.measure import (
 )
 from benchmarks.options import device as device_option
 from benchmarks.options import output_file
+from benchmarks.options import shape as shape_option
 from benchmarks.report import Result, provider_of, text_table
 from benchmarks.shapes import DEFAULT_SHAPE, SMALL_SHAPE, Shape
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
@@ -42,7 +43,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--thiek",
-        type=_shape,
+        type=shape_option,
         metavar="T,H,I,E,K",
         help="tokens, hidden size, expert intermediate size, experts, experts per token "
         f"(default {','.join(map(str, DEFAULT_SHAPE.problem))} on a supported GPU)",
@@ -68,13 +69,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--impl", choices=["auto", "cute", "reference"], default="auto", help="implementation"
     )
     return parser.parse_args(argv)
-
-
-def _shape(text: str) -> Shape:
-    try:
-        return Shape.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def choose(arguments: argparse.Namespace) -> tuple[Shape, torch.device, str]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.shapes import Shape
+
 
 def positive(text: str) -> int:
     """A positive integer."""
@@ -19,6 +21,14 @@ def not_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
     return int(text)
+
+
+def shape(text: str) -> Shape:
+    """The size of a layer, ``T,H,I,E,top_k``."""
+    try:
+        return Shape.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def device(text: str) -> torch.device:

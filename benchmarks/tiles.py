@@ -12,6 +12,10 @@ from which ``kernels_sm90.choice`` is fitted: after a change of the choice, with
 
 which with ``--json`` also brings the ratios of the result file up to date: its head stays that of
 the sweep. ``--again`` times the fastest tilings of such a file once more, for the same layers.
+
+Other layers, other tilings:
+
+    python benchmarks/tiles.py --thiek 512,2048,768,16,1 --space small --gemms up_inference down
 """
 
 import argparse
@@ -20,6 +24,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +35,7 @@ import torch
 
 from benchmarks.measure import environment
 from benchmarks.options import not_negative, output_file, positive
+from benchmarks.options import shape as shape_option
 from benchmarks.problems import random_shapes
 from benchmarks.report import TILED_GEMMS, Result
 from benchmarks.shapes import BARS, Shape
@@ -41,10 +47,12 @@ from sonic.runtime.problem import Arch, Problem, Schedule, TileConfig
 from sonic.runtime.tuning import TimedGemm, search
 
 SEED = 20261127
+GEMMS = (*TILED_GEMMS, "up_inference")  # the last one stores no pre-activation
 _FLOPS, _BYTES = 5.5e14, 4e12  # a second, about
 _LEAST_SECONDS, _MOST_SECONDS = 1e-4, 2.5e-3
 _AGAIN = 10  # tilings of a GEMM at most, within _AGAIN_WITHIN times the fastest
 _AGAIN_WITHIN = 1.2
+_HALVES: tuple[dict[str, Any], ...] = ({"tile_n": 64}, {"tile_m": 64})
 
 
 def seconds(shape: Shape) -> float:
@@ -61,11 +69,11 @@ def drawn_shapes(count: int, seed: int) -> list[Shape]:
 
 
 def launches(shape: Shape) -> dict[str, tuple[Problem, int, int]]:
-    """The training GEMMs of ``shape`` in bf16 with SwiGLU: problem, ``n``, ``k``."""
+    """The ``GEMMS`` of ``shape`` in bf16 with SwiGLU: problem, ``n``, ``k``."""
     size = LayerSize(shape.T, shape.H, shape.I, shape.E, shape.top_k)
     every = layer_launches(size, ActivationType.SWIGLU, "bfloat16", False)
-    up, _, down, dh, dx, dw2, dw1, _, _ = every
-    return dict(zip(TILED_GEMMS, (up, down, dh, dx, dw2, dw1), strict=True))
+    up, up_inference, down, dh, dx, dw2, dw1, _, _ = every
+    return dict(zip(GEMMS, (up, down, dh, dx, dw2, dw1, up_inference), strict=True))
 
 
 def tilings(backend: Backend, problem: Problem) -> list[TileConfig]:
@@ -73,6 +81,37 @@ def tilings(backend: Backend, problem: Problem) -> list[TileConfig]:
     because no expert of a uniform routing has the rows for it."""
     every = (*backend.search_space(problem), *backend.candidates(problem))
     return list(dict.fromkeys(config for config in every if not config.split))
+
+
+def small_tilings(backend: Backend, problem: Problem) -> list[TileConfig]:
+    """For layers that leave SMs idle: at most 128 rows, halves of the least tiles of the search
+    space too; single CTAs, a fixed order, since there is hardly a second tile."""
+    single = [
+        config
+        for config in tilings(backend, problem)
+        if config.tile_m <= 128
+        and config.cluster_size == 1
+        and not config.dynamic
+        and not config.raster_along_m
+    ]
+    least = [config for config in single if (config.tile_m, config.tile_n) == (128, 128)]
+    halves = [replace(config, **half) for config in least for half in _HALVES]
+    legal = [config for config in halves if backend.supports_config(problem, config) is None]
+    return list(dict.fromkeys(single + legal))
+
+
+SPACES: dict[str, Callable[[Backend, Problem], list[TileConfig]]] = {
+    "all": tilings,
+    "choice": lambda backend, problem: [c for c in backend.candidates(problem) if not c.split],
+    "small": small_tilings,
+}
+
+
+def chosen_tiling(backend: Backend, gemm: str, shape: Shape) -> TileConfig:
+    """What the sizes of ``shape`` alone choose."""
+    problem, n, k = launches(shape)[gemm]
+    chosen = backend.default_config(problem, shape.rows // shape.E, n, k, shape.E)
+    return replace(chosen, split=False)  # see :func:`tilings`
 
 
 class Sweep:
@@ -124,9 +163,7 @@ class Sweep:
         return list(found)
 
     def chosen(self, gemm: str, shape: Shape) -> TileConfig:
-        problem, n, k = launches(shape)[gemm]
-        chosen = self.backend.default_config(problem, shape.rows // shape.E, n, k, shape.E)
-        return replace(chosen, split=False)  # see :func:`tilings`
+        return chosen_tiling(self.backend, gemm, shape)
 
     def ratio(self, gemm: str, index: int) -> float:
         """Time of the choice over that of the best tiling, on the shape ``index``.
@@ -243,10 +280,45 @@ def review(path: Path, json_file: Path | None) -> None:
         result.write(json_file)
 
 
+def asked_shapes(arguments: argparse.Namespace) -> list[Shape]:
+    """The layers of a sweep, each once."""
+    named = arguments.shapes
+    if named is None:
+        named = [] if arguments.thiek else list(BARS)
+    seed = SEED if arguments.seed is None else arguments.seed
+    shapes = [BARS[name] for name in named] + (arguments.thiek or [])
+    return list(dict.fromkeys(shapes + drawn_shapes(arguments.random or 0, seed)))
+
+
+def asked_spaces(
+    arguments: argparse.Namespace, backend: Backend, shapes: list[Shape]
+) -> dict[str, list[TileConfig]]:
+    """The tilings of a sweep, and in any case those that the choice by sizes has for ``shapes``."""
+    spaces = {}
+    for gemm in arguments.gemms or TILED_GEMMS:
+        space = SPACES[arguments.space or "all"](backend, launches(BARS["A"])[gemm][0])
+        chosen = [chosen_tiling(backend, gemm, shape) for shape in shapes]
+        spaces[gemm] = list(dict.fromkeys(space + chosen))
+    return spaces
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="*", choices=list(BARS), help="default: all")
-    parser.add_argument("--gemms", nargs="+", choices=TILED_GEMMS, help="default: all")
+    parser.add_argument(
+        "--shapes", nargs="*", choices=list(BARS), help="default: all, or none beside --thiek"
+    )
+    parser.add_argument(
+        "--thiek", nargs="+", type=shape_option, metavar="T,H,I,E,K", help="other layers"
+    )
+    parser.add_argument(
+        "--gemms", nargs="+", choices=GEMMS, help="default: all but the last, those of training"
+    )
+    parser.add_argument(
+        "--space",
+        choices=list(SPACES),
+        help="tilings: all (the default), only what the choice "
+        "by sizes may choose, or small ones, for layers that leave SMs idle",
+    )
     parser.add_argument("--random", type=not_negative, help="so many drawn shapes more")
     parser.add_argument("--seed", type=not_negative, help=f"of these; default {SEED}")
     parser.add_argument("--jobs", type=positive, default=8, help="kernels compiled at once")
@@ -259,10 +331,10 @@ def main() -> None:
         "--again", type=Path, metavar="FILE", help="the fastest by these times of an earlier sweep"
     )
     arguments = parser.parse_args()
-    sizes = arguments.shapes, arguments.gemms, arguments.random, arguments.seed
+    what = "shapes", "thiek", "gemms", "space", "random", "seed"
     earlier = arguments.review or arguments.again
-    if earlier is not None and any(value is not None for value in sizes):
-        parser.error("--review and --again take shapes and GEMMs from their file; leave them out")
+    if earlier is not None and any(getattr(arguments, name) is not None for name in what):
+        parser.error("--review and --again take layers and tilings from their file; leave them out")
     if arguments.review is not None and arguments.again is not None:
         parser.error("--review looks at times, --again takes them; give one of the two")
     if arguments.review and arguments.json and times_beside(arguments.json) != arguments.review:
@@ -277,20 +349,15 @@ def main() -> None:
     backend = backend_for(torch.device("cuda"))
     if arguments.again is not None:
         old = Sweep.read_times(arguments.again, backend)
-        shapes, spaces = old.shapes, old.spaces
+        shapes = old.shapes
+        sweep = Sweep(backend, old.spaces)
+        for gemm, space in old.spaces.items():
+            for shape in shapes:
+                if sweep.chosen(gemm, shape) not in space:
+                    sys.exit(f"{sweep.chosen(gemm, shape).name} is new; sweep all tilings anew")
     else:
-        old = None
-        names = list(BARS) if arguments.shapes is None else arguments.shapes
-        seed = SEED if arguments.seed is None else arguments.seed
-        shapes = [BARS[name] for name in names] + drawn_shapes(arguments.random or 0, seed)
-        gemms = arguments.gemms or TILED_GEMMS
-        problems = {gemm: launches(BARS["A"])[gemm][0] for gemm in gemms}
-        spaces = {gemm: tilings(backend, problem) for gemm, problem in problems.items()}
-    sweep = Sweep(backend, spaces)
-    for gemm, space in spaces.items():
-        for shape in shapes:
-            if sweep.chosen(gemm, shape) not in space:
-                sys.exit(f"{sweep.chosen(gemm, shape).name} is new; sweep all tilings anew")
+        old, shapes = None, asked_shapes(arguments)
+        sweep = Sweep(backend, asked_spaces(arguments, backend, shapes))
     if compile_kernels(backend.arch, sweep.kernels(shapes, old), arguments.jobs):
         sys.exit("a kernel did not compile")
     for index, shape in enumerate(shapes):

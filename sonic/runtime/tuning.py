@@ -6,6 +6,7 @@ Nothing that a layer runs comes here: its tiles follow from its sizes. ``sonic t
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -23,6 +24,9 @@ _WITHIN = 1.15  # of the fastest of the screening, for a finalist
 _HOPELESS = 1.4  # times the fastest of the first round: not timed again
 _BURST_SECONDS = 0.02  # of one tiling in the finals: its own load decides its clocks
 _LOAD_SECONDS = 0.1
+_SHORT_MILLISECONDS = 0.1  # of a launch: of shorter ones, the host would be timed
+_CAPTURED = 20  # of them, in one CUDA graph
+_COLD_BYTES = 100e6  # of weights in turns: twice an L2 cache, so that none is still there
 _LEAST_TILE = 64
 _COPY = 2.0**-11  # unit roundoff of half precision, in which a schedule may keep an accumulator
 
@@ -49,6 +53,7 @@ class TimedGemm:
     ):
         self.problem, self.rows = problem, token_by_row.shape[0]
         self._device = token_by_row.device
+        self._weights: list[torch.Tensor] = []  # equal ones, where rows are ragged
         dtype, experts = getattr(torch, problem.dtype), offset_by_expert.shape[0] - 1
 
         def normal(*size: int) -> torch.Tensor:
@@ -63,6 +68,9 @@ class TimedGemm:
         if problem.ragged is Ragged.ROWS:
             shape = (experts, k, n) if problem.transposed_weight else (experts, n, k)
             weight = operands["b"] = normal(*shape) / k**0.5
+            touched = min(experts, self.rows) * n * k * weight.element_size()
+            copies = min(math.ceil(_COLD_BYTES / max(touched, 1)), _CAPTURED)
+            self._weights = [weight, *(weight.clone() for _ in range(copies - 1))]
             operands |= self._epilogue_operands(normal, experts, n)
         else:
             operands["b"] = normal(num_tokens if problem.gather is Operand.B else self.rows, n)
@@ -96,9 +104,11 @@ class TimedGemm:
             found["score"] = torch.rand(rows, device=self._device)
         return found
 
-    def run(self, config: TileConfig) -> None:
-        """Launches it once."""
+    def run(self, config: TileConfig, turn: int = 0) -> None:
+        """Launches it once, on the weights whose ``turn`` it is."""
         operands = self._operands
+        if self._weights:
+            operands = operands | {"b": self._weights[turn % len(self._weights)]}
         if self.problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
             parts = -(-self._columns // config.tile_n)
             operands = operands | {"row_sum": self._row_sums[:parts]}
@@ -144,24 +154,38 @@ class TimedGemm:
 
     def milliseconds(self, config: TileConfig, seconds: float = 0.0) -> float:
         """Of one launch behind another one, which hides what the host does; or the mean of as many
-        as take about ``seconds``, behind half as many."""
-        self.run(config)
-        once = self._timed(config, 1)
-        launches = math.ceil(1000 * seconds / once)
-        if launches <= 1:
-            return once
-        for _ in range(launches // 2):
-            self.run(config)
-        return self._timed(config, launches)
+        as take about ``seconds``, behind half as many. Short ones run in a CUDA graph of several,
+        each on weights that it must read from memory."""
+        launch: Callable[[], None] = functools.partial(self.run, config)
+        launches = 1
+        launch()
+        once = self._timed(launch, 1)
+        if once < _SHORT_MILLISECONDS:
+            launch, launches = self._captured(config), _CAPTURED
+            launch()
+            once = self._timed(launch, 1)
+        calls = math.ceil(1000 * seconds / once)
+        if calls > 1:
+            for _ in range(calls // 2):
+                launch()
+            once = self._timed(launch, calls)
+        return once / launches
 
-    def _timed(self, config: TileConfig, launches: int) -> float:
+    def _captured(self, config: TileConfig) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for turn in range(_CAPTURED):
+                self.run(config, turn)
+        return graph.replay
+
+    def _timed(self, launch: Callable[[], None], calls: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(launches):
-            self.run(config)
+        for _ in range(calls):
+            launch()
         end.record()
         torch.cuda.synchronize(self._device)
-        return start.elapsed_time(end) / launches
+        return start.elapsed_time(end) / calls
 
     def warm_up(self, config: TileConfig) -> None:
         """Keeps the GPU busy until its clocks have settled."""

@@ -1,13 +1,25 @@
 """``benchmarks/tiles.py``: what is timed, on which shapes, and what becomes of the times."""
 
+import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import tiles
-from benchmarks.report import HEAD_KEYS, RESULTS, Figures, tiles_table
-from benchmarks.shapes import Shape
-from benchmarks.tiles import SEED, Sweep, drawn_shapes, launches, seconds, tilings
+from benchmarks.report import HEAD_KEYS, RESULTS, TILED_GEMMS, Figures, tiles_table
+from benchmarks.shapes import BARS, Shape
+from benchmarks.tiles import (
+    SEED,
+    Sweep,
+    asked_shapes,
+    asked_spaces,
+    drawn_shapes,
+    launches,
+    seconds,
+    small_tilings,
+    tilings,
+)
 from kernels_sm90 import BACKEND
 from kernels_sm90.tiles import supports_config
 from sonic.enums import ActivationType
@@ -28,9 +40,42 @@ def test_shapes_are_drawn_by_a_seed() -> None:
     assert shapes != drawn_shapes(20, SEED + 1)
     assert all(1e-4 <= seconds(shape) <= 2.5e-3 for shape in shapes)
     by_gemm = launches(shapes[0])
-    kinds = [problem.ragged.value for problem, _, _ in by_gemm.values()]
+    kinds = [by_gemm[gemm][0].ragged.value for gemm in TILED_GEMMS]
     assert kinds == [*["rows"] * 4, *["reduction"] * 2]
     assert by_gemm["dw1"][0].gated_rows and by_gemm["dh"][0].activation is not None
+
+
+def test_small_tilings_are_single_legal_and_in_one_order() -> None:
+    for problem in layer_problems(ActivationType.SWIGLU, "bfloat16", False, accumulate=True):
+        space = small_tilings(BACKEND, problem)
+        assert all(supports_config(problem, config) is None for config in space)
+        assert all(config.cluster_size == 1 and config.tile_m <= 128 for config in space)
+        assert not any(config.dynamic or config.raster_along_m for config in space)
+        assert {(128, 64), (64, 128), (128, 128), (128, 256)} <= {
+            (config.tile_m, config.tile_n) for config in space
+        }, problem.name
+        assert len(set(space)) == len(space) < 20
+
+
+def test_a_sweep_of_given_layers_has_what_the_choice_takes_there() -> None:
+    given = [Shape(512, 2048, 768, 16, 1), Shape(19200, 4928, 576, 24, 16)]
+    asked = {"shapes": None, "thiek": given, "random": None, "seed": None, "gemms": ["dx"]}
+    arguments = argparse.Namespace(**asked, space="small")
+    assert asked_shapes(arguments) == given
+    ((gemm, space),) = asked_spaces(arguments, BACKEND, given).items()
+    problem = launches(given[0])[gemm][0]
+    chosen = [tiles.chosen_tiling(BACKEND, gemm, shape) for shape in given]
+    assert set(space) == {*small_tilings(BACKEND, problem), *chosen}
+    arguments.thiek = None
+    assert asked_shapes(arguments) == list(BARS.values())
+    arguments.shapes, arguments.random = ["B"], 2
+    assert asked_shapes(arguments) == [BARS["B"], *drawn_shapes(2, SEED)]
+
+
+def test_inference_differs_from_training_by_what_it_stores() -> None:
+    up, inference = (launches(Shape(64, 64, 64, 8, 2))[gemm] for gemm in ("up", "up_inference"))
+    assert up[1:] == inference[1:]
+    assert up[0].store_preact and replace(up[0], store_preact=False) == inference[0]
 
 
 class _TimedGemm:
@@ -50,7 +95,7 @@ class _TimedGemm:
 def sweep(monkeypatch: pytest.MonkeyPatch) -> Sweep:
     monkeypatch.setattr(tiles, "TimedGemm", _TimedGemm)
     shapes = Shape(64, 64, 64, 8, 2), Shape(4096, 2048, 768, 8, 2)
-    problems = {gemm: problem for gemm, (problem, _, _) in launches(shapes[0]).items()}
+    problems = {gemm: launches(shapes[0])[gemm][0] for gemm in TILED_GEMMS}
     spaces = {gemm: tilings(BACKEND, problem) for gemm, problem in problems.items()}
     sweep = Sweep(BACKEND, spaces, "cpu")
     for shape in shapes:

@@ -401,3 +401,59 @@ def test_results_are_compared(monkeypatch, problem, harm):
     has = {"d", "unwritten"} | ({"aux", "row_sum"} if gradient else set())
     found = gemm.difference(NARROW, WIDE)
     assert (found is not None) == (harm in has), found
+
+
+# --- how it is timed ------------------------------------------------------------------------------
+
+
+class _Gpu:
+    """Each launch takes ``milliseconds``, or what the host takes if that is more."""
+
+    def __init__(self, monkeypatch, milliseconds, host=0.02):
+        self.milliseconds, self.host = milliseconds, host
+        self.weights, self.replays = [], 0
+        monkeypatch.setattr(tuning, "grouped_gemm", self.prepare)
+        monkeypatch.setattr(TimedGemm, "_captured", lambda gemm, config: self.capture(gemm, config))
+        monkeypatch.setattr(
+            TimedGemm, "_timed", lambda gemm, launch, calls: self.time(launch, calls)
+        )
+
+    def prepare(self, *_, **sizes):
+        return lambda b, **operands: self.weights.append(b)
+
+    def capture(self, gemm, config):
+        for turn in range(tuning._CAPTURED):
+            gemm.run(config, turn)
+        return self.replay
+
+    def replay(self):
+        self.replays += 1
+
+    def time(self, launch, calls):
+        for _ in range(calls):
+            launch()
+        graph = launch == self.replay
+        return tuning._CAPTURED * self.milliseconds if graph else max(self.milliseconds, self.host)
+
+
+def _linear():
+    rows, offsets = torch.arange(24).int() % 8, torch.tensor([0, 10, 24]).int()
+    return TimedGemm(down_problem("bfloat16", False), rows, offsets, 8, 128, 32)
+
+
+@pytest.mark.parametrize(("seconds", "replays"), [(0.0, 2), (0.02, 2 + 100 + 200)])
+def test_short_launches_are_timed_without_the_host_on_other_weights_each(
+    monkeypatch, seconds, replays
+):
+    gpu = _Gpu(monkeypatch, 0.005)
+    assert _linear().milliseconds(NARROW, seconds) == pytest.approx(0.005)
+    captured = gpu.weights[-tuning._CAPTURED :]
+    assert len({weight.data_ptr() for weight in captured}) == tuning._CAPTURED
+    assert all(torch.equal(weight, captured[0]) for weight in captured)
+    assert gpu.replays == replays
+
+
+def test_long_launches_are_timed_as_layers_launch_them(monkeypatch):
+    gpu = _Gpu(monkeypatch, 2.0)
+    assert _linear().milliseconds(NARROW, 0.02) == 2.0
+    assert gpu.replays == 0 and len(gpu.weights) == 2 + 5 + 10
