@@ -24,6 +24,7 @@ from sonic.runtime.problem import (
     up_problem,
     weight_grad_problem,
 )
+from sonic.triton import parts
 from sonic.triton.bias_grad import bias_grad_gathered, bias_grad_rows
 from sonic.triton.combine import combine
 from sonic.triton.score_grad import gather_scores, score_grad
@@ -275,7 +276,11 @@ def _weight_grad(
     layout: GateUpLayout,
     gated: bool,
 ) -> torch.Tensor:
-    """``D_e = a_e^T b_e`` over the rows of each expert; zero, or unchanged, for an empty one."""
+    """``D_e = a_e^T b_e`` over the rows of each expert; zero, or unchanged, for an empty one.
+
+    A split reduction stores the sums over later parts of an expert's rows beside the output,
+    rounded as it is, and adds them.
+    """
     experts, m, n = offset_by_expert.shape[0] - 1, a.shape[1], b.shape[1]
     rows = (b if gather is Operand.A else a).shape[0]
     accumulate = accumulate_into is not None
@@ -284,7 +289,10 @@ def _weight_grad(
         return d if accumulate else d.zero_()
     out, how = _with_expert_stride(d), (gather, layout, gated, accumulate)
     gemm = prepared(_weight_grad_gemm, *how, a.dtype, a.device, rows, out.shape, out.stride())
-    gemm(a, b, offset_by_expert, d=out, gather=token_by_row)
+    partial = d.new_empty(gemm.parts, m, n) if gemm.parts else None
+    gemm(a, b, offset_by_expert, d=out, aux=partial, gather=token_by_row)
+    if partial is not None:
+        parts.add_parts(d, partial, offset_by_expert, rows)
     return d
 
 

@@ -180,8 +180,7 @@ class GroupedGemm:
     config: TileConfig
     device: torch.device
     scalars: tuple[int, int, int]  # the two strides, and the grid
-    rows: int  # static bound of the routed rows
-    parts: int = 0  # of a split reduction, beside the first part of every expert
+    parts: int = 0  # of a split reduction: the length of ``aux``
 
     def __call__(
         self,
@@ -197,20 +196,14 @@ class GroupedGemm:
         row_sum: torch.Tensor | None = None,
         gather: torch.Tensor | None = None,
     ) -> None:
-        """Launches it on the current stream, and after a split reduction what adds its parts."""
+        """Launches it on the current stream."""
         # A kept counter would outlive the memory pool of a captured graph, or be shared by its
         # replays.
         counter = None
         if self.config.dynamic:
             counter = torch.zeros(1, dtype=torch.int32, device=self.device)
         vectors = (bias, score, row_sum, gather, offset_by_expert, counter)
-        if self.config.split and d is not None:
-            aux = d.new_empty(self.parts, *d.shape[1:])
         self.kernel(a, b, d, aux, c, *vectors, *self.scalars)
-        if self.config.split and d is not None and aux is not None:
-            from sonic.triton.parts import add_parts
-
-            add_parts(d, aux, offset_by_expert, self.rows)
 
 
 def grouped_gemm(
@@ -234,7 +227,7 @@ def grouped_gemm(
     sms = _multiprocessors(device)
     parts = later_parts(config, rows, experts, m, n, sms) if config.split else 0
     grid = _grid(problem, config, rows, experts, m, n, sms)
-    return GroupedGemm(kernel, config, device, (*strides, grid), rows, parts)
+    return GroupedGemm(kernel, config, device, (*strides, grid), parts)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -112,7 +112,11 @@ class TimedGemm:
         if self.problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
             parts = -(-self._columns // config.tile_n)
             operands = operands | {"row_sum": self._row_sums[:parts]}
-        grouped_gemm(self.problem, config, self._device, **self._sizes)(**operands)
+        gemm = grouped_gemm(self.problem, config, self._device, **self._sizes)
+        if config.split:  # no expert of a uniform routing has a second part
+            d = operands["d"]
+            operands = operands | {"aux": d.new_empty(gemm.parts, *d.shape[1:])}
+        gemm(**operands)
 
     def difference(self, config: TileConfig, other: TileConfig) -> str | None:
         """Which result of ``other`` is not that of ``config``, or ``None`` if all are."""

@@ -20,6 +20,7 @@ from sonic.runtime.errors import CompileError
 from sonic.runtime.limits import MAX_SLOTS
 from sonic.runtime.problem import Arch, layer_problems
 from sonic.runtime.settings import CacheMode, CompileMode, Settings
+from sonic.triton import parts
 from tests.layer_launches import run_stages
 
 SMALL = cli.LayerSize(1, 512, 128, 16, 1)  # cut into slices of columns where it has many rows
@@ -165,6 +166,7 @@ def process(tmp_path, monkeypatch):
         monkeypatch.setattr(launch, "_tuned", lambda backend, device: {})
         monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
         monkeypatch.setattr(launch, "_kernels", {})
+        monkeypatch.setattr(parts, "add_parts", lambda *_: None)
         monkeypatch.setattr(stages, "prepared", launch.prepared.__wrapped__)
         monkeypatch.setattr(stages, "fill_cache", lambda *_, **__: None)
         launch.forget_tiles()

@@ -11,7 +11,9 @@ from benchmarks.tiles import launches
 from kernels_sm90 import choice
 from kernels_sm90.tiles import supports_config
 from sonic.enums import ActivationType
-from sonic.runtime.problem import Problem, Ragged, TileConfig, layer_problems
+from sonic.runtime.launch import later_parts
+from sonic.runtime.problem import EpilogueKind, Problem, Ragged, TileConfig, layer_problems
+from sonic.triton.parts import rows_per_part
 
 
 def every_problem() -> list[Problem]:
@@ -44,6 +46,33 @@ def test_few_kernels_serve_all_numbers_of_rows(named) -> None:
         configs = choice.default_configs(problem, n, k, named.shape.E)
         few = 1 if problem.ragged is Ragged.ROWS else 0  # where weights are read for hardly a row
         assert 1 <= len(configs) <= choice._limit(problem) + few
+
+
+def test_weight_gradients_of_few_tiles_are_split() -> None:
+    """12 and 24 tiles of an expert, where it has 32 and 64, and where 3 experts have large shares
+    anyway."""
+    for shape, expected in (
+        (Shape(24576, 1536, 256, 128, 8), (True, True)),
+        (Shape(16384, 2048, 512, 512, 10), (True, False)),
+        (Shape(24576, 1536, 256, 3, 2), (False, False)),
+    ):
+        for gemm, split in zip(("dw2", "dw1"), expected, strict=True):
+            problem, n, k = launches(shape)[gemm]
+            config = choice.default_config(problem, shape.rows // shape.E, n, k, shape.E)
+            assert config.split is split, (shape, gemm)
+            added = replace(problem, epilogue=EpilogueKind.ACCUMULATE)
+            assert not choice.default_config(added, shape.rows // shape.E, n, k, shape.E).split
+
+
+@pytest.mark.parametrize("rows", [1, 700, 200_000])
+@pytest.mark.parametrize("experts", [4, 128, 4096])
+def test_parts_are_a_quarter_of_the_share_of_an_sm(rows: int, experts: int) -> None:
+    config = TileConfig(128, 256, split=True)
+    parts = later_parts(config, rows, experts, m=256, n=1536, sms=132)  # 12 tiles
+    assert parts >= 1
+    if parts > 1:
+        size = rows_per_part(rows, parts)
+        assert size >= max(rows * 12 / 132 / 4, 2 * rows / experts, 512)
 
 
 def test_two_row_tiles_of_an_expert_share_its_weights() -> None:

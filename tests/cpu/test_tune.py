@@ -13,6 +13,7 @@ from sonic.runtime.cache import kernel_cache
 from sonic.runtime.problem import (
     EpilogueKind,
     Operand,
+    Ragged,
     Schedule,
     TileConfig,
     down_backward_act_problem,
@@ -138,6 +139,16 @@ def test_every_legal_tiling_and_the_default_are_tried(times):
         default = BACKEND.default_config(problem, SIZE.rows_per_expert, n, k, SIZE.experts)
         tried = {config for measured, config in times.measured if measured == problem}
         assert tried == {default, *BACKEND.search_space(problem)}
+
+
+def test_reductions_stay_split(times):
+    """Uniform routing, which a search sees, has no use for it."""
+    small = cli.LayerSize(2048, 512, 256, 32, 4)
+    assert cli.main(["tune", "--thiek", "2048,512,256,32,4"]) == 0
+    for problem, _, _ in cli.layer_launches(small, ActivationType.SWIGLU, "bfloat16", False):
+        stored = problem.ragged is Ragged.REDUCTION and problem.epilogue is EpilogueKind.LINEAR
+        tried = [config for measured, config in times.measured if measured == problem]
+        assert len(tried) > 5 and all(config.split is stored for config in tried)
 
 
 def test_slices_of_columns_are_tuned_too(times):
