@@ -54,6 +54,7 @@ from benchmarks.report import Result, text_table
 from benchmarks.shapes import BARS, DECODE_TOKENS, Shape
 
 MIB = 2**20
+UNIFORM = "uniform"  # ours with uniform routing, in turns with a skewed one
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -185,8 +186,8 @@ def compare_layers(
             print(f"\n{label} was not started: --total {arguments.total} s are over")
             continue
         print(f"\n{label}: T,H,I,E,top_k = {','.join(map(str, shape.problem))}", flush=True)
-        layer = make_layer(shape, _options(arguments))
-        layer = with_skew(layer, arguments.skew)
+        uniform = make_layer(shape, _options(arguments))
+        layer = with_skew(uniform, arguments.skew)
         taking_part = [n for n in names if arguments.skew == "none" or n not in NEEDS_LOGITS]
         contenders = prepare(taking_part, layer, arguments.limit, _train_once)
         distances = disagreements(contenders)
@@ -196,11 +197,14 @@ def compare_layers(
             for name, contender in contenders.items():
                 if name not in (*FORWARD_ONLY, BOUND):
                     memory[name] = memory_of(contender, arguments.device)
-        times = race(contenders, arguments.device, arguments.seconds)
+        racers = dict(contenders)
+        if arguments.skew != "none":
+            racers[UNIFORM] = CONTENDERS[OURS](uniform)
+        times = race(racers, arguments.device, arguments.seconds)
         print_times(times, memory)
         record(result, shape, arguments.skew, times, memory, distances)
         _write(result, arguments)
-        del layer, contenders
+        del uniform, layer, contenders, racers
         _release()
     return agreed
 
@@ -254,9 +258,15 @@ def record(
     memory: Mapping[str, Memory],
     distances: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Rows ``compare/<skew>/<what>``; ratios to ours, of the same run."""
+    """Rows ``compare/<skew>/<what>``; ratios to ours, and of ours to uniform routing, are of the
+    same run."""
     prefix = f"compare/{skew}"
+    for p, ms in times.get(UNIFORM, {}).items():
+        ratio = times[OURS][p] / ms
+        result.add(f"{prefix}/{p}", ratio, "x uniform", shape.problem, OURS)
     for name, by_pass in times.items():
+        if name == UNIFORM:
+            continue
         for p, ms in by_pass.items():
             result.add(f"{prefix}/{p}", ms, "ms", shape.problem, name)
             if p in times.get(OURS, {}):

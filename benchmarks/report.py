@@ -196,9 +196,20 @@ _PASSES = ("inference", "forward", "backward", "forward + backward")
 
 def peers_table(figures: Figures) -> str:
     """Times of ours, and how many times as long SonicMoE and the balanced-GEMM bound take."""
+    shapes = [(letter, tuple(shape.problem)) for letter, shape in BARS.items()]
+    return _beside_peers(figures, shapes)
+
+
+def random_peers_table(figures: Figures) -> str:
+    """The same of the other sizes that were compared, drawn at random."""
+    bars = {tuple(shape.problem) for shape in BARS.values()}
+    drawn = [p for p in figures.problems("compare/none/forward + backward") if p not in bars]
+    return _beside_peers(figures, [("", problem) for problem in drawn])
+
+
+def _beside_peers(figures: Figures, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> str:
     rows = []
-    for letter, shape in BARS.items():
-        problem = shape.problem
+    for letter, problem in shapes:
         cells: list[str] = []
         for name in _PASSES:
             metric = f"compare/none/{name}"
@@ -212,6 +223,24 @@ def peers_table(figures: Figures) -> str:
     header = ["", "T, H, I, E, top_k"]
     for name in _PASSES:
         header += [f"{name} ms", "SonicMoE ×", "bound ×"]
+    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+
+
+def skew_table(figures: Figures) -> str:
+    """Times with skewed routing over those with uniform routing."""
+    rows = []
+    for letter, shape in BARS.items():
+        cells = [
+            _cell(figures.get(f"compare/{skew}/{name}", "x uniform", shape.problem), ".3f")
+            for skew in ("zipf", "hot")
+            for name in _PASSES
+        ]
+        if any(cell != "–" for cell in cells):
+            rows.append([letter, ", ".join(map(str, shape.problem)), *cells])
+    if not rows:
+        return "No skewed routing has been committed yet."
+    header = ["", "T, H, I, E, top_k"]
+    header += [f"{skew}: {name}" for skew in ("Zipf", "hot expert") for name in _PASSES]
     return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
 
 
@@ -479,6 +508,8 @@ TABLES: dict[str, Callable[[Figures], str]] = {
     "support": support_table,
     "performance": performance_table,
     "peers": peers_table,
+    "random peers": random_peers_table,
+    "skew": skew_table,
     "tiles": tiles_table,
     "small": small_table,
     "rounding": rounding_table,

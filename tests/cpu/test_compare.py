@@ -194,6 +194,17 @@ def test_a_whole_run_writes_what_the_plot_reads(tmp_path: Path, monkeypatch, cap
     }
 
 
+def test_skewed_routing_is_raced_with_uniform(tmp_path: Path) -> None:
+    path = tmp_path / "skew.json"
+    command = ["--device", "cpu", "--thiek", "48,64,32,8,2", "--seconds", "0.01"]
+    assert compare.main([*command, "--peers", "torch", "--skew", "hot", "--json", str(path)]) == 0
+    rows = Result.read(path).rows
+    assert {row.provider for row in rows} == {"sonic", "torch"}
+    ratios = [row for row in rows if row.unit == "x uniform"]
+    assert {row.metric for row in ratios} == {f"compare/hot/{name}" for name in compare.PASSES}
+    assert all(row.provider == "sonic" for row in ratios)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
