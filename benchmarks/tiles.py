@@ -308,7 +308,7 @@ def main() -> None:
         "--shapes", nargs="*", choices=list(BARS), help="default: all, or none beside --thiek"
     )
     parser.add_argument(
-        "--thiek", nargs="+", type=shape_option, metavar="T,H,I,E,K", help="other layers"
+        "--thiek", nargs="+", type=shape_option, metavar="T,H,I,E,top_k", help="other layers"
     )
     parser.add_argument(
         "--gemms", nargs="+", choices=GEMMS, help="default: all but the last, those of training"

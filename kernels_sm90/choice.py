@@ -1,16 +1,19 @@
 """Which tiles a grouped GEMM gets: those of the least time by a model of it. No GPU.
 
 The model: a tile costs a time for each step of its main loop and one beside (``_Tiling``); a GPU
-runs them in waves, of which a started one counts for half a full one; and no GEMM takes less than
-its traffic. Experts get rows at random, so that what counts is the expected number of row tiles.
-``_order`` says how CTAs come to their tiles.
+runs them in waves, of which a started one counts for half a full one, but the first as a whole; and
+no GEMM takes less than its traffic. Experts get rows at random, so that what counts is the expected
+number of row tiles. ``_order`` says how CTAs come to their tiles.
 
 The constants were fitted to sweeps over all tilings (``benchmarks/tiles.py``, H200, 2026-11-27):
 the six GEMMs of 26 layers, 55 to 84 tilings each, bf16 and SwiGLU; the thresholds of the orders lie
 between layers that an order helped and others that it did not. Other activations, biases and fp16
-take what these take. ``kernels_sm90/README.md`` says what came of it. Not measured: other numbers
-of SMs, and less than one wave, where the rule of few rows takes the widest tiles that cover the
-columns, whatever the rows.
+take what these take. ``kernels_sm90/README.md`` says what came of it.
+
+Not measured: other numbers of SMs, and less than one wave. There the model is extrapolated: steps
+are assumed to take as long as among busy neighbours, and a few SMs to draw what their steps ask
+for. With the narrowest tile that is 16 KB of weights in 0.35 to 0.54 us, 30 to 47 GB/s; where all
+SMs read, each has 33. So of tiles that run side by side the narrower are the faster ones.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -49,6 +53,8 @@ _HOPELESS = 2.0  # times the best, or more: as bad as any
 _WRONG_ORDER = 1.03  # what it costs, about, to take tiles in the order of other numbers of rows
 _FEW_WAVES, _MANY_WAVES = 10, 32
 _FEW_ROWS = 32  # of an expert: fewer only read its weights, see _few_rows
+_HALF_TILE_ROWS = 40  # of an expert on average, where hardly any has more than 64
+_MOST_SMS = 0.9  # of a wave: enough to read weights at full bandwidth; assumed
 _FEW_TILES = _SMS // 4  # of a weight gradient
 _LEAST_SPLIT_EXPERTS = 4  # fewer have large shares of the rows by themselves
 _MOST_ROWS = 4096  # more count as so many; with a few experts that is up to a fifth off
@@ -200,7 +206,9 @@ class _Grid(NamedTuple):
 def _traffic(problem: Problem, size: _Size) -> float:
     """Bytes that must come from memory or go there, each once."""
     gated = problem.activation is not None and problem.activation.is_gated
-    weights, rows = size.experts * size.n * size.k, size.experts * size.rows
+    weights, rows = float(size.experts * size.n * size.k), size.experts * size.rows
+    if problem.ragged is Ragged.ROWS:
+        weights *= _expected_tiles(size.rows, 2 * _MOST_ROWS)  # of experts with any row
     outputs = 1.0
     if problem.epilogue is EpilogueKind.ACTIVATION:
         outputs = 0.5 if gated else 1.0
@@ -215,10 +223,13 @@ def _traffic(problem: Problem, size: _Size) -> float:
 def _microseconds(
     problem: Problem, tiling: _Tiling, order: _Order, size: _Size, grid: _Grid
 ) -> float:
-    waves = grid.waves + _STARTED_WAVE * (math.ceil(grid.waves) - grid.waves) + _RAMP
+    # Less than a wave takes as long as its tiles, and one warpgroup with a tile as long as two.
+    alone = tiling.schedule is _PINGPONG and problem.ragged is Ragged.ROWS
+    begun = max(grid.waves, 2.0 if alone else 1.0)
+    waves = begun + _STARTED_WAVE * (math.ceil(begun) - begun) + _RAMP
     multiplying = waves * (grid.steps * tiling.step + grid.stored * tiling.rest)
     moving = _traffic(problem, size) / _BYTES_PER_MICROSECOND
-    moving *= waves / grid.waves * grid.padding**_PADDED
+    moving *= waves / begun * grid.padding**_PADDED
     if problem.ragged is Ragged.ROWS and not order.dynamic and grid.waves >= _MANY_WAVES:
         waves_drift = _DRIFT
     else:
@@ -285,18 +296,40 @@ def _order_of_weight_gradient(
     return _Order(along_m=tiling.tile_n == 256 or (pingpong and large), dynamic=False)
 
 
-def _is_small(problem: Problem, size: _Size) -> bool:
-    """Whether it is no concern of the model: few rows of an expert, or less than one wave."""
+def _is_forward(problem: Problem) -> bool:
+    """An up- or a down-projection."""
+    return problem.ragged is Ragged.ROWS and not problem.transposed_weight
+
+
+def _only_reads(problem: Problem, size: _Size) -> bool:
+    """Whether it is no concern of the model: few rows of an expert, and the widest tiles keep most
+    SMs busy."""
     if problem.ragged is Ragged.REDUCTION:
         return False
-    tiles = size.experts * _expected_tiles(size.rows, 128) * -(-size.n // 128)
-    return size.rows < _FEW_ROWS or tiles < _SMS
+    if _is_forward(problem):
+        return size.rows < _HALF_TILE_ROWS
+    if size.rows >= _FEW_ROWS:
+        return False
+    return size.experts * -(-size.n // 256) >= _MOST_SMS * _SMS
+
+
+def _fills_a_wave(problem: Problem, size: _Size) -> bool:
+    """At least with narrow tiles; else SMs are idle, fewer of them with narrower tiles."""
+    if problem.ragged is Ragged.REDUCTION:
+        return True
+    if size.rows < _FEW_ROWS:
+        return False
+    return size.experts * _expected_tiles(size.rows, 128) * -(-size.n // 128) >= _SMS
 
 
 def _few_rows(problem: Problem, size: _Size) -> TileConfig:
     """Tiles of experts whose weights are read for hardly any rows. Memory decides, and no order of
-    tiles: the widest ones that cover the columns, by rates that runs with 1 to 16 rows confirmed.
+    tiles. Rows that fit half a tile get half a tile: less shared memory for them is more stages of
+    weights on their way. In gradients, the widest tiles that cover the columns, by rates that runs
+    with 1 to 16 rows confirmed.
     """
+    if _is_forward(problem):
+        return TileConfig(64, 128, 1, 1, _PINGPONG, 2, *_FIXED_ALONG_N)
     gated = problem.activation is not None and problem.activation.is_gated
     if problem.epilogue is EpilogueKind.LINEAR:
         # A short reduction hides little of an epilogue: there a second tile in flight hides more.
@@ -305,12 +338,6 @@ def _few_rows(problem: Problem, size: _Size) -> TileConfig:
             (TileConfig(128, 256, 1, 1, _OVERLAPPED, 1, *_FIXED_ALONG_N), wide),
             (TileConfig(128, 192, 1, 1, _PINGPONG, 2, *_FIXED_ALONG_N), middle),
             (TileConfig(128, 128, 1, 1, _PINGPONG, 2, *_FIXED_ALONG_N), 0.85),
-        ]
-    elif problem.epilogue is EpilogueKind.ACTIVATION:
-        rates = [
-            (TileConfig(128, 256, 1, 1, _OVERLAPPED, 1, *_FIXED_ALONG_N), 1.0),
-            (TileConfig(128, 192, 1, 1, _OVERLAPPED, 1, *_FIXED_ALONG_N), 0.87),
-            (TileConfig(128, 128, 1, 1, _COOPERATIVE, 2, *_FIXED_ALONG_N), 0.75),
         ]
     else:
         narrow = TileConfig(128, 128, 1, 1, _PINGPONG, 2, *_FIXED_ALONG_N)
@@ -348,14 +375,25 @@ class _Plan(NamedTuple):
     order: _Order
 
 
+def _rivals(problem: Problem, size: _Size) -> list[_Tiling]:
+    """The tilings that may be the best of a size."""
+    tilings = _tilings(problem)
+    if not _fills_a_wave(problem, size):
+        # A cluster idles CTAs too, and a tile wider than the columns multiplies for nothing.
+        least = min(tiling.tile_n for tiling in tilings)
+        widest = max(size.n, least)
+        return [t for t in tilings if t.cluster_m == 1 and t.tile_n <= widest]
+    down = problem.epilogue is EpilogueKind.LINEAR and not problem.transposed_weight
+    most = 300 if down else 1024
+    if problem.ragged is Ragged.ROWS and size.rows >= most:
+        return [t for t in tilings if t.cluster_m == 1]  # many row tiles share weights as it is
+    return list(tilings)
+
+
 def _times(problem: Problem, size: _Size) -> dict[_Tiling, tuple[_Order, float]]:
     """Of each tiling the order of tiles that suits it, and its microseconds then."""
     times = {}
-    down = problem.epilogue is EpilogueKind.LINEAR and not problem.transposed_weight
-    most = 300 if down else 1024
-    for tiling in _tilings(problem):
-        if tiling.cluster_m > 1 and problem.ragged is Ragged.ROWS and size.rows >= most:
-            continue  # many row tiles share weights as it is
+    for tiling in _rivals(problem, size):
         grid = _Grid.of(problem, tiling, size)
         order = _order(problem, tiling, size, grid)
         times[tiling] = order, _microseconds(problem, tiling, order, size, grid)
@@ -382,25 +420,55 @@ def _limit(problem: Problem) -> int:
     return _KERNELS if rows and not sliced and not inference else _KERNELS_OF_TWINS
 
 
+class _Cover:
+    """A few plans that together serve many sizes."""
+
+    def __init__(self, problem: Problem, sizes: list[_Size], plans: Iterable[_Plan] = ()):
+        self._times = [_times(problem, size) for size in sizes]
+        self.plans = list(plans)
+
+    def extend(self, count: int) -> None:
+        """With the plan that helps most, ``count`` times at most."""
+        rivals = (_Plan(t, order) for row in self._times for t, (order, _) in row.items())
+        ratios = {plan: self._ratios(plan) for plan in dict.fromkeys((*self.plans, *rivals))}
+        best = [_HOPELESS] * len(self._times)
+        for plan in self.plans:
+            best = list(map(min, best, ratios[plan]))
+        for _ in range(count):
+            if max(best, default=0.0) <= _TOLERANCE:
+                return
+            self.plans.append(min(ratios, key=lambda plan: sum(map(min, best, ratios[plan]))))
+            best = list(map(min, best, ratios[self.plans[-1]]))
+
+    def configs(self) -> list[TileConfig]:
+        """For each size the best of the plans."""
+        ratios = {plan: self._ratios(plan) for plan in self.plans}
+        best = (min(ratios, key=lambda p: ratios[p][index]) for index in range(len(self._times)))
+        return [plan.tiling.config(plan.order) for plan in best]
+
+    def _ratios(self, plan: _Plan) -> list[float]:
+        return [_ratio(row, plan) for row in self._times]
+
+
 @functools.lru_cache(maxsize=1024)
 def _choices(problem: Problem, n: int, k: int, experts: int) -> dict[int, TileConfig]:
-    """Tiles by class of rows: the best of the few that together serve all classes best."""
+    """Tiles by class of rows: the best of the few that together serve all classes best, beside one
+    for those with few rows, and one for those with idle SMs."""
     sizes = {rows: _Size(rows, n, k, experts) for rows in _CLASSES_OF_ROWS}
-    classes = [rows for rows, size in sizes.items() if not _is_small(problem, size)]
-    choices = {rows: _few_rows(problem, sizes[rows]) for rows in sizes if rows not in classes}
-    times = [_times(problem, sizes[rows]) for rows in classes]
-    plans = dict.fromkeys(_Plan(t, order) for row in times for t, (order, _) in row.items())
-    ratios = {plan: [_ratio(row, plan) for row in times] for plan in plans}
-    best = [_HOPELESS] * len(classes)
-    kept: list[_Plan] = []
-    while len(kept) < _limit(problem) and max(best, default=0.0) > _TOLERANCE:
-        kept.append(min(plans, key=lambda plan: sum(map(min, best, ratios[plan]))))
-        best = list(map(min, best, ratios[kept[-1]]))
-    for index, rows in enumerate(classes):
-        plan = min(kept, key=lambda plan: ratios[plan][index])
-        config = plan.tiling.config(plan.order)
-        choices[rows] = replace(config, split=_is_split(problem, config, n, k, experts))
-    return choices
+    choices = {rows: _few_rows(problem, s) for rows, s in sizes.items() if _only_reads(problem, s)}
+    modelled = {rows: size for rows, size in sizes.items() if rows not in choices}
+    full = {rows: s for rows, s in modelled.items() if _fills_a_wave(problem, s)}
+    idle = {rows: s for rows, s in modelled.items() if rows not in full}
+    cover = _Cover(problem, list(full.values()))
+    cover.extend(_limit(problem))
+    choices |= dict(zip(full, cover.configs(), strict=True))
+    cover = _Cover(problem, list(idle.values()), cover.plans)
+    cover.extend(1)
+    choices |= dict(zip(idle, cover.configs(), strict=True))
+    return {
+        rows: replace(config, split=_is_split(problem, config, n, k, experts))
+        for rows, config in choices.items()
+    }
 
 
 def _is_split(problem: Problem, config: TileConfig, n: int, k: int, experts: int) -> bool:

@@ -44,6 +44,7 @@ def kernels_of_stages(default_config, size, activation, layout, dtype):
         patch.setattr(launch, "kernel_for", kernel_for)
         patch.setattr(launch, "_tuned", lambda backend, device: {})
         patch.setattr(launch, "_multiprocessors", lambda device: 132)
+        patch.setattr(stages.parts, "add_parts", lambda *_: None)
         patch.setattr(stages, "prepared", launch.prepared.__wrapped__)  # nothing from before
         patch.setattr(stages, "compile_ahead", lambda *_: None)
         patch.setattr(stages, "fill_cache", lambda *_, **__: None)

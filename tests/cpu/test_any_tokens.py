@@ -68,7 +68,7 @@ def test_any_number_of_tokens_chooses_from_what_is_compiled(size, activation):
     for tokens in numbers_of_tokens(size):
         chosen |= set(cli.layer_kernels(BACKEND.default_config, replace(size, tokens=tokens), *how))
     assert chosen <= set(compiled) and len(set(compiled)) == len(compiled)
-    assert len(compiled) <= 32, "every one is seconds of a first call"
+    assert len(compiled) <= 34, "every one is seconds of a first call"
 
 
 @pytest.mark.parametrize("activation", list(ActivationType))

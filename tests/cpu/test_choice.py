@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.shapes import NAMED_SHAPES, Shape
+from benchmarks.shapes import DECODE_SHAPE, NAMED_SHAPES, Shape
 from benchmarks.tiles import launches
 from kernels_sm90 import choice
 from kernels_sm90.tiles import supports_config
@@ -44,8 +44,8 @@ def test_candidates_are_legal_for_every_problem() -> None:
 def test_few_kernels_serve_all_numbers_of_rows(named) -> None:
     for problem, n, k in launches(named.shape).values():
         configs = choice.default_configs(problem, n, k, named.shape.E)
-        few = 1 if problem.ragged is Ragged.ROWS else 0  # where weights are read for hardly a row
-        assert 1 <= len(configs) <= choice._limit(problem) + few
+        other = 1 if problem.ragged is Ragged.ROWS else 0  # for few rows, or where SMs are idle
+        assert 1 <= len(configs) <= choice._limit(problem) + other
 
 
 def test_weight_gradients_of_few_tiles_are_split() -> None:
@@ -96,6 +96,41 @@ def test_the_number_of_experts_decides_how_full_the_last_wave_is() -> None:
     assert list(widths.values()) == [128, 256]
 
 
+def test_few_rows_have_half_tiles() -> None:
+    """As in the committed sweep of few rows; 64 rows and more fill a tile."""
+    for tokens, gemm, expected in (
+        (1, "up", "64x128"),
+        (16, "up", "64x128"),
+        (256, "up_inference", "64x128"),
+        (256, "down", "64x128"),
+        (1024, "up", "128x256"),
+    ):
+        shape = Shape(tokens, *DECODE_SHAPE)
+        problem, n, k = launches(shape)[gemm]
+        config = choice.default_config(problem, shape.rows // shape.E, n, k, shape.E)
+        assert config.name.startswith(expected), (tokens, gemm, config.name)
+
+
+@pytest.mark.parametrize("rows", [1, 20, 31, 32, 100])
+def test_few_experts_have_narrow_tiles(rows: int) -> None:
+    """Where even those are no whole wave: each wide one would leave an SM idle beside it."""
+    shape = Shape(rows, 2048, 256, 8, 8)
+    for problem, n, k in launches(shape).values():
+        if problem.ragged is Ragged.ROWS and n < 2048:
+            config = choice.default_config(problem, rows, n, k, shape.E)
+            assert (config.tile_n, config.cluster_size) == (128, 1)
+
+
+@pytest.mark.parametrize("experts", [1, 8, 16])
+def test_no_tile_is_wider_than_columns_that_leave_sms_idle(experts: int) -> None:
+    for problem in every_problem():
+        if problem.ragged is Ragged.ROWS:
+            for n, least in ((64, 128), (200, 192), (256, 256)):
+                for config in choice.default_configs(problem, n, 512, experts):
+                    full = experts * -(-4096 // 128) * -(-n // 128) >= 132
+                    assert full or config.tile_n <= least
+
+
 def without_order(config: TileConfig) -> TileConfig:
     return replace(config, raster_along_m=True, dynamic=False)
 
@@ -114,7 +149,7 @@ def test_few_kernels_cost_little_by_the_model() -> None:
         for problem, n, k in launches(shape).values():
             for rows in (64, 200, 500, 1500, 4000):
                 size = choice._Size(choice._class_of_rows(rows), n, k, shape.E)
-                if choice._is_small(problem, size):
+                if choice._only_reads(problem, size) or not choice._fills_a_wave(problem, size):
                     continue
                 times = choice._times(problem, size)
                 config = choice.default_config(problem, rows, n, k, shape.E)

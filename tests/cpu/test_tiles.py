@@ -127,11 +127,14 @@ def test_a_sweep_says_what_the_choice_costs(
 
 
 def test_the_choice_is_near_the_best_of_every_committed_sweep() -> None:
-    """Within 3 % but for a few GEMMs: README's table has each of them."""
-    committed = list(RESULTS.glob("*.times.gz"))
-    if not committed:
-        pytest.skip("no sweep has been committed yet")
-    for path in committed:
+    """Within 3 % but for a few GEMMs: README's table has each of them. Less so where GEMMs take
+    some ten microseconds."""
+    for name, most, worst in (
+        ("tiles", 0.03, 1.055),
+        ("tiles-many", 0, 1.03),
+        ("tiles-few", 0.2, 1.1),
+    ):
+        path = max(RESULTS.glob(f"*-{name}.json.times.gz"))
         sweep = Sweep.read_times(path, BACKEND)
         ratios = {
             sweep.line(gemm, index): sweep.ratio(gemm, index)
@@ -139,4 +142,4 @@ def test_the_choice_is_near_the_best_of_every_committed_sweep() -> None:
             for index in range(len(sweep.shapes))
         }
         far = {line: ratio for line, ratio in ratios.items() if ratio > 1.03}
-        assert len(far) <= 0.03 * len(ratios) and max(ratios.values()) < 1.055, "\n".join(far)
+        assert len(far) <= most * len(ratios) and max(ratios.values()) < worst, "\n".join(far)
