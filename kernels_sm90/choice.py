@@ -10,10 +10,10 @@ the six GEMMs of 26 layers, 55 to 84 tilings each, bf16 and SwiGLU; the threshol
 between layers that an order helped and others that it did not. Other activations, biases and fp16
 take what these take. ``kernels_sm90/README.md`` says what came of it.
 
-Not measured: other numbers of SMs, and less than one wave. There the model is extrapolated: steps
-are assumed to take as long as among busy neighbours, and a few SMs to draw what their steps ask
-for. With the narrowest tile that is 16 KB of weights in 0.35 to 0.54 us, 30 to 47 GB/s; where all
-SMs read, each has 33. So of tiles that run side by side the narrower are the faster ones.
+Few rows and less than one wave are another regime, of which a sweep of 18 layers says how the
+forward GEMMs do: few rows get half tiles (``_few_rows``), and for less than one wave the model is
+extrapolated, as if steps took as long as among busy neighbours. Not measured: other numbers of SMs,
+and the backward GEMMs there.
 """
 
 from __future__ import annotations
