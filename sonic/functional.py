@@ -97,7 +97,9 @@ def experts(
 
     Numerics:
         fp32 accumulation; the pre-activation, post-activation, expert output and result are each
-        rounded once to the working dtype; slots are summed in ascending order.
+        rounded once to the working dtype; slots are summed in ascending order. Weight gradients are
+        rounded once too, but for an expert with more than twice its share of the rows: where its
+        gradient is small, it is summed in parts, which are rounded each and added in fp32.
 
     Memory:
         2TH + 4RI bytes (2RI not gated) for 2-byte dtypes and R = T * top_k, plus integers:
