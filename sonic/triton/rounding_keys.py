@@ -27,8 +27,11 @@ from sonic.triton.launch import Launcher
 from sonic.triton.topk import (
     HIGHEST,
     LOWEST,
-    _select_best,
+    _packed,
+    _select,
+    _select_packed,
     _sortable,
+    _unpacked,
     _value_of,
     free_bits,
     topk_scores,
@@ -36,8 +39,10 @@ from sonic.triton.topk import (
 
 MAX_BLOCK_E = 4096  # experts of a token in one block
 _ELEMENTS = 4096  # of a block, or those of one token
-_ELEMENTS_PER_WARP = 512  # where tokens choose
-_MAX_ELEMENTS = 8192  # there; more spill, or take more than 32 warps
+_ELEMENTS_PER_THREAD = 32  # where tokens choose from many experts
+_MAX_ELEMENTS = 8192  # there; more take too many warps
+_BYTES_PER_LOAD = 16  # of a thread
+_LEAST_PIECE = 32  # bytes of a row that are loaded together, a sector
 
 
 @triton.jit
@@ -64,14 +69,62 @@ def _chosen(key, expert, TOP_K: tl.constexpr):
 
 
 @triton.jit
-def _store_columns(
-    keys, key, token, expert, num_tokens, num_experts, key_stride, ROWS: tl.constexpr
-):
-    """keys (E, key_stride) from a block (ROWS, experts), the least of keys from T on."""
-    key = tl.trans(tl.where(token[:, None] < num_tokens, key, LOWEST))
+def _store_columns(keys, key, token, expert, num_experts, key_stride):
+    """keys (E, key_stride) from a block (ROWS, experts)."""
     offset = expert.to(tl.int64)[:, None] * key_stride + token[None, :]
     mask = (expert[:, None] < num_experts) & (token[None, :] < key_stride)
-    tl.store(keys + offset, key, mask=mask)
+    tl.store(keys + offset, tl.trans(key), mask=mask)
+
+
+@triton.jit
+def _load_logits(
+    logits,
+    token,
+    is_token,
+    num_experts,
+    stride,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """fp32 logits (ROWS, BLOCK_E), 0 where there is none. A row is loaded in pieces, one behind the
+    other, and not at once: so few threads have it, each several parts of it, and what is found for
+    a row is found by few."""
+    piece = tl.arange(0, BLOCK_E // PIECE)[None, :, None]
+    column = piece * PIECE + tl.arange(0, PIECE)[None, None, :]
+    inside = is_token[:, None, None] & (column < num_experts)
+    address = logits + token.to(tl.int64)[:, None, None] * stride + column
+    value = tl.load(address, mask=inside, other=0.0)
+    return tl.reshape(value, [ROWS, BLOCK_E]).to(tl.float32)
+
+
+@triton.jit
+def _winners(
+    order,
+    expert,
+    is_expert,
+    BITS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Sortable logits and ids of each row's winners (ROWS, K_PAD), whatever they are from TOP_K on,
+    its greatest one (ROWS,), and which columns won."""
+    index = tl.broadcast_to(expert[None, :], [ROWS, BLOCK_E])
+    if BITS == 0:
+        order = tl.where(is_expert[None, :], order, LOWEST)
+        best, winner, left = _select(order, index, TOP_K, K_PAD, ROWS)
+        return best, winner, tl.max(best, axis=1), left == LOWEST
+    else:
+        packed = _packed(order, index, BITS)
+        if not EXACT:
+            packed = tl.where(is_expert[None, :], packed, LOWEST)
+        best, first, last = _select_packed(packed, TOP_K, K_PAD, ROWS, False)
+        best, winner = _unpacked(best, BITS)
+        first, _ = _unpacked(first, BITS)
+        return best, winner, first, packed >= last[:, None]
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -92,37 +145,42 @@ def _logit_scores_kernel(
     FULL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PIECE: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Scores of all experts, as (T, E) or as keys; winners and their scores (T, TOP_K). Either
-    pair of pointers may be missing; ``lse_by_token`` is the logarithm of the scores' divisor."""
+    pair of pointers may be missing; ``lse_by_token`` is the logarithm of the scores' divisor.
+    EXACT: there are BLOCK_E experts, and no mask is needed."""
+    num_experts = BLOCK_E if EXACT else num_experts
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    expert = tl.arange(0, BLOCK_E)
     is_token = token < num_tokens
+    expert = tl.arange(0, BLOCK_E)
+    value = _load_logits(logits, token, is_token, num_experts, stride, ROWS, BLOCK_E, PIECE)
     is_expert = expert < num_experts
-    inside = is_token[:, None] & is_expert[None, :]
-    offset = token.to(tl.int64)[:, None] * stride + expert[None, :]
-    value = tl.load(logits + offset, mask=inside, other=0.0).to(tl.float32)
-    order = tl.where(is_expert[None, :], _sortable(value), LOWEST)
-    index = tl.broadcast_to(expert[None, :], [ROWS, BLOCK_E])
-    best, winner, left = _select_best(order, index, BITS, TOP_K, K_PAD, ROWS)
+    best, winner, first, won = _winners(
+        _sortable(value), expert, is_expert, BITS, TOP_K, K_PAD, ROWS, BLOCK_E, EXACT
+    )
 
     lane = tl.arange(0, K_PAD)
-    top = _value_of(tl.max(best, axis=1))
+    top = _value_of(first)
     term = tl.exp(value - top[:, None])
     winner_term = tl.where(lane[None, :] < TOP_K, tl.exp(_value_of(best) - top[:, None]), 0.0)
     if FULL:
-        total = tl.sum(tl.where(is_expert[None, :], term, 0.0), axis=1)
+        total = tl.sum(term if EXACT else tl.where(is_expert[None, :], term, 0.0), axis=1)
     else:
         total = tl.sum(winner_term, axis=1)
     inverse = 1.0 / total
     score = term * inverse[:, None]
     if scores is not None:
         offset = token.to(tl.int64)[:, None] * num_experts + expert[None, :]
-        tl.store(scores + offset, score, mask=inside)
+        tl.store(scores + offset, score, mask=is_token[:, None] & is_expert[None, :])
     if keys is not None:
-        key = _rank_key(score)
-        key = tl.where(left == LOWEST, key, key | LOWEST)
-        _store_columns(keys, key, token, expert, num_tokens, num_experts, key_stride, ROWS)
+        # Scores are at least 0. One that is no number makes its token's divisor none, and so all
+        # scores of the token: what ranks them is a matter of rows.
+        bits = score.to(tl.int32, bitcast=True) & tl.where(is_token, HIGHEST, 0)[:, None]
+        if_won = tl.where(is_token, tl.where(total == total, 0, HIGHEST), LOWEST)
+        key = bits | tl.where(won, if_won[:, None], (if_won | LOWEST)[:, None])
+        _store_columns(keys, key, token, expert, num_experts, key_stride)
         tl.store(lse_by_token + token, top + tl.log(total), mask=is_token)
         offset = token.to(tl.int64)[:, None] * TOP_K + lane[None, :]
         is_slot = is_token[:, None] & (lane[None, :] < TOP_K)
@@ -161,7 +219,9 @@ def _keys_kernel(
     else:
         chosen = _chosen(key, expert, TOP_K)
     key = tl.where(chosen, key, key | LOWEST)
-    _store_columns(keys, key, token, expert, num_tokens, num_experts, key_stride, ROWS)
+    # The least of keys from T on.
+    key = tl.where(token[:, None] < num_tokens, key, LOWEST)
+    _store_columns(keys, key, token, expert, num_experts, key_stride)
 
 
 # --- launchers ------------------------------------------------------------------------------------
@@ -170,11 +230,19 @@ def _keys_kernel(
 _logit_scores = Launcher(_logit_scores_kernel)
 
 
-def _rows_and_warps(block_e: int) -> tuple[int, int]:
-    """Tokens and warps of a block that chooses; eight tokens of an expert fill a sector of the
-    keys, which up to 1024 experts allow."""
-    rows = min(32, max(8, _ELEMENTS_PER_WARP // block_e), _MAX_ELEMENTS // block_e)
-    return rows, max(1, rows * block_e // _ELEMENTS_PER_WARP)
+def _blocks(block_e: int, itemsize: int, full: bool) -> tuple[int, int, int]:
+    """Tokens, warps and the columns of a piece of a block that chooses. Eight tokens of an expert
+    fill a sector of the keys, which up to 1024 experts allow.
+
+    What a thread finds for a row costs as much whether it holds 8 elements of it or 32. A sum over
+    all experts is left to more threads: its bits depend on who adds what.
+    """
+    per_thread = _ELEMENTS_PER_THREAD if block_e >= 128 and not full else 16
+    rows = max(16 if block_e >= 64 and not full else 8, 512 // block_e)
+    rows = min(rows, 32, _MAX_ELEMENTS // block_e)
+    num_warps = max(1, rows * block_e // (32 * per_thread))
+    parts = 1 if full else per_thread * itemsize // _BYTES_PER_LOAD
+    return rows, num_warps, max(min(block_e, _LEAST_PIECE // itemsize), block_e // parts)
 
 
 def _key_stride(num_tokens: int) -> int:
@@ -187,7 +255,7 @@ def _launch(
 ) -> None:
     num_tokens, num_experts = logits.shape
     block_e = power_of_2(num_experts)
-    rows, num_warps = _rows_and_warps(block_e)
+    rows, num_warps, piece = _blocks(block_e, logits.itemsize, full)
     stride = _key_stride(num_tokens)
     _logit_scores(
         cdiv(stride, rows),
@@ -203,6 +271,8 @@ def _launch(
         FULL=full,
         ROWS=rows,
         BLOCK_E=block_e,
+        PIECE=piece,
+        EXACT=num_experts == block_e,
         num_warps=num_warps,
     )
 

@@ -29,6 +29,7 @@ from sonic.triton.topk import HIGHEST, LOWEST
 
 GROUP = tl.constexpr(32)  # tokens whose verdicts share a word
 _LANES = tl.constexpr(8)  # of these, keys that are loaded at once
+_PARTS = tl.constexpr(4)  # how often
 _COMPARED = tl.constexpr(16)  # tokens that others are compared with at once
 
 _MAX_HELD = 1024  # groups whose greatest ranks stay in registers
@@ -56,12 +57,12 @@ class Decisions(NamedTuple):
 
 @triton.jit
 def popcount(word):
-    """Ones in each int32."""
+    """Ones in each int32; in the form that compilers know to be one instruction."""
+    word = word.to(tl.uint32, bitcast=True)
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
-    word = word + (word >> 8)
-    return (word + (word >> 16)) & 0x3F
+    return ((word * 0x01010101) >> 24).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -89,20 +90,31 @@ def _load_keys(column, token, key_stride):
 
 @triton.jit
 def _summarize(column, first, num_tokens, key_stride, BLOCK: tl.constexpr):
-    """Of BLOCK groups from ``first`` on: whose tokens chose the expert, as words, and the greatest
-    ranks of tokens to add and to drop."""
+    """Of BLOCK groups from ``first`` on: whose tokens chose the expert, as words, how many these
+    are, and the greatest ranks of tokens to add and to drop."""
     group = first + tl.arange(0, BLOCK)
-    word = tl.zeros([BLOCK, _LANES], tl.int32)
-    to_add = tl.full([BLOCK, _LANES], -1, tl.int32)
-    to_drop = tl.full([BLOCK, _LANES], -1, tl.int32)
-    for part in range(GROUP // _LANES):
-        lane = part * _LANES + tl.arange(0, _LANES)
-        token = group[:, None] * GROUP + lane[None, :]
-        key = _load_keys(column, token, key_stride)
-        word += (key >= 0).to(tl.int32) << lane[None, :]
-        to_add = tl.maximum(to_add, _rank_to_add(key, token, num_tokens))
-        to_drop = tl.maximum(to_drop, _rank_to_drop(key))
-    return tl.sum(word, axis=1), tl.max(to_add, axis=1), tl.max(to_drop, axis=1)
+    lane = tl.arange(0, _LANES)[None, :]
+    free = tl.zeros([BLOCK, _LANES], tl.uint32)
+    # Without their signs' meaning, keys of tokens that chose the expert are below all others: the
+    # least is the first to drop, the greatest the first to add.
+    least = tl.full([BLOCK, _LANES], 0xFFFFFFFF, tl.uint32)
+    greatest = tl.zeros([BLOCK, _LANES], tl.uint32)
+    for part in range(_PARTS):
+        token = group[:, None] * GROUP + (_PARTS - 1 - part) * _LANES + lane
+        key = _load_keys(column, token, key_stride).to(tl.uint32, bitcast=True)
+        free = (free << 1) | (key >> 31)
+        least = tl.minimum(least, key)
+        greatest = tl.maximum(greatest, key)
+    # A bit for each part, moved to where the part's first token has its own.
+    free = (free * 0x00204081) & 0x01010101
+    word = ~tl.sum(free.to(tl.int32, bitcast=True) << lane, axis=1)
+    size = popcount(word)
+    to_drop = tl.min(least, axis=1).to(tl.int32, bitcast=True)
+    to_drop = tl.where(to_drop >= 0, to_drop ^ HIGHEST, -1)
+    to_add = tl.max(greatest, axis=1).to(tl.int32, bitcast=True) & HIGHEST
+    # Behind the last token keys are the least of those that others may have.
+    all_chose = size >= tl.minimum(num_tokens - group * GROUP, GROUP)
+    return word, size, tl.where(all_chose, -1, to_add), to_drop
 
 
 @triton.jit
@@ -131,7 +143,7 @@ def _spread(tops, held, num_groups, BLOCK: tl.constexpr, HELD: tl.constexpr):
     count = 0
     greatest = -1
     least = HIGHEST
-    for first in range(0, num_groups, BLOCK):
+    for first in range(0, BLOCK if HELD else num_groups, BLOCK):
         top = _tops(tops, held, first, num_groups, BLOCK, HELD)
         inside = first + tl.arange(0, BLOCK) < num_groups
         ranks = (top >= 0).to(tl.int32), top, tl.where(inside, tl.maximum(top, 0), HIGHEST)
@@ -151,7 +163,7 @@ def _groups_from(
     count_low = 0
     count_middle = 0
     count_high = 0
-    for first in range(0, num_groups, BLOCK):
+    for first in range(0, BLOCK if HELD else num_groups, BLOCK):
         top = _tops(tops, held, first, num_groups, BLOCK, HELD)
         reached = ((top >= low).to(tl.int32) << 20) + ((top >= middle).to(tl.int32) << 10)
         reached = tl.sum(reached + (top >= high).to(tl.int32), axis=0)
@@ -188,11 +200,10 @@ def _list_groups(
     """Write groups, LIST at most, that hold the ``want`` first tokens, ascending. Returns how many,
     a rank that all these tokens reach, and one that none does."""
     reach, greatest, least = _spread(tops, held, num_groups, BLOCK, HELD)
-    zero = tl.zeros([], tl.int64)
     beyond = 0
     # Fewer groups than wanted tokens: some of these are not the first of their group.
-    low = zero + tl.where(reach < want, 0, least)
-    end = zero + greatest + 1
+    low = tl.where(reach < want, 0, least).to(tl.uint32)
+    end = (greatest + 1).to(tl.uint32)
     high = end
     # `reach` groups, at least `want` of them, reach `low`, and `beyond`, which are fewer, `high`.
     while (want > 0) & (reach > LIST) & (high - low > 1):
@@ -212,7 +223,7 @@ def _list_groups(
     skipped = tl.where((reach > LIST) & (up == 0), reach - LIST, 0)
     better = 0
     ties = -skipped
-    for first in range(0, num_groups, BLOCK):
+    for first in range(0, BLOCK if HELD else num_groups, BLOCK):
         top = _tops(tops, held, first, num_groups, BLOCK, HELD)
         is_better = top > low.to(tl.int32)
         is_tied = (top == low.to(tl.int32)) & (top >= 0)
@@ -234,18 +245,20 @@ def _list_groups(
 
 @triton.jit
 def _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK: tl.constexpr):
-    """Keys (BLOCK, GROUP) of the groups listed from the ``start``-th on, and these groups, with
+    """Keys (GROUP, BLOCK) of the groups listed from the ``start``-th on, and these groups, with
     ``num_groups`` behind the last one."""
     entry = start + tl.arange(0, BLOCK)
     group = tl.load(listed + entry, mask=entry < size, other=num_groups)
-    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    # A thread loads single keys, and a warp a group: as they have to lie for sums over a group, and
+    # for stores to places that are next to one another.
+    token = tl.max_contiguous(group[None, :] * GROUP + tl.arange(0, GROUP)[:, None], [1, 1])
     return _load_keys(column, token, key_stride), group
 
 
 @triton.jit
 def _ranked(key, group, num_tokens, up):
     """Ranks and places of these groups' tokens; of equal ranks the lowest place comes first."""
-    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    token = group[None, :] * GROUP + tl.arange(0, GROUP)[:, None]
     return _rank(key, token, num_tokens, up), tl.where(up, token, num_tokens - 1 - token)
 
 
@@ -265,14 +278,19 @@ def _count_listed(
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
 ):
-    """Listed tokens of rank above ``bound``, or equal to it at places below the limit."""
+    """Listed tokens of rank above ``bound``, at least 0, or equal to it: at places below the limit
+    if there is one."""
     count = 0
     for start in range(0, size, BLOCK):
         key, group = held_key, held_group
         if not HELD:
             key, group = _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK)
         rank, place = _ranked(key, group, num_tokens, up)
-        count += _total(_comes_first(rank, place, bound, place_limit).to(tl.int32))
+        if place_limit is None:
+            first = rank >= bound
+        else:
+            first = _comes_first(rank, place, bound, place_limit)
+        count += _total(first.to(tl.int32))
     return count
 
 
@@ -283,7 +301,7 @@ def _comes_first(rank, place, bound, place_limit):
 
 @triton.jit
 def _total(block):
-    return tl.sum(tl.sum(block, axis=1), axis=0)
+    return tl.sum(tl.sum(block, axis=0), axis=0)
 
 
 @triton.jit
@@ -303,47 +321,45 @@ def _gather_first(
     HELD: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    """Write ranks, and ROOM elements behind them places, of the listed tokens that reach a rank."""
-    lane = tl.arange(0, GROUP)[None, :]
+    """Write ranks, and ROOM elements behind them what is greater for lower places, of the listed
+    tokens that reach a rank."""
+    lane = tl.arange(0, GROUP)[:, None]
     first = 0
     for start in range(0, size, BLOCK):
         key, group = held_key, held_group
         if not HELD:
             key, group = _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK)
         rank, place = _ranked(key, group, num_tokens, up)
-        reached = (rank >= 0) & (rank >= bound)
-        word = tl.sum(reached.to(tl.int32) << lane, axis=1)
+        reached = rank >= bound
+        word = tl.sum(reached.to(tl.int32) << lane, axis=0)
         number = popcount(word)
         index = first + tl.cumsum(number, axis=0) - number
-        index = index[:, None] + popcount(word[:, None] & ((1 << lane) - 1))
+        index = index[None, :] + popcount(word[None, :] & ((1 << lane) - 1))
         tl.store(found + index, rank, mask=reached)
-        tl.store(found + ROOM + index, place, mask=reached)
+        tl.store(found + ROOM + index, place ^ HIGHEST, mask=reached)
         if not HELD:
             first += tl.sum(number, axis=0)
 
 
 @triton.jit
-def _load_found(found, index, count, up):
+def _load_found(found, index, count, ROOM: tl.constexpr):
     """int64, greater for a token that comes before another; all of them differ."""
     rank = tl.load(found + index, mask=index < count, other=-1)
-    # Tokens were found by ascending number.
-    return (rank.to(tl.int64) << 32) + tl.where(up, HIGHEST - index, index)
+    return (rank.to(tl.int64) << 32) | tl.load(found + ROOM + index, mask=index < count, other=0)
 
 
 @triton.jit
-def _end_of(found, want, count, up, ROOM: tl.constexpr):
+def _end_of(found, want, count, ROOM: tl.constexpr):
     """Rank and place of the token, of the ``count`` that were found, at which ``want`` end."""
-    index = tl.arange(0, ROOM)
-    entry = _load_found(found, index, count, up)
+    entry = _load_found(found, tl.arange(0, ROOM), count, ROOM)
     better = tl.zeros([_COMPARED, ROOM], tl.int32)
     for start in range(0, count, _COMPARED):
         # Along the first axis, which a thread sums by itself.
-        other = _load_found(found, start + tl.arange(0, _COMPARED), count, up)
+        other = _load_found(found, start + tl.arange(0, _COMPARED), count, ROOM)
         better += (other[:, None] > entry[None, :]).to(tl.int32)
     is_last = tl.sum(better, axis=0) == want - 1
-    place = tl.load(found + ROOM + index, mask=is_last, other=0)
-    last = tl.max(tl.where(is_last, (entry >> 32 << 32) + place, -1), axis=0)
-    return (last >> 32).to(tl.int32), last.to(tl.int32)
+    last = tl.max(tl.where(is_last, entry, -1), axis=0)
+    return (last >> 32).to(tl.int32), last.to(tl.int32) ^ HIGHEST
 
 
 @triton.jit
@@ -374,7 +390,7 @@ def _search(
     tl.debug_barrier()
     key, group = _load_listed(column, listed, 0, size, num_groups, key_stride, LIST_BLOCK)
     reach = _count_listed(
-        column, listed, key, group, low.to(tl.int32), num_tokens, size, up, num_tokens, num_groups,
+        column, listed, key, group, low.to(tl.int32), None, size, up, num_tokens, num_groups,
         key_stride, LIST_BLOCK, ALL,
     )  # fmt: skip
     beyond = 0
@@ -382,8 +398,8 @@ def _search(
     while (reach > few) & (beyond < want) & (high - low > 1):
         middle = (low + high) >> 1
         count = _count_listed(
-            column, listed, key, group, middle.to(tl.int32), num_tokens, size, up, num_tokens,
-            num_groups, key_stride, LIST_BLOCK, ALL,
+            column, listed, key, group, middle.to(tl.int32), None, size, up, num_tokens, num_groups,
+            key_stride, LIST_BLOCK, ALL,
         )  # fmt: skip
         low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
     exact = (beyond == want) & (reach > want)
@@ -396,7 +412,7 @@ def _search(
         )  # fmt: skip
         # Orders what other threads found before the loads.
         tl.debug_barrier()
-        bound, last = _end_of(found, want, reach, up, ROOM)
+        bound, last = _end_of(found, want, reach, ROOM)
         limit = last + 1
     else:
         limit_low = 0
@@ -466,10 +482,12 @@ def _rounded_count(
 
 
 @triton.jit
-def _count_verdicts(sizes, counts_before, expert, num_experts, num_groups, BLOCK: tl.constexpr):
+def _count_verdicts(
+    sizes, counts_before, expert, num_experts, num_groups, BLOCK: tl.constexpr, HELD: tl.constexpr
+):
     """counts_before of the expert, from the tokens that it keeps of each group."""
     before = 0
-    for first in range(0, num_groups, BLOCK):
+    for first in range(0, BLOCK if HELD else num_groups, BLOCK):
         group = first + tl.arange(0, BLOCK)
         offset = group.to(tl.int64) * num_experts + expert
         size = tl.load(sizes + group, mask=group < num_groups, other=0)
@@ -513,12 +531,11 @@ def _select_kernel(
     frequency = 0
     to_add = tl.full([BLOCK], -1, tl.int32)
     to_drop = tl.full([BLOCK], -1, tl.int32)
-    for first in range(0, num_groups, BLOCK):
-        word, to_add, to_drop = _summarize(column, first, num_tokens, key_stride, BLOCK)
+    for first in range(0, BLOCK if HELD else num_groups, BLOCK):
+        word, size, to_add, to_drop = _summarize(column, first, num_tokens, key_stride, BLOCK)
         group = first + tl.arange(0, BLOCK)
         inside = group < num_groups
         tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=inside)
-        size = popcount(word)
         tl.store(sizes + group, size, mask=inside)
         if not HELD:
             tl.store(tops + group, to_drop, mask=inside)
@@ -573,14 +590,14 @@ def _select_kernel(
             )
         rank, place = _ranked(key, group, num_tokens, up)
         changed = _comes_first(rank, place, bound, limit)
-        bit = ((key >= 0) ^ changed).to(tl.int32) << tl.arange(0, GROUP)[None, :]
-        word = tl.sum(bit, axis=1)
+        bit = ((key >= 0) ^ changed).to(tl.int32) << tl.arange(0, GROUP)[:, None]
+        word = tl.sum(bit, axis=0)
         offset = group.to(tl.int64) * num_experts + expert
         tl.store(words + offset, word, mask=group < num_groups)
         tl.store(sizes + group, popcount(word), mask=group < num_groups)
     # Orders the sizes that other threads changed before they are added up.
     tl.debug_barrier()
-    _count_verdicts(sizes, counts_before, expert, num_experts, num_groups, BLOCK)
+    _count_verdicts(sizes, counts_before, expert, num_experts, num_groups, BLOCK, HELD)
 
 
 # --- counts that depend on one another ------------------------------------------------------------

@@ -31,6 +31,7 @@ from sonic.triton.rounding_keys import _score_of, keys_of_logits, keys_of_scores
 from sonic.triton.rounding_select import GROUP, Decisions, decide, popcount, scratch_size
 
 _TAIL = 1024  # slots that a program clears
+_MAX_PAIRS = 512  # whose rows and weights are found at once
 _MAX_BLOCK_E = 512
 _PARTS = 16  # of a block of experts
 
@@ -68,12 +69,13 @@ def _write_first_rows(
     PART: tl.constexpr,
 ):
     """first_rows[expert]: row of the expert's first pair in this group. Returns the pairs of each
-    of the group's tokens, and those of all earlier tokens."""
+    of the group's tokens, those of all earlier tokens, and the last block's words by token."""
     block = tl.arange(0, BLOCK_E)
     size = tl.zeros([GROUP], tl.int32)
     before = 0
     first_row = 0
     offset_limit = tl.where(is_first, num_experts, 0)
+    kept = tl.zeros([BLOCK_E // PART, GROUP], tl.int32)
     for start in range(0, num_experts, BLOCK_E):
         expert = start + block
         inside = expert < num_experts
@@ -88,7 +90,7 @@ def _write_first_rows(
         first_row += tl.sum(count, axis=0)
     one = tl.arange(0, 1)
     tl.store(offset_by_expert + num_experts + one, first_row, mask=one < tl.where(is_first, 1, 0))
-    return size, before
+    return size, before, kept
 
 
 @triton.jit
@@ -101,6 +103,26 @@ def _words_by_token(words, start, num_experts, BLOCK_E: tl.constexpr, PART: tl.c
     # A warp for each part, so that sums over its experts stay inside a thread.
     bit = (word[:, :, None] >> tl.arange(0, GROUP)[None, None, :]) & 1
     return tl.sum(bit << member[:, None, None], axis=0)
+
+
+@triton.jit
+def _row_of(pair, words, first_rows, line, live):
+    """Expert and row of pairs of a group: GROUP times the expert plus the token's place."""
+    expert = pair // GROUP
+    word = tl.load(words + line + expert, mask=live, other=0)
+    row = tl.load(first_rows + line + expert, mask=live, other=0)
+    return expert, row + popcount(word & ((1 << (pair % GROUP)) - 1))
+
+
+@triton.jit
+def _load_weight(keys, scores, token, expert, stride, live):
+    """fp32 scores of pairs, from scores, or if there are none from keys."""
+    if scores is not None:
+        address = scores + token.to(tl.int64) * stride + expert
+        return tl.load(address, mask=live, other=0.0).to(tl.float32)
+    else:
+        address = keys + expert.to(tl.int64) * stride + token
+        return _score_of(tl.load(address, mask=live, other=0))
 
 
 @triton.jit
@@ -136,14 +158,18 @@ def _emit_kernel(
     stride,
     BLOCK_E: tl.constexpr,
     PART: tl.constexpr,
+    ONE: tl.constexpr,
+    PAIRS: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """The first ``num_groups`` programs write a group of tokens each, the others what lies behind
-    the last pair. ``stride`` is that of the scores, or without scores that of the keys."""
+    the last pair. A group's pairs are put in order of their slots first, so that threads next to
+    one another write slots that are; until then ``row_by_slot`` holds them. ``stride`` is that of
+    the scores, or without scores that of the keys. ONE: a block holds all experts."""
     pid = tl.program_id(0)
     if pid < num_groups:
         line = pid.to(tl.int64) * num_experts
-        size, before = _write_first_rows(
+        size, before, left = _write_first_rows(
             words,
             counts_before,
             counts,
@@ -161,33 +187,33 @@ def _emit_kernel(
         slot_by_token = before + tl.cumsum(size, axis=0) - size
         tl.store(offset_by_token + token, slot_by_token, mask=token < num_tokens)
         tl.store(offset_by_token + token + 1, slot_by_token + size, mask=token == num_tokens - 1)
-        # Orders the first rows that other threads wrote before the loads below.
-        tl.debug_barrier()
         for start in range(0, num_experts, BLOCK_E):
-            left = _words_by_token(words + line, start, num_experts, BLOCK_E, PART)
+            if not ONE:
+                left = _words_by_token(words + line, start, num_experts, BLOCK_E, PART)
             number = popcount(left)
             slot = slot_by_token[None, :] + tl.cumsum(number, axis=0) - number
             slot_by_token += tl.sum(number, axis=0)
             first = start + PART * tl.arange(0, BLOCK_E // PART)[:, None]
             # Few experts of a part keep a token, so that these go one by one.
             for _ in range(0, tl.max(tl.max(number, axis=0), axis=0)):
-                live = left != 0
                 expert = first + popcount((left & -left) - 1)
-                word = tl.load(words + line + expert, mask=live, other=0)
-                row = tl.load(first_rows + line + expert, mask=live, other=0)
-                row += popcount(word & ((1 << lane) - 1)[None, :])
-                if scores is not None:
-                    address = scores + token.to(tl.int64)[None, :] * stride + expert
-                    weight = tl.load(address, mask=live, other=0.0).to(tl.float32)
-                else:
-                    address = keys + expert.to(tl.int64) * stride + token[None, :]
-                    weight = _score_of(tl.load(address, mask=live, other=0))
-                values = weight, token[None, :], expert, row
-                _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, live)
-                tl.store(token_by_row + row, token[None, :], mask=live)
-                tl.store(slot_by_row + row, slot, mask=live)
+                tl.store(row_by_slot + slot, expert * GROUP + lane[None, :], mask=left != 0)
                 left = left & (left - 1)
                 slot += 1
+        # Orders the pairs, and the first rows, that other threads wrote before the loads below.
+        tl.debug_barrier()
+        total = tl.sum(size, axis=0)
+        for start in range(0, total, PAIRS):
+            slot = before + start + tl.arange(0, PAIRS)
+            live = slot < before + total
+            pair = tl.load(row_by_slot + slot, mask=live, other=0)
+            expert, row = _row_of(pair, words, first_rows, line, live)
+            member = pid * GROUP + pair % GROUP
+            weight = _load_weight(keys, scores, member, expert, stride, live)
+            values = weight, member, expert, row
+            _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, live)
+            tl.store(token_by_row + row, member, mask=live)
+            tl.store(slot_by_row + row, slot, mask=live)
     else:
         total = 0
         for start in range(0, num_experts, BLOCK_E):
@@ -388,6 +414,8 @@ def _emit(
         keys.shape[1] if scores is None else scores.stride(0),
         BLOCK_E=block_e,
         PART=block_e // _PARTS,
+        ONE=num_experts <= block_e,
+        PAIRS=min(_MAX_PAIRS, max(128, power_of_2(cdiv(num_slots, num_groups)))),
         TAIL=_TAIL,
         num_warps=4,
     )

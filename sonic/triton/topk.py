@@ -70,6 +70,40 @@ def _select(key, index, TOP_K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
+def _packed(key, index, BITS: tl.constexpr):
+    """Keys whose low BITS carried nothing, all different: of equal ones the lowest index is the
+    greatest."""
+    return (key | ((1 << BITS) - 1)) - index
+
+
+@triton.jit
+def _unpacked(packed, BITS: tl.constexpr):
+    """Key and index."""
+    LOW: tl.constexpr = (1 << BITS) - 1
+    # The key of a negative value ends in ones, that of any other in zeros.
+    return tl.where(packed < 0, packed | LOW, packed & ~LOW), LOW - (packed & LOW)
+
+
+@triton.jit
+def _select_packed(
+    packed, TOP_K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr
+):
+    """The TOP_K largest of each row, which all differ, descending, LOWEST behind them; then the
+    first and the last of these. SHORT: a row may have fewer, and LOWEST besides."""
+    lane = tl.arange(0, K_PAD)
+    first = tl.max(packed, axis=1)
+    top = first
+    best = tl.where(lane[None, :] == 0, top[:, None], LOWEST)
+    for rank in range(1, TOP_K):
+        # Counted upwards from `top` and around, the farthest key is the next one below it.
+        distance = tl.max((packed - top[:, None]).to(tl.uint32, bitcast=True), axis=1)
+        below = top + distance.to(tl.int32, bitcast=True)
+        top = tl.where(top == LOWEST, LOWEST, below) if SHORT else below
+        best = tl.where(lane[None, :] == rank, top[:, None], best)
+    return best, first, top
+
+
+@triton.jit
 def _select_best(
     key, index, BITS: tl.constexpr, TOP_K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -78,23 +112,12 @@ def _select_best(
     if BITS == 0:
         return _select(key, index, TOP_K, K_PAD, ROWS)
     else:
-        LOW: tl.constexpr = (1 << BITS) - 1
-        key = tl.where(key == LOWEST, LOWEST, (key | LOW) - index)
-        lane = tl.arange(0, K_PAD)
-        top = tl.max(key, axis=1)
-        best = tl.where(lane[None, :] == 0, top[:, None], LOWEST)
-        for rank in range(1, TOP_K):
-            # Counted upwards from `top` and around, the farthest key is the next one below it.
-            distance = tl.max((key - top[:, None]).to(tl.uint32, bitcast=True), axis=1)
-            below = top + distance.to(tl.int32, bitcast=True)
-            top = tl.where(top == LOWEST, LOWEST, below)
-            best = tl.where(lane[None, :] == rank, top[:, None], best)
-        left = tl.where(key >= top[:, None], LOWEST, key)
-        # The key of a negative value ends in ones, that of any other in zeros.
-        best_key = tl.where(best < 0, best | LOW, best & ~LOW)
+        packed = tl.where(key == LOWEST, LOWEST, _packed(key, index, BITS))
+        best, _, last = _select_packed(packed, TOP_K, K_PAD, ROWS, True)
+        left = tl.where(packed >= last[:, None], LOWEST, packed)
+        best_key, best_index = _unpacked(best, BITS)
         none = best == LOWEST
-        best_key = tl.where(none, LOWEST, best_key)
-        return best_key, tl.where(none, 0, LOW - (best & LOW)), left
+        return tl.where(none, LOWEST, best_key), tl.where(none, 0, best_index), left
 
 
 @triton.jit

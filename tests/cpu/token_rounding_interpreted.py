@@ -79,8 +79,8 @@ def test_no_tokens_are_compared(rule, kind, guarded, monkeypatch):
 
 
 @triton.jit
-def _end_one_later(found, want, count, up, ROOM: tl.constexpr):
-    return _end_of(found, want + 1, count, up, ROOM)
+def _end_one_later(found, want, count, ROOM: tl.constexpr):
+    return _end_of(found, want + 1, count, ROOM)
 
 
 @triton.jit
