@@ -24,8 +24,10 @@ _WITHIN = 1.15  # of the fastest of the screening, for a finalist
 _HOPELESS = 1.4  # times the fastest of the first round: not timed again
 _BURST_SECONDS = 0.02  # of one tiling in the finals: its own load decides its clocks
 _LOAD_SECONDS = 0.1
-_SHORT_MILLISECONDS = 0.1  # of a launch: of shorter ones, the host would be timed
-_CAPTURED = 20  # of them, in one CUDA graph
+# Of a launch: of a shorter one, the host would be timed, which takes 0.02, now and then 0.1.
+_SHORT_MILLISECONDS = 0.5
+_CAPTURED = 20  # of them, in one CUDA graph, of at most _GRAPH_MILLISECONDS but for the last one
+_GRAPH_MILLISECONDS = 2.0
 _COLD_BYTES = 100e6  # of weights in turns: twice an L2 cache, so that none is still there
 _LEAST_TILE = 64
 _COPY = 2.0**-11  # unit roundoff of half precision, in which a schedule may keep an accumulator
@@ -165,7 +167,8 @@ class TimedGemm:
         launch()
         once = self._timed(launch, 1)
         if once < _SHORT_MILLISECONDS:
-            launch, launches = self._captured(config), _CAPTURED
+            launches = min(_CAPTURED, math.ceil(_GRAPH_MILLISECONDS / once))
+            launch = self._captured(config, launches)
             launch()
             once = self._timed(launch, 1)
         calls = math.ceil(1000 * seconds / once)
@@ -175,10 +178,10 @@ class TimedGemm:
             once = self._timed(launch, calls)
         return once / launches
 
-    def _captured(self, config: TileConfig) -> Callable[[], None]:
+    def _captured(self, config: TileConfig, launches: int) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for turn in range(_CAPTURED):
+            for turn in range(launches):
                 self.run(config, turn)
         return graph.replay
 

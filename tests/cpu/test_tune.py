@@ -1,6 +1,7 @@
 """``sonic tune``: what it tries, keeps, shows and forgets, with times that are made up."""
 
 import json
+import math
 
 import filelock
 import pytest
@@ -424,7 +425,7 @@ class _Gpu:
         self.milliseconds, self.host = milliseconds, host
         self.weights, self.replays = [], 0
         monkeypatch.setattr(tuning, "grouped_gemm", self.prepare)
-        monkeypatch.setattr(TimedGemm, "_captured", lambda gemm, config: self.capture(gemm, config))
+        monkeypatch.setattr(TimedGemm, "_captured", lambda *call: self.capture(*call))
         monkeypatch.setattr(
             TimedGemm, "_timed", lambda gemm, launch, calls: self.time(launch, calls)
         )
@@ -432,8 +433,9 @@ class _Gpu:
     def prepare(self, *_, **sizes):
         return lambda b, **operands: self.weights.append(b)
 
-    def capture(self, gemm, config):
-        for turn in range(tuning._CAPTURED):
+    def capture(self, gemm, config, launches):
+        self.captured = launches
+        for turn in range(launches):
             gemm.run(config, turn)
         return self.replay
 
@@ -444,7 +446,7 @@ class _Gpu:
         for _ in range(calls):
             launch()
         graph = launch == self.replay
-        return tuning._CAPTURED * self.milliseconds if graph else max(self.milliseconds, self.host)
+        return self.captured * self.milliseconds if graph else max(self.milliseconds, self.host)
 
 
 def _linear():
@@ -452,16 +454,19 @@ def _linear():
     return TimedGemm(down_problem("bfloat16", False), rows, offsets, 8, 128, 32)
 
 
-@pytest.mark.parametrize(("seconds", "replays"), [(0.0, 2), (0.02, 2 + 100 + 200)])
+@pytest.mark.parametrize("host", [0.02, 0.12])
+@pytest.mark.parametrize("seconds", [0.0, 0.02])
 def test_short_launches_are_timed_without_the_host_on_other_weights_each(
-    monkeypatch, seconds, replays
+    monkeypatch, seconds, host
 ):
-    gpu = _Gpu(monkeypatch, 0.005)
+    gpu = _Gpu(monkeypatch, 0.005, host)
     assert _linear().milliseconds(NARROW, seconds) == pytest.approx(0.005)
-    captured = gpu.weights[-tuning._CAPTURED :]
-    assert len({weight.data_ptr() for weight in captured}) == tuning._CAPTURED
+    captured = gpu.weights[-gpu.captured :]
+    assert gpu.captured > 10
+    assert len({weight.data_ptr() for weight in captured}) == gpu.captured
     assert all(torch.equal(weight, captured[0]) for weight in captured)
-    assert gpu.replays == replays
+    timed = math.ceil(seconds / 5e-6 / gpu.captured)
+    assert gpu.replays == (2 + timed // 2 + timed if seconds else 2)
 
 
 def test_long_launches_are_timed_as_layers_launch_them(monkeypatch):
