@@ -251,7 +251,8 @@ def _order(problem: Problem, tiling: _Tiling, size: _Size, grid: _Grid) -> _Orde
     exceed = weights > _CACHE_BYTES  # then they are best read by neighbours, at once
     many_waves = grid.waves >= _MANY_WAVES
     if problem.epilogue is EpilogueKind.ACTIVATION:
-        return _Order(exceed, dynamic=size.rows < 1024 or not many_waves)
+        few_or_most = not 1024 <= size.rows < _MOST_ROWS
+        return _Order(exceed, dynamic=few_or_most or not many_waves)
     if problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
         drifts = size.rows < 450 and tiles < 24  # the tiles of one expert are no share of a wave
         shared = exceed and 1.01 < grid.along_m < 3.3
@@ -273,7 +274,7 @@ def _order_of_linear(
     if weights > _CACHE_BYTES / 3:
         return counted if grid.along_m > 1.01 else counted._replace(along_m=False)
     if size.rows >= 1000:
-        return _FIXED_ALONG_N
+        return _Order(along_m=False, dynamic=size.rows >= _MOST_ROWS)
     # The tiles of one expert fill nearly a wave: they hardly drift apart.
     fill = grid.along_m * grid.along_n >= 90
     return _Order(along_m=True, dynamic=False) if fill else counted
