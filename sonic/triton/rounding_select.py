@@ -38,6 +38,8 @@ _MAX_HELD_LIST = 256  # listed groups whose keys do
 _LEAST_LIST = 16
 _MAX_COMPARED = 256  # tokens that are compared with one another
 _GROUPS_PER_WARP = 64
+_FEW_LISTED = 64  # whose keys take few registers
+_REGISTERS = 65536  # of a processor
 _BALANCE_BLOCK = 1024  # experts whose running error is found at once
 
 
@@ -722,6 +724,11 @@ def decide(
     held = num_groups <= _MAX_HELD
     block = power_of_2(num_groups) if held else _MAX_COUNTED
     listed = _list_size(num_tokens, tile, rule)
+    num_warps = max(4, min(16, max(block, 2 * listed) // _GROUPS_PER_WARP))
+    registers: dict[str, int] = {}
+    if listed > _FEW_LISTED:
+        # All that a program may have: left to itself, the compiler of Triton 3.9 spills before.
+        registers["maxnreg"] = min(255, _REGISTERS // (32 * num_warps))
     balanced = rule == "balance-f"
     if balanced:
         _balanced_counts(keys, decisions, num_tokens, tile)
@@ -745,5 +752,6 @@ def decide(
         LIST=listed,
         LIST_BLOCK=min(listed, _MAX_HELD_LIST),
         ROOM=_room(num_tokens, tile, rule),
-        num_warps=max(4, min(16, max(block, 2 * listed) // _GROUPS_PER_WARP)),
+        num_warps=num_warps,
+        **registers,
     )

@@ -193,13 +193,15 @@ def _emit_kernel(
             number = popcount(left)
             slot = slot_by_token[None, :] + tl.cumsum(number, axis=0) - number
             slot_by_token += tl.sum(number, axis=0)
-            first = start + PART * tl.arange(0, BLOCK_E // PART)[:, None]
+            first = start + PART * tl.arange(0, BLOCK_E // PART)[None, :]
+            # Tokens first, as compilers want what they store to places that may be anywhere.
+            rest, place = tl.trans(left), tl.trans(slot)
             # Few experts of a part keep a token, so that these go one by one.
             for _ in range(0, tl.max(tl.max(number, axis=0), axis=0)):
-                expert = first + popcount((left & -left) - 1)
-                tl.store(row_by_slot + slot, expert * GROUP + lane[None, :], mask=left != 0)
-                left = left & (left - 1)
-                slot += 1
+                expert = first + popcount((rest & -rest) - 1)
+                tl.store(row_by_slot + place, expert * GROUP + lane[:, None], mask=rest != 0)
+                rest = rest & (rest - 1)
+                place += 1
         # Orders the pairs, and the first rows, that other threads wrote before the loads below.
         tl.debug_barrier()
         total = tl.sum(size, axis=0)
