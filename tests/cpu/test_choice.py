@@ -12,7 +12,14 @@ from kernels_sm90 import choice
 from kernels_sm90.tiles import supports_config
 from sonic.enums import ActivationType
 from sonic.runtime.launch import later_parts
-from sonic.runtime.problem import EpilogueKind, Problem, Ragged, TileConfig, layer_problems
+from sonic.runtime.problem import (
+    EpilogueKind,
+    Problem,
+    Ragged,
+    Schedule,
+    TileConfig,
+    layer_problems,
+)
 from sonic.triton.parts import rows_per_part
 
 
@@ -42,10 +49,12 @@ def test_candidates_are_legal_for_every_problem() -> None:
 
 @pytest.mark.parametrize("named", NAMED_SHAPES, ids=lambda named: named.letter)
 def test_few_kernels_serve_all_numbers_of_rows(named) -> None:
-    for problem, n, k in launches(named.shape).values():
+    for gemm, (problem, n, k) in launches(named.shape).items():
         configs = choice.default_configs(problem, n, k, named.shape.E)
-        other = 1 if problem.ragged is Ragged.ROWS else 0  # for few rows, or where SMs are idle
-        assert 1 <= len(configs) <= choice._limit(problem) + other
+        few = 1 if problem.ragged is Ragged.ROWS else 0
+        if gemm == "up_inference":  # of two widths
+            few = 2
+        assert 1 <= len(configs) <= choice._limit(problem) + few
 
 
 def test_weight_gradients_of_few_tiles_are_split() -> None:
@@ -96,12 +105,19 @@ def test_the_number_of_experts_decides_how_full_the_last_wave_is() -> None:
     assert list(widths.values()) == [128, 256]
 
 
+def test_a_tile_that_is_alone_is_cooperative() -> None:
+    """An up-projection that leaves SMs idle has no next tile to hide an epilogue behind."""
+    problem, n, k = launches(Shape(256, 7168, 2048, 4, 1))["up_inference"]
+    config = choice.default_config(problem, 64, n, k, 4)
+    assert config == TileConfig(128, 128, 1, 1, Schedule.COOPERATIVE, 2, False, False)
+
+
 def test_few_rows_have_half_tiles() -> None:
     """As in the committed sweep of few rows; 64 rows and more fill a tile."""
     for tokens, gemm, expected in (
         (1, "up", "64x128"),
         (16, "up", "64x128"),
-        (256, "up_inference", "64x128"),
+        (256, "up_inference", "64x256"),
         (256, "down", "64x128"),
         (1024, "up", "128x256"),
     ):

@@ -100,6 +100,10 @@ TILES = [
         TileConfig(128, 128, 2, 1, OVERLAPPED, 3, raster_along_m=False),
     ),
     (DOWN, TileConfig(128, 192, 2, 1, PINGPONG, 2, raster_along_m=False)),
+    (
+        up_problem(ActivationType.SWIGLU_OAI, "float16", True, False),
+        TileConfig(64, 256, 1, 1, PINGPONG, 2, raster_along_m=False),
+    ),
     (DOWN_WEIGHT, TileConfig(128, 192, 1, 1, PINGPONG, 2, raster_along_m=False, dynamic=True)),
     (
         weight_grad_problem("bfloat16", Operand.B, True, False),

@@ -127,12 +127,11 @@ def test_a_sweep_says_what_the_choice_costs(
 
 
 def test_the_choice_is_near_the_best_of_every_committed_sweep() -> None:
-    """Within 3 % but for a few GEMMs: README's table has each of them. Less so where GEMMs take
-    some ten microseconds."""
+    """Within 3 % but for a few GEMMs: README's table has each of them."""
     for name, most, worst in (
         ("tiles", 0.03, 1.055),
         ("tiles-many", 0, 1.03),
-        ("tiles-few", 0.2, 1.1),
+        ("tiles-few", 0.1, 1.055),
     ):
         path = max(RESULTS.glob(f"*-{name}.json.times.gz"))
         sweep = Sweep.read_times(path, BACKEND)

@@ -21,6 +21,7 @@ ROW_TILES = [
     TileConfig(256, 128, 1, 1, raster_along_m=False),
     TileConfig(128, 128, 1, 1, PINGPONG),
     TileConfig(128, 128, 2, 1, PINGPONG, raster_along_m=False),
+    TileConfig(64, 128, 1, 1, PINGPONG, 2, raster_along_m=False),
     TileConfig(64, 256, 1, 1, PINGPONG),
     TileConfig(128, 192, 2, 1),
 ]
