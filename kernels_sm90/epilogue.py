@@ -26,6 +26,7 @@ from sonic.device.ptx import (
     tma_store,
     unpack_pair,
 )
+from sonic.device.scheduler import is_first_part
 from sonic.device.tensormap import ragged_coordinates, weight_coordinates
 
 _FIRST_NAMED_BARRIER = 1
@@ -384,9 +385,9 @@ class EpilogueMixin:
     def _store_part(self, d_map, parts_map, context, d_slot, column, first_row):
         """A piece of the output, or of the sum over a later part of the expert's rows."""
         cursor, _, _, sizes = context
-        expert, _, part, begin, _ = cursor
+        expert, _, which, begin, _ = cursor
         gated = self.problem.gated_rows
-        if part == 0:
+        if is_first_part(which):
             tma_store(d_map, d_slot, weight_coordinates(column, first_row, expert, gated))
         else:
             block = begin // sizes[2] - 1

@@ -111,7 +111,7 @@ def memory_estimate(
     a large layer are made in slices of columns (:mod:`sonic.runtime.columns`), so that a slice and
     ``dh`` need no more than all of the rows do alone; but not in a backward pass that a CUDA graph
     captures, where ``dh`` comes on top. Not counted: where few tiles make up an expert's weight
-    gradient, sums over parts of its rows, at most 35 MB, which are free again before the rows
+    gradient, sums over parts of its rows, at most 140 MB, which are free again before the rows
     of ``dx`` are made.
 
     Example:

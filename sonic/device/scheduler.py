@@ -18,6 +18,7 @@ from cutlass import Int32
 from sonic.device.ptx import count_trailing_zeros
 
 _LANES = 32
+_PHASES = 4  # of a split reduction
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def seek_ragged_rows(
         first = first + tiles
     return _seek(
         tile, (expert, first, tiles, begin, end), searching, offset_by_expert, num_experts,
-        tiles_n, rows_per_tile, 0,
+        tiles_n, rows_per_tile, False,
     )  # fmt: skip
 
 
@@ -82,33 +83,52 @@ def seek_split_reduction(
     """Cursor at ``tile``, where every expert has as many parts as it has started blocks of
     ``rows_per_part`` rows, but at least one, and a part has ``tiles_per_part`` tiles.
 
-    The cursor is that of a part, and its third entry the part's number.
+    Experts come in ``_PHASES`` passes, those of many rows first: what a fixed stride hands out at
+    one time is then about equally long. The cursor is that of a part; its third entry is ``_PHASES
+    * part + pass``.
     """
-    expert, first, part, begin, end = cursor
+    expert, first, which, begin, end = cursor
+    part, phase = which // _PHASES, which % _PHASES
     begin = begin - part * rows_per_part  # of the expert
     first = first - part * tiles_per_part
     end = offset_by_expert[cutlass.min(expert + 1, num_experts)]
-    tiles = _tiles_of(end - begin, tiles_per_part, rows_per_part, 1)
+    tiles = _tiles_of_phase(end - begin, phase, tiles_per_part, rows_per_part)
+    position = phase * num_experts + expert
     searching = tile >= first + tiles
     if searching:
-        expert = cutlass.min(expert + 1, num_experts)
+        position = cutlass.min(position + 1, _PHASES * num_experts)
         first = first + tiles
-    expert, first, tiles, begin, end = _seek(
-        tile, (expert, first, tiles, begin, end), searching, offset_by_expert, num_experts,
-        tiles_per_part, rows_per_part, 1,
+    position, first, tiles, begin, end = _seek(
+        tile, (position, first, tiles, begin, end), searching, offset_by_expert, num_experts,
+        tiles_per_part, rows_per_part, True,
     )  # fmt: skip
     part = (tile - first) // tiles_per_part
-    if expert == num_experts:
-        part = Int32(0)
+    phase = _phase_of(position, num_experts)
+    if phase == _PHASES:
+        phase, part = Int32(_PHASES - 1), Int32(0)
+    expert = position - phase * num_experts
     begin = begin + part * rows_per_part
     first = first + part * tiles_per_part
-    return expert, first, part, begin, cutlass.min(end, begin + rows_per_part)
+    return expert, first, _PHASES * part + phase, begin, cutlass.min(end, begin + rows_per_part)
 
 
-def _tiles_of(rows, tiles_n, rows_per_tile, least: int):
-    """Tiles of an expert with ``rows`` rows; ``least``: the fewest row tiles, 0 or 1."""
-    row_tiles = (rows + rows_per_tile - 1) // rows_per_tile
-    return (cutlass.max(row_tiles, 1) if least else row_tiles) * tiles_n
+def is_first_part(which):
+    """Of the third entry of a cursor of :func:`seek_split_reduction`."""
+    return which < _PHASES
+
+
+def _phase_of(position, num_experts):
+    """``position // num_experts`` of a position up to ``_PHASES * num_experts`` and more."""
+    return sum(Int32(position >= (i + 1) * num_experts) for i in range(_PHASES))
+
+
+def _tiles_of_phase(rows, phase, tiles_per_part, rows_per_part):
+    """Tiles of an expert with ``rows`` rows, 0 in all passes but its own: that of more than a part,
+    of more than a half, of more than a quarter of one, and of fewer.
+    """
+    own = sum(Int32(rows <= (rows_per_part >> i)) for i in range(_PHASES - 1))
+    parts = cutlass.max((rows + rows_per_part - 1) // rows_per_part, 1)
+    return parts * tiles_per_part * Int32(own == phase)
 
 
 @cute.jit
@@ -120,19 +140,26 @@ def _seek(
     num_experts: Int32,
     tiles_n: Int32,
     rows_per_tile,
-    least: cutlass.Constexpr,
+    in_phases: cutlass.Constexpr,
 ):
-    """The first expert from the cursor's on that has ``tile``; see :func:`seek_ragged_rows`."""
+    """The first expert from the cursor's on that has ``tile``; see :func:`seek_ragged_rows`. In
+    phases, an expert is a position: that many experts on, through one pass after another.
+    """
     expert, first, tiles, begin, end = cursor
     lane = cute.arch.lane_idx()
+    last = num_experts * (_PHASES if in_phases else 1)
     while searching:
         candidate = expert + lane
-        low = offset_by_expert[cutlass.min(candidate, num_experts)]
-        high = offset_by_expert[cutlass.min(candidate + 1, num_experts)]
-        count = _tiles_of(high - low, tiles_n, rows_per_tile, least)
-        if cutlass.const_expr(least > 0):
-            if candidate >= num_experts:
-                count = Int32(0)
+        if cutlass.const_expr(in_phases):
+            phase = _phase_of(candidate, num_experts)
+            index = candidate - phase * num_experts
+            low = offset_by_expert[cutlass.min(index, num_experts)]
+            high = offset_by_expert[cutlass.min(index + 1, num_experts)]
+            count = _tiles_of_phase(high - low, phase, tiles_n, rows_per_tile)
+        else:
+            low = offset_by_expert[cutlass.min(candidate, num_experts)]
+            high = offset_by_expert[cutlass.min(candidate + 1, num_experts)]
+            count = (high - low + rows_per_tile - 1) // rows_per_tile * tiles_n
         inclusive = count
         for i in cutlass.range_constexpr(5):
             below = cute.arch.shuffle_sync_up(inclusive, 1 << i, mask_and_clamp=0)
@@ -150,8 +177,8 @@ def _seek(
             first = first + cute.arch.shuffle_sync(inclusive, _LANES - 1)
             expert = expert + _LANES
             tiles = Int32(0)
-            if expert >= num_experts:
-                expert = num_experts
+            if expert >= last:
+                expert = last
                 searching = cutlass.Boolean(False)
     return expert, first, tiles, begin, end
 

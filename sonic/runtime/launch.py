@@ -123,11 +123,11 @@ def _grid(
 def later_parts(config: TileConfig, rows: int, experts: int, m: int, n: int, sms: int) -> int:
     """How many parts, beside the first one of every expert, a split reduction has room for.
 
-    No part has more rows than a quarter of an SM's share of the work; an expert with twice its
+    No part has more rows than a sixteenth of an SM's share of the work; an expert with twice its
     share of the rows has one part, and so has one with few rows.
     """
     tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
-    return max(min(4 * sms // tiles, experts // 2, rows // _LEAST_ROWS_OF_A_PART) - 1, 1)
+    return max(min(16 * sms // tiles, experts // 2, rows // _LEAST_ROWS_OF_A_PART) - 1, 1)
 
 
 def config_for(

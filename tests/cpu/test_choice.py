@@ -75,13 +75,13 @@ def test_weight_gradients_of_few_tiles_are_split() -> None:
 
 @pytest.mark.parametrize("rows", [1, 700, 200_000])
 @pytest.mark.parametrize("experts", [4, 128, 4096])
-def test_parts_are_a_quarter_of_the_share_of_an_sm(rows: int, experts: int) -> None:
+def test_parts_are_a_sixteenth_of_the_share_of_an_sm(rows: int, experts: int) -> None:
     config = TileConfig(128, 256, split=True)
     parts = later_parts(config, rows, experts, m=256, n=1536, sms=132)  # 12 tiles
     assert parts >= 1
     if parts > 1:
         size = rows_per_part(rows, parts)
-        assert size >= max(rows * 12 / 132 / 4, 2 * rows / experts, 512)
+        assert size >= max(rows * 12 / 132 / 16, 2 * rows / experts, 512)
 
 
 def test_two_row_tiles_of_an_expert_share_its_weights() -> None:
