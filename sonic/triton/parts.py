@@ -71,7 +71,8 @@ def _launch(num_experts: int, size: int, part_rows: int) -> Fixed:
 def add_parts(
     out: torch.Tensor, partial: torch.Tensor, offset_by_expert: torch.Tensor, rows: int
 ) -> None:
-    """Adds the later parts of each expert to its output, in order, in fp32, rounded once.
+    """Adds the later parts of each expert, as they were rounded, to its output: in order, in fp32,
+    and with one more rounding.
 
     Args:
         out: (E, M, N) bf16 or fp16, contiguous, E at most 4096; in it the sums over first parts.
