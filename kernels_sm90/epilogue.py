@@ -153,6 +153,8 @@ class EpilogueMixin:
             cute.arch.fence_view_async_shared()
             if cutlass.const_expr(self._has_spare_slot()):
                 self._await_stores(warp)
+            # Orders all threads' writes of the chunk before the TMA store that one of them issues,
+            # and, with a spare slot, that slot's earlier store before the next chunk's writes.
             self._sync_group(group)
             if warp % 4 == 0:
                 if elect_one_lane():

@@ -97,7 +97,9 @@ def experts(
 
     Numerics:
         fp32 accumulation; the pre-activation, post-activation, expert output and result are each
-        rounded once to the working dtype; slots are summed in ascending order. Weight gradients are
+        rounded once to the working dtype; slots are summed in ascending order. On the kernels, the
+        activation and its gradient may see the sums with eleven significant bits (relative 2**-11
+        at most, as fp16 has; bf16 has eight), with a scale for each row. Weight gradients are
         rounded once too, but for an expert with more than twice its share of the rows: where its
         gradient is small, it is summed in parts, which are rounded each and added in fp32.
 

@@ -1,4 +1,5 @@
-"""The stages of the layer in torch: same names, signatures and rounding points as the kernels.
+"""The stages of the layer in torch: same names and signatures as the kernels, and their rounding
+points but for two that :mod:`sonic.stages` names.
 
 Sizes: T tokens, H hidden, I intermediate, E experts, R rows (the static bound on routed rows).
 Rows are grouped by expert: expert e owns ``[offset_by_expert[e], offset_by_expert[e + 1])``. Rows
