@@ -61,7 +61,7 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
     before the next main loop; ping-pong: tiles alternate between the two math warpgroups)::
 
         producer  load 1 | decode 2 | load 2 | decode 3 | load 3 ...
-        math             multiply 1 | copy 1 | multiply 2, store 1 in pieces | copy 2 | multiply 3 ...
+        math             multiply 1 | copy 1 | multiply 2, store 1 in pieces | copy 2 | multiply 3
 
     Registers: 168 per thread at launch; ``setmaxnreg`` then moves them from the producer to math.
     Constraints: see ``kernels_sm90.tiles.supports``.

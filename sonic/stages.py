@@ -1,10 +1,12 @@
 """The layer's stages on a GPU: six grouped GEMMs in CuTeDSL and the row kernels in Triton.
 
 Same names, signatures, rounding points and layout of ``h`` as :mod:`sonic.reference.stages`, which
-is the specification, but for two more roundings: large tiles hand a copy of their float32 sums, with
-the eleven significant bits of half precision, to the activation and its gradient, and the weight
-gradient of an expert with many rows may be summed in parts (:mod:`sonic.triton.parts`). Symbols: T tokens, H hidden, I intermediate, E experts, R rows (static bound).
-Rows at or past ``offset_by_expert[E]`` of any ``(R, *)`` output are undefined and never read.
+is the specification, but for two more roundings: large tiles hand a copy of their float32 sums,
+with the eleven significant bits of half precision, to the activation and its gradient, and the
+weight gradient of an expert with many rows may be summed in parts (:mod:`sonic.triton.parts`).
+
+Symbols: T tokens, H hidden, I intermediate, E experts, R rows (static bound). Rows at or past
+``offset_by_expert[E]`` of any ``(R, *)`` output are undefined and never read.
 """
 
 from __future__ import annotations
