@@ -23,6 +23,7 @@ from sonic.runtime.problem import (
     Arch,
     Operand,
     Problem,
+    Ragged,
     TileConfig,
     down_backward_act_problem,
     down_problem,
@@ -181,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
         help="only what T tokens need, of use with SONIC_COMPILE=needed; "
         "otherwise what any number of tokens may need",
     )
+    compiling.add_argument(
+        "--inference", action="store_true", help="only what a layer without gradients needs"
+    )
     tuning = commands.add_parser(
         "tune", help="search for the fastest tiles of a layer on this GPU, and keep them"
     )
@@ -242,9 +246,16 @@ def _compile(parsed: argparse.Namespace) -> int:
         else:
             configs = backend.default_configs
             kernels |= dict.fromkeys(layer_kernels_of_any_tokens(configs, size, *how))
+    if parsed.inference:
+        kernels = {kernel: None for kernel in kernels if _is_of_inference(kernel[0])}
     jobs = min(parsed.jobs, len(kernels))
     print(f"{len(kernels)} kernels for {arch.value} into {folder}, {jobs} at a time")
     return compile_kernels(arch, list(kernels), jobs)
+
+
+def _is_of_inference(problem: Problem) -> bool:
+    forward = problem.ragged is Ragged.ROWS and not problem.transposed_weight
+    return forward and not problem.store_preact
 
 
 def folder_to_fill(arch: Arch) -> Path:

@@ -56,7 +56,8 @@ def fill_cache(
     width: int,
     experts: int,
 ) -> None:
-    """Compile what a layer may need if its up-projection, ``up`` with ``config``, is missing.
+    """Compile what a layer may need if its up-projection, ``up`` with ``config``, is missing: for
+    inference where ``up`` is of inference, else for training too.
 
     Only where the cache keeps kernels, without ``SONIC_COMPILE=needed``, and where more than one
     CPU can compile; once in a process for each layer, and by one of several processes, while the
@@ -71,7 +72,7 @@ def fill_cache(
     key = KernelKey(arch, up, config)
     if cache.settings.compile is CompileMode.NEEDED or not cache.keeps(arch) or cache.holds(key):
         return
-    layer = arch, up.activation, up.dtype, up.has_bias, hidden, width, experts
+    layer = arch, up.activation, up.dtype, up.has_bias, up.store_preact, hidden, width, experts
     jobs = min(usable_cpus(), _MOST_JOBS)
     # A frozen program's executable is the program.
     if layer in _tried or jobs < 2 or not sys.executable or getattr(sys, "frozen", False):
@@ -86,6 +87,7 @@ def fill_cache(
         *("--thiek", f"1,{hidden},{intermediate},{experts},1"),
         *("--activation", up.activation.value, "--dtype", up.dtype),
         *(["--add_bias"] if up.has_bias else []),
+        *([] if up.store_preact else ["--inference"]),
     ]
     start = time.perf_counter()
     with turn(folder / ".fill.lock"):

@@ -15,7 +15,7 @@ from sonic.enums import ActivationType
 from sonic.runtime import fill
 from sonic.runtime.backend import load_backend
 from sonic.runtime.cache import KernelCache, KernelKey
-from sonic.runtime.problem import Arch, up_problem
+from sonic.runtime.problem import Arch, down_problem, up_problem
 from sonic.runtime.settings import CacheMode, CompileMode, Settings
 from tests.layer_launches import kernels_of_stages
 
@@ -92,6 +92,26 @@ def test_the_command_compiles_what_the_layer_launches(machine, activation, bias)
         launched = kernels_of_stages(BACKEND.default_config, layer, *how_run)
     assert launched and set(launched) <= set(compiled)
     assert parsed.jobs == 4
+
+
+def test_inference_compiles_a_part_and_training_the_rest(machine):
+    machine.use(training=False)
+    machine.use(training=True)
+    (first, *_), (second, *_) = machine.commands
+    assert "--inference" in first and "--inference" not in second
+    parsed = cli._parser().parse_args(first[3:])
+    compiled = []
+    machine._patch.setattr(cli, "folder_to_fill", lambda arch: machine.folder)
+    machine._patch.setattr(
+        cli, "compile_kernels", lambda arch, kernels, jobs: compiled.extend(kernels)
+    )
+    cli._compile(parsed)
+    every = cli.layer_kernels_of_any_tokens(
+        BACKEND.default_configs, parsed.thiek[0], ActivationType.SWIGLU, "bfloat16", False
+    )
+    up = up_problem(ActivationType.SWIGLU, "bfloat16", False, store_preact=False)
+    forward = {up, down_problem("bfloat16", False)}
+    assert set(compiled) == {kernel for kernel in every if kernel[0] in forward}
 
 
 def test_nothing_runs_where_the_kernel_is_there_or_none_would_be_kept(machine):
