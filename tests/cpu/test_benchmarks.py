@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import sonic
+from benchmarks import gpu_tests, measure, report, workers
 from benchmarks import layer as benchmark_layer
-from benchmarks import measure, report, workers
 from benchmarks.check import Finding, check_layer, findings_table
 from benchmarks.layer import (
     Layer,
@@ -571,3 +571,38 @@ def test_what_only_a_gpu_runs_says_so(script: str) -> None:
 @pytest.mark.parametrize("script", ["moe-cute.py", "validate.py"])
 def test_a_missing_gpu_is_a_sentence(script: str, impl: str) -> None:
     assert "torch sees no CUDA device" in _refused(script, "--device", "cuda", "--impl", impl)
+
+
+# --- the GPU tests' runner ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--files", "layer", "no_such"], "invalid choice: 'no_such' (choose from"),
+        (["--jobs", "0"], "positive integer"),
+        (["--limit", "nan"], "more than 0"),
+        (["--json", "."], "is a directory"),
+        (["--json", "/proc/result.json"], "cannot be written"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_runner_of_gpu_tests_refuses(
+    flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        gpu_tests.main(flags)
+    assert stopped.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_tests_that_ended_before_the_limit_are_counted(tmp_path: Path) -> None:
+    """The second test begins when the first has ended, and outlasts the limit."""
+    pytest.importorskip("xdist")
+    source, written = tmp_path / "test_two.py", tmp_path / "report.xml"
+    source.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(300)\n")
+    printed, finished = gpu_tests.run([source], 1, written, limit=20)
+    assert not finished and "not finished after 20 s" in printed
+    counts = gpu_tests.count(written, finished)
+    assert counts[gpu_tests.NOT_FINISHED] == {"failed": 1}
+    assert counts["test_two"]["passed"] == 1, printed
+    assert gpu_tests.count(tmp_path / "none.xml") == {"no report": {"failed": 1}}
