@@ -159,6 +159,11 @@ def test_host_time_is_that_of_the_call() -> None:
     assert 900 < found.fast <= found.median < 5000
 
 
+def test_the_fastest_tenth_of_few_calls_is_one_of_them(monkeypatch) -> None:
+    monkeypatch.setattr(small, "_call_times", lambda *_: [100.0, 900.0])
+    assert 100 <= small.host_microseconds(lambda: None, CPU).fast <= 900
+
+
 def test_the_profile_names_functions(capsys) -> None:
     small.print_profile(lambda: time.sleep(0), CPU)
     assert "sleep" in capsys.readouterr().out
