@@ -475,6 +475,58 @@ def test_tables_come_from_the_latest_results(tmp_path: Path) -> None:
         regenerate("<!-- generated: memory -->", Figures(tmp_path))
 
 
+def test_checking_tables_finds_missing_and_unknown_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write(tmp_path, "2026-01-01", 9.0)
+    page, results = tmp_path / "page.md", ["--results", str(tmp_path)]
+    every = [
+        f"<!-- generated: {name} -->\n<!-- end of generated part -->" for name in report.TABLES
+    ]
+    page.write_text("\n".join(every))
+    assert report.main(["--write", str(page), *results]) == 0
+    assert report.main(["--check", str(page), *results]) == 0
+    whole = page.read_text()
+    page.write_text(whole.replace("9.000", "8.000"))
+    assert report.main(["--check", str(page), *results]) == 1
+    assert "out of date" in capsys.readouterr().out
+    page.write_text(whole.replace("generated: memory", "removed"))
+    assert report.main(["--check", str(page), *results]) == 1
+    assert "lacks <!-- generated: memory -->" in capsys.readouterr().out
+    for text, says in (
+        (
+            whole.replace("generated: memory", "generated: memories"),
+            "no table is called 'memories'",
+        ),
+        (whole + every[0], "more than once"),
+    ):
+        page.write_text(text)
+        for flag in ("--check", "--write"):
+            with pytest.raises(SystemExit) as stopped:
+                report.main([flag, str(page), *results])
+            assert stopped.value.code == 2 and says in capsys.readouterr().err
+        assert page.read_text() == text
+
+
+@pytest.mark.parametrize("folder", ["empty", "none", "broken"])
+def test_tables_are_not_made_of_no_results(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.json").write_text("{")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- generated: memory -->\nkept\n<!-- end of generated part -->")
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["--write", str(page), "--results", str(tmp_path / folder)])
+    assert stopped.value.code == 2 and "kept" in page.read_text()
+    said = capsys.readouterr().err
+    assert ("x.json is no result file" if folder == "broken" else "no directory with") in said
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["--check", str(tmp_path / "no_page.md")])
+    assert stopped.value.code == 2 and "No such file" in capsys.readouterr().err
+
+
 def test_the_table_of_routers_has_both_sides_or_a_dash(tmp_path: Path) -> None:
     problem = report.BARS["B"].problem
     result = Result(dict.fromkeys(report.HEAD_KEYS, "x"))
