@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import sonic
-from benchmarks import gpu_tests, measure, report, workers
+from benchmarks import cold_start, gpu_tests, measure, report, workers
 from benchmarks import layer as benchmark_layer
 from benchmarks.check import Finding, check_layer, findings_table
 from benchmarks.layer import (
@@ -595,6 +595,28 @@ def _refused(script: str, *flags: str) -> str:
 )
 def test_the_layer_script_refuses(flags: list[str], says: str) -> None:
     assert says in _refused("moe-cute.py", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--thiek", "1"], "five positive integers"),
+        (["--processes", "0"], "positive integer"),
+        (["--caches", "LICENSE"], "is no folder"),
+        (["--json", "."], "is a directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_cold_start_script_refuses(
+    flags: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        cold_start.main(flags)
+    assert stopped.value.code == 2 and says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
