@@ -575,7 +575,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.write:
             path.write_text(after)
             return 0
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        parser.error(f"{path}: {error.strerror}")
+    except ValueError as error:
         parser.error(f"{path}: {error}")
     present = blocks_of(before)
     missing = [_BEGIN.format(name) for name in TABLES if name not in present]

@@ -624,6 +624,7 @@ def test_the_cold_start_script_refuses(
     [
         (["--jobs", "0"], "positive integer"),
         (["--problems", "-3"], "at least 0"),
+        (["--limit", "nan"], "more than 0"),
         (["--device", "banana"], "expected cuda or cpu"),
         (["--device", "cpu", "--impl", "reference"], "A, B, C, D, E, F are too large"),
     ],
