@@ -29,6 +29,7 @@ sys.path.insert(0, str(_ROOT))
 
 PHASES = ("import torch", "import sonic", "first", "start", "process", "second")
 _LIMIT_SECONDS = 300
+_CHILD = "--child"  # then device and size: a process that is timed
 
 
 def child(sizes: list[int], kind: str) -> None:
@@ -84,8 +85,7 @@ def start_process(sizes: list[int], kind: str, caches: Path) -> dict[str, float]
         "PYTHONPYCACHEPREFIX": str(caches / "python"),
         "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, __file__, "--child", "--device", kind]
-    command += ["--thiek", ",".join(map(str, sizes))]
+    command = [sys.executable, __file__, _CHILD, kind, *map(str, sizes)]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=_LIMIT_SECONDS
     )
@@ -96,29 +96,33 @@ def start_process(sizes: list[int], kind: str, caches: Path) -> dict[str, float]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--thiek", default="32768,2048,768,128,8", metavar="T,H,I,E,K")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--processes", type=int, default=5, help="that find filled caches")
-    parser.add_argument("--caches", type=Path, metavar="FOLDER", help="to use, and keep")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.child:
-        child([int(size) for size in arguments.thiek.split(",")], arguments.device)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == [_CHILD]:  # before anything is imported that takes time
+        child([int(size) for size in argv[2:]], argv[1])
         return
 
     import torch
 
     from benchmarks.measure import environment
-    from benchmarks.options import output_file
+    from benchmarks.options import output_file, positive
+    from benchmarks.options import shape as shape_option
     from benchmarks.report import Result, text_table
     from benchmarks.shapes import Shape
 
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = Shape(32768, 2048, 768, 128, 8)
+    parser.add_argument("--thiek", type=shape_option, default=default, metavar="T,H,I,E,K")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--processes", type=positive, default=5, help="that find filled caches")
+    parser.add_argument("--caches", type=Path, metavar="FOLDER", help="to use, and keep")
+    parser.add_argument("--json", type=output_file, metavar="FILE")
+    arguments = parser.parse_args(argv)
+    if arguments.caches is not None and arguments.caches.exists() and not arguments.caches.is_dir():
+        parser.error(f"--caches {arguments.caches} is no folder")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("Needs a CUDA GPU, or --device cpu for the reference.", file=sys.stderr)
         sys.exit(2)
-    problem = Shape.parse(arguments.thiek).problem
+    problem = arguments.thiek.problem
     result = Result(environment(torch.device(arguments.device)))
     with tempfile.TemporaryDirectory() as folder:
         caches = (arguments.caches or Path(folder)).absolute()
@@ -137,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     header = ("phase", "seconds:", "first process", "later, median", "later, slowest")
     print(text_table(header, rows), flush=True)
     if arguments.json:
-        result.write(output_file(str(arguments.json)))
+        result.write(arguments.json)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from benchmarks.contest import (
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import environment
 from benchmarks.options import device as device_option
-from benchmarks.options import not_negative, output_file, positive
+from benchmarks.options import not_negative, output_file, positive, seconds
 from benchmarks.options import shape as shape_option
 from benchmarks.peers import (
     BOUND,
@@ -54,6 +54,7 @@ from benchmarks.report import Result, text_table
 from benchmarks.shapes import BARS, DECODE_TOKENS, Shape
 
 MIB = 2**20
+_PICTURES = (".svg", ".png", ".pdf")
 UNIFORM = "uniform"  # ours with uniform routing, in turns with a skewed one
 
 
@@ -66,7 +67,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     sizes.add_argument("--random", type=not_negative, default=0, metavar="N", help="random sizes")
     sizes.add_argument("--seed", type=not_negative, default=0, help="of the random sizes")
-    sizes.add_argument("--skew", choices=SKEWS, default="none", help="routing of those sizes")
+    sizes.add_argument("--skew", choices=SKEWS, default="none", help="routing of the sizes above")
     sizes.add_argument("--small", action="store_true", help="few tokens under a CUDA graph")
     sizes.add_argument("--host", action="store_true", help="host time of a call")
     sizes.add_argument("--profile", action="store_true", help="with --host: where ours goes")
@@ -78,19 +79,54 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="what sonicmoe may choose from at each size: all its tiles, or those that were ever "
         "near the best",
     )
-    parser.add_argument("--seconds", type=float, default=0.7, help="timed, per contender and race")
+    parser.add_argument(
+        "--seconds", type=seconds, default=0.7, help="timed, per contender and race"
+    )
     parser.add_argument("--limit", type=positive, default=150, help="seconds per size and peer")
     parser.add_argument("--total", type=positive, default=3600, help="no size starts after that")
     parser.add_argument("--json", type=output_file, metavar="FILE")
-    parser.add_argument("--plot", type=output_file, metavar="FILE", help="needs matplotlib")
+    parser.add_argument("--plot", type=_picture, metavar="FILE", help="needs matplotlib")
     parser.add_argument("--plot-from", type=Path, metavar="FILE", help="of this result; no run")
     parser.add_argument("--device", type=device_option, default=torch.device("cuda"))
     arguments = parser.parse_args(argv)
-    if arguments.plot_from and not arguments.plot:
-        parser.error("--plot-from needs --plot FILE, the picture to write")
-    if arguments.profile and not arguments.host:
-        parser.error("--profile is of the calls that --host times; give both")
+    refused = _contradiction(arguments)
+    if refused is not None:
+        parser.error(refused)
     return arguments
+
+
+def _contradiction(arguments: argparse.Namespace) -> str | None:
+    """Why these options do not go together."""
+    sizes = arguments.shapes or arguments.thiek or arguments.random
+    work = sizes or arguments.small or arguments.host or arguments.profile
+    if arguments.plot_from:
+        if not arguments.plot:
+            return "--plot-from needs --plot FILE, the picture to write"
+        if work or arguments.json:
+            return "--plot-from draws a result that is there; leave out sizes and --json"
+        return None
+    if arguments.profile and not arguments.host:
+        return "--profile is of the calls that --host times; give both"
+    if not work:
+        return "Nothing to compare: give --shapes, --thiek, --random, --small or --host."
+    if arguments.skew != "none" and not sizes:
+        return "--skew is of the sizes that --shapes, --thiek or --random give; there are none"
+    if arguments.plot and not sizes:
+        return "--plot draws the sizes that --shapes, --thiek or --random give; there are none"
+    if arguments.plot and arguments.skew != "none":
+        return "--plot draws uniform routing; leave out --plot or --skew"
+    if arguments.small and arguments.device.type != "cuda":
+        return f"--small takes CUDA graphs, which --device {arguments.device} has not"
+    if arguments.device.type == "cuda" and not torch.cuda.is_available():
+        return f"No GPU for --device {arguments.device}: torch sees no CUDA device."
+    return None
+
+
+def _picture(text: str) -> Path:
+    path = output_file(text)
+    if path.suffix not in _PICTURES:
+        raise argparse.ArgumentTypeError(f"{text} does not end with {', '.join(_PICTURES)}")
+    return path
 
 
 def _letters(text: str) -> list[str]:
@@ -354,19 +390,17 @@ def main(argv: list[str] | None = None) -> int:
         try:
             _plot(arguments.plot, Result.read(arguments.plot_from))
         except (OSError, ValueError) as error:
-            raise SystemExit(
+            print(
                 f"--plot-from {arguments.plot_from}: {error}\n"
-                "It takes a result file that --json wrote here, with at least one size."
-            ) from None
+                "It takes a result file that --json wrote here, with at least one size.",
+                file=sys.stderr,
+            )
+            return 2
         return 0
     shapes = {letter: BARS[letter] for letter in arguments.shapes}
     shapes |= {f"given {number}": shape for number, shape in enumerate(arguments.thiek, 1)}
     drawn = random_shapes(arguments.random, arguments.seed)
     shapes |= {f"random {number}": shape for number, shape in enumerate(drawn, 1)}
-    if not (shapes or arguments.small or arguments.host):
-        raise SystemExit("Nothing to compare: give --shapes, --thiek, --random, --small or --host.")
-    if arguments.device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(f"No GPU for --device {arguments.device}: torch sees no CUDA device.")
     # Read when the peers are imported: keep what they tune, and compile on every core.
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     os.environ.setdefault("QUACK_COMPILE_WORKERS", str(os.cpu_count() or 8))

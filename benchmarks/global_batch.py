@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.measure import environment
+from benchmarks.options import output_file
 from benchmarks.report import Result, text_table
 from sonic.nn.routers import SigmoidRouter, SoftmaxRouter, update_balance
 
@@ -138,7 +139,7 @@ def report(figures: dict[str, tuple[float, float, str]], equal: bool, path: Path
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write a result file")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write a result file")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     arguments = parser.parse_args(argv)
     if "RANK" not in os.environ:

@@ -2,10 +2,14 @@
 
     python benchmarks/gpu_tests.py --jobs 6 --json benchmarks/results/<date>-gpu-tests.json
 
-Exit status 1 if a test failed, the run did not finish, or no test ran.
+Exit status 1 if a test failed, the run did not finish, or no test ran. A run that is not finished
+in time is interrupted: the tests that had ended are counted, and the rest are one failure.
 """
 
 import argparse
+import importlib.util
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,39 +24,53 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.measure import environment
+from benchmarks.options import output_file, positive, seconds
 from benchmarks.report import Result
 
+TESTS = ROOT / "tests" / "gpu"
+NOT_FINISHED = "not finished"
 OUTCOMES = ("passed", "failed", "skipped")
 PRINTED = 20_000  # characters of a failed run
+_SECONDS_TO_STOP = 30.0  # for pytest and its workers, once interrupted
 
 
-def run(paths: list[Path], processes: int, report: Path, limit: float) -> str:
-    """Run the tests side by side; the JUnit report goes to ``report``. Returns what was printed:
-    nothing is captured in the workers, so that an abort is seen."""
+def run(paths: list[Path], processes: int, report: Path, limit: float) -> tuple[str, bool]:
+    """Run the tests side by side; the JUnit report goes to ``report``. Returns what was printed
+    (nothing is captured in the workers, so that an abort is seen), and whether the run finished."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", str(processes), "--dist", "worksteal"]
     command += ["--capture=sys", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    process = subprocess.Popen(
+        [*command, *map(str, paths)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # workers that hang are ended with it
+    )
     try:
-        done = subprocess.run(
-            [*command, *map(str, paths)],
-            cwd=ROOT,
-            timeout=limit,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as expired:
-        printed = expired.stdout or b""
-        return f"{printed.decode(errors='replace')}\nnot finished after {limit:.0f} s"
-    return done.stdout
+        return process.communicate(timeout=limit)[0], True
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # pytest then writes its report
+        try:
+            printed = process.communicate(timeout=_SECONDS_TO_STOP)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            printed = process.communicate()[0]
+        return f"{printed}\n{NOT_FINISHED} after {limit:.0f} s", False
+    finally:
+        if process.returncode is None:  # this script itself is interrupted
+            os.killpg(process.pid, signal.SIGKILL)
 
 
-def count(report: Path) -> dict[str, Counter[str]]:
-    """Tests of every file by outcome; a missing or unreadable report is one failure."""
+def count(report: Path, finished: bool = True) -> dict[str, Counter[str]]:
+    """Tests of every file by outcome. A run that did not finish is one failure more, and so is a
+    missing or unreadable report."""
     try:
         cases = list(ElementTree.parse(report).iter("testcase"))
+        whole = {} if finished else {NOT_FINISHED: Counter(failed=1)}
     except (OSError, ElementTree.ParseError):
-        return {"report": Counter(failed=1)}
+        return {"no report" if finished else NOT_FINISHED: Counter(failed=1)}
     files: dict[str, Counter[str]] = defaultdict(Counter)
     for case in cases:
         tags = {part.tag for part in case}
@@ -61,34 +79,43 @@ def count(report: Path) -> dict[str, Counter[str]]:
         parts = case.get("classname", "").split(".")
         name = next((part for part in parts if part.startswith("test_")), "a worker")
         files[name]["skipped" if "skipped" in tags else outcome] += 1
-    return dict(files)
+    return files | whole
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    known = {path.stem.removeprefix("test_"): path for path in sorted(TESTS.glob("test_*.py"))}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=4, help="processes")
-    parser.add_argument("--limit", type=float, default=900, help="seconds for all")
-    parser.add_argument("--files", nargs="+", help="some of them, as in: layer graph compile")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("--jobs", type=positive, default=4, help="processes")
+    parser.add_argument("--limit", type=seconds, default=900.0, help="seconds for all")
+    parser.add_argument(
+        "--files",
+        nargs="+",
+        choices=list(known),
+        metavar="NAME",
+        help=f"some of them: {' '.join(known)}",
+    )
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write a result file")
+    arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("Needs a CUDA GPU: without one every test would be skipped.", file=sys.stderr)
         return 2
+    if importlib.util.find_spec("xdist") is None:
+        print("Needs pytest-xdist: pip install 'pytest-xdist>=3.6'", file=sys.stderr)
+        return 2
     result = Result(environment(torch.device("cuda")))
-    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-    if arguments.files:
-        files = [path for path in files if path.stem.removeprefix("test_") in arguments.files]
+    files = [known[name] for name in arguments.files or known]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        printed = run(files, arguments.jobs, report, arguments.limit)
-        counts = count(report)
+        printed, finished = run(files, arguments.jobs, report, arguments.limit)
+        counts = count(report, finished)
     total: Counter[str] = Counter()
     for name, outcomes in sorted(counts.items()):
         print(f"{name}: " + ", ".join(f"{outcomes[o]} {o}" for o in OUTCOMES))
         total += outcomes
         for outcome in OUTCOMES:
-            result.add(f"{name}.py/{outcome}", outcomes[outcome], "tests", [])
+            label = f"{name}.py" if name.startswith("test_") else name
+            result.add(f"{label}/{outcome}", outcomes[outcome], "tests", [])
     for outcome in OUTCOMES:
         result.add(f"all/{outcome}", total[outcome], "tests", [])
     if total["failed"] or not total["passed"]:

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from benchmarks.launches import captured, launches_of
 from benchmarks.measure import environment, sustained_ms
+from benchmarks.options import named_shape as shape_option
+from benchmarks.options import output_file
 from benchmarks.report import EAGER, Result, text_table
 from benchmarks.shapes import NamedShape, named_shape
 from sonic.routing.route import route
@@ -181,11 +183,11 @@ class Case:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", type=named_shape, default=SHAPES, metavar="SHAPE")
+    parser.add_argument("--shapes", nargs="+", type=shape_option, default=SHAPES, metavar="SHAPE")
     parser.add_argument("--routers", nargs="+", choices=ROUTERS, default=ROUTERS)
     parser.add_argument("--dtype", choices=DTYPES, default="BFloat16", help="of the logits")
     parser.add_argument("--kernels", action="store_true", help="also print each kernel's time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write a result file")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write a result file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("Needs a CUDA GPU: the router's kernels run nowhere else.", file=sys.stderr)

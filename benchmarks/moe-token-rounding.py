@@ -260,6 +260,18 @@ class Report:
         print(flush=True)
 
 
+def has_pairs(size: RoundedShape, rounding: Rounding, loads: dict[str, Load]) -> bool:
+    """Whether anything is left to compute, saying so if not."""
+    if loads[rounding.name].routed:
+        return True
+    print(
+        f"REFUSED: {rounding.name} to whole tiles of {size.tile} leaves no pair of token and "
+        f"expert; an expert has {size.shape.rows / size.shape.E:.4g} tokens on average. Take a "
+        "smaller tile (Q) or more tokens (T)."
+    )
+    return False
+
+
 def run_size(
     arguments: argparse.Namespace, size: RoundedShape, options: LayerOptions, result: Result
 ) -> bool:
@@ -267,7 +279,9 @@ def run_size(
     shape, device = size.shape, options.device
     print(f"\nT={shape.T} H={shape.H} I={shape.I} E={shape.E} top_k={shape.top_k} q={size.tile}")
     layer = make_layer(shape, options)
-    roundings = [Rounding.make(name, size.tile, device) for name in arguments.routing]
+    asked = [Rounding.make(name, size.tile, device) for name in arguments.routing]
+    loads = {rounding.name: load_of(layer, rounding) for rounding in asked}
+    roundings = [rounding for rounding in asked if has_pairs(size, rounding, loads)]
     right = roundings
     if not arguments.skip_test:
         pairs_only = bool(arguments.sweep)
@@ -278,19 +292,18 @@ def run_size(
     seconds = arguments.rep / 1e3
     times = race_layers(layer, right, with_peer, seconds)
     replayed = race_graphs(layer, right, seconds) if device.type == "cuda" else {}
-    report, loads = Report(result, size), {}
+    report = Report(result, size)
     for rounding in right:
-        loads[rounding.name] = load_of(layer, rounding)
         own = routing_times(layer, rounding, seconds)
         name = rounding.name
         report.layer(name, loads[name], times[name], replayed.get(name), own)
     if with_peer:
         report.peer(times[PEER])
-    report.print(loads)
+    report.print({rounding.name: loads[rounding.name] for rounding in right})
     if device.type == "cuda":
         for rounding in right:
             report.launches(layer, rounding)
-    return len(right) == len(roundings)
+    return len(right) == len(asked)
 
 
 def main(argv: list[str] | None = None) -> int:

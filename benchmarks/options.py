@@ -2,11 +2,15 @@
 
 import argparse
 import os
+import tempfile
 from pathlib import Path
 
 import torch
 
-from benchmarks.shapes import Shape
+from benchmarks.shapes import NamedShape, Shape
+from benchmarks.shapes import named_shape as _named_shape
+
+_MOST_SECONDS = 86_400.0
 
 
 def positive(text: str) -> int:
@@ -21,6 +25,26 @@ def not_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """A time of more than nothing and at most a day."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= _MOST_SECONDS:  # not a number neither
+        message = f"expected seconds, more than 0 and at most {_MOST_SECONDS:.0f}, got {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return value
+
+
+def named_shape(text: str) -> NamedShape:
+    """A shape by its letter."""
+    try:
+        return _named_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def shape(text: str) -> Shape:
@@ -43,13 +67,32 @@ def device(text: str) -> torch.device:
 
 
 def output_file(text: str) -> Path:
-    """A file that can be written; directories that are missing are made with it."""
+    """A file that can be written, which is tried; directories that are missing are made with it."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a directory, expected a file")
     place = path.absolute()
     while not place.exists():
         place = place.parent
-    if not os.access(place, os.W_OK) or not (place.is_dir() or place == path.absolute()):
-        raise argparse.ArgumentTypeError(f"{text} cannot be written: {place}")
+    if not (place.is_dir() or place == path.absolute()):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {place} is no directory")
+    if not _takes_writing(place):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {place} refuses it")
     return path
+
+
+def _takes_writing(place: Path) -> bool:
+    """Whether this file can be changed, or a file be made in this directory. Permissions alone do
+    not say so: root has them everywhere, also in file systems that make no files."""
+    if not os.access(place, os.W_OK):
+        return False
+    try:
+        if place.is_dir():
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        elif place.is_file():
+            with place.open("ab"):
+                pass
+    except OSError:
+        return False
+    return True

@@ -1,12 +1,13 @@
 """Result files, tables for the terminal, and the README's tables made from committed results.
 
 python benchmarks/report.py --write README.md    replace every generated block
-python benchmarks/report.py --check README.md    exit 1 if a block differs from the results
+python benchmarks/report.py --check README.md    exit 1 if a block differs or is missing
 """
 
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -79,7 +80,10 @@ class Result:
     @classmethod
     def read(cls, path: Path) -> "Result":
         """Raises ``ValueError`` naming what is missing when the file is not a result file."""
-        content = json.loads(path.read_text())
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is no result file: {error}") from None
         missing = [key for key in (*HEAD_KEYS, "rows") if key not in content]
         if missing:
             raise ValueError(f"{path} is no result file: {', '.join(missing)} missing")
@@ -521,8 +525,24 @@ TABLES: dict[str, Callable[[Figures], str]] = {
 }
 
 
+def blocks_of(text: str) -> list[str]:
+    """Names of the generated blocks in ``text``.
+
+    Raises ``ValueError`` if there is no such table, or a block is there twice.
+    """
+    names = re.findall(_BEGIN.format("(.*?)"), text)
+    for name in names:
+        if name not in TABLES:
+            raise ValueError(f"no table is called {name!r}; there are {', '.join(TABLES)}")
+        if names.count(name) > 1:
+            raise ValueError(f"the block {_BEGIN.format(name)} is there more than once")
+    return names
+
+
 def regenerate(text: str, figures: Figures) -> str:
-    """``text`` with each generated block replaced; raises ``ValueError`` on an unclosed block."""
+    """``text`` with each generated block replaced; raises ``ValueError`` on an unclosed block and
+    where :func:`blocks_of` does."""
+    blocks_of(text)
     for name, table in TABLES.items():
         begin = _BEGIN.format(name)
         if begin not in text:
@@ -535,22 +555,37 @@ def regenerate(text: str, figures: Figures) -> str:
     return text
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--write", metavar="FILE", type=Path, help="replace the generated blocks")
     group.add_argument("--check", metavar="FILE", type=Path, help="only compare them")
     parser.add_argument("--results", metavar="DIRECTORY", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     path = arguments.write or arguments.check
-    before = path.read_text()
-    after = regenerate(before, Figures(arguments.results))
-    if arguments.write:
-        path.write_text(after)
+    try:
+        figures = Figures(arguments.results)
+    except (OSError, ValueError) as error:
+        parser.error(f"--results {arguments.results}: {error}")
+    if not figures.heads:  # every table would become empty
+        parser.error(f"--results {arguments.results} is no directory with result files (*.json)")
+    try:
+        before = path.read_text()
+        after = regenerate(before, figures)
+        if arguments.write:
+            path.write_text(after)
+            return 0
+    except OSError as error:
+        parser.error(f"{path}: {error.strerror}")
+    except ValueError as error:
+        parser.error(f"{path}: {error}")
+    present = blocks_of(before)
+    missing = [_BEGIN.format(name) for name in TABLES if name not in present]
+    if missing:
+        print(f"{path} lacks {', '.join(missing)}; add each where its table belongs, and {_END}")
     elif before != after:
         print(f"{path} is out of date; run python benchmarks/report.py --write {path}")
-        return 1
-    return 0
+    return 1 if missing or before != after else 0
 
 
 if __name__ == "__main__":

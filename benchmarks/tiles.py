@@ -24,6 +24,7 @@ import json
 import statistics
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import astuple, fields, replace
 from pathlib import Path
@@ -226,8 +227,11 @@ class Sweep:
 
     @classmethod
     def read_times(cls, path: Path, backend: Backend) -> "Sweep":
-        """What :meth:`write_times` wrote; choices are those of ``backend`` now."""
-        content = json.loads(gzip.decompress(path.read_bytes()))
+        """What :meth:`write_times` wrote; choices are those of ``backend`` now.
+
+        :raises ValueError: the file is none of those, or cannot be read.
+        """
+        content = _content(path)
 
         def tiling(values: list[Any]) -> TileConfig:
             named = dict(zip(content["fields"], values, strict=True))
@@ -239,6 +243,21 @@ class Sweep:
         for gemm, rows in content["milliseconds"].items():
             sweep.times[gemm] = [dict(zip(spaces[gemm], row, strict=True)) for row in rows]
         return sweep
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What is in a file of :meth:`Sweep.write_times`."""
+    try:
+        content = json.loads(gzip.decompress(path.read_bytes()))
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}") from None
+    except (OSError, EOFError, zlib.error, ValueError):
+        content = None
+    known = {"shapes", "fields", "tilings", "milliseconds"}
+    if not isinstance(content, dict) or not known <= content.keys():
+        text = "does not hold the times of a sweep; those of X.json are in X.json.times.gz"
+        raise ValueError(f"{path} {text}")
+    return content
 
 
 def fastest(times: dict[TileConfig, float]) -> list[TileConfig]:
@@ -268,14 +287,20 @@ def _values(config: TileConfig) -> list[object]:
 
 def review(path: Path, json_file: Path | None) -> None:
     """Print what the choice by sizes, as it is now, costs by the times of an earlier sweep, and put
-    that into the sweep's result file if it is given."""
+    that into the sweep's result file if it is given.
+
+    :raises ValueError: one of the files is not what it has to be.
+    """
     sweep = Sweep.read_times(path, load_backend(Arch.SM90))
+    if json_file is not None and not json_file.is_file():
+        raise ValueError(f"there is no {json_file}, whose ratios --json would bring up to date")
+    head = None if json_file is None else Result.read(json_file).head
     for gemm in sweep.spaces:
         for index in range(len(sweep.shapes)):
             print(sweep.line(gemm, index, others=4))
     print(sweep.summary())
-    if json_file is not None:
-        result = Result(Result.read(json_file).head)
+    if json_file is not None and head is not None:
+        result = Result(head)
         sweep.add_ratios(result)
         result.write(json_file)
 
@@ -302,7 +327,7 @@ def asked_spaces(
     return spaces
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--shapes", nargs="*", choices=list(BARS), help="default: all, or none beside --thiek"
@@ -321,8 +346,8 @@ def main() -> None:
     )
     parser.add_argument("--random", type=not_negative, help="so many drawn shapes more")
     parser.add_argument("--seed", type=not_negative, help=f"of these; default {SEED}")
-    parser.add_argument("--jobs", type=positive, default=8, help="kernels compiled at once")
-    parser.add_argument("--seconds", type=positive, default=3600, help="start no shape after these")
+    parser.add_argument("--jobs", type=positive, help="kernels compiled at once; default 8")
+    parser.add_argument("--seconds", type=positive, help="start no shape after these; default 3600")
     parser.add_argument("--json", type=output_file)
     parser.add_argument(
         "--review", type=Path, metavar="FILE", help="no sweep: the choice by these times of one"
@@ -330,7 +355,7 @@ def main() -> None:
     parser.add_argument(
         "--again", type=Path, metavar="FILE", help="the fastest by these times of an earlier sweep"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     what = "shapes", "thiek", "gemms", "space", "random", "seed"
     earlier = arguments.review or arguments.again
     if earlier is not None and any(getattr(arguments, name) is not None for name in what):
@@ -340,7 +365,12 @@ def main() -> None:
     if arguments.review and arguments.json and times_beside(arguments.json) != arguments.review:
         parser.error(f"--json has to be the result file of {arguments.review}")
     if arguments.review is not None:
-        review(arguments.review, arguments.json)
+        if arguments.jobs is not None or arguments.seconds is not None:
+            parser.error("--review neither compiles nor times; leave out --jobs and --seconds")
+        try:
+            review(arguments.review, arguments.json)
+        except ValueError as error:
+            parser.error(str(error))
         return
     if not torch.cuda.is_available():
         print("Needs a CUDA GPU: tiles are timed there. --review needs none.", file=sys.stderr)
@@ -348,7 +378,10 @@ def main() -> None:
     start = time.monotonic()
     backend = backend_for(torch.device("cuda"))
     if arguments.again is not None:
-        old = Sweep.read_times(arguments.again, backend)
+        try:
+            old = Sweep.read_times(arguments.again, backend)
+        except ValueError as error:
+            parser.error(str(error))
         shapes = old.shapes
         sweep = Sweep(backend, old.spaces)
         for gemm, space in old.spaces.items():
@@ -358,10 +391,10 @@ def main() -> None:
     else:
         old, shapes = None, asked_shapes(arguments)
         sweep = Sweep(backend, asked_spaces(arguments, backend, shapes))
-    if compile_kernels(backend.arch, sweep.kernels(shapes, old), arguments.jobs):
+    if compile_kernels(backend.arch, sweep.kernels(shapes, old), arguments.jobs or 8):
         sys.exit("a kernel did not compile")
     for index, shape in enumerate(shapes):
-        if time.monotonic() - start > arguments.seconds:
+        if time.monotonic() - start > (arguments.seconds or 3600):
             print(f"{len(shapes) - len(sweep.shapes)} shapes left out: the time is over")
             break
         sweep.add(shape, None if old is None else old.of_shape(index))

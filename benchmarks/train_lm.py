@@ -34,7 +34,9 @@ from torch import Tensor, nn
 
 import sonic
 from benchmarks.measure import environment
+from benchmarks.options import not_negative, output_file, positive
 from benchmarks.report import Result, provider_of, text_table
+from benchmarks.rounding import ROUTINGS
 from sonic import KernelBackendMoE, MoE
 
 UNIT = "nats per byte"
@@ -331,7 +333,11 @@ def read_curves(path: Path) -> dict[tuple[str, str, str], tuple[list[int], list[
 
 def plot(source: Path, target: Path) -> None:
     """Validation losses of a result file as a picture; needs matplotlib."""
-    curves = {key: curve for key, curve in read_curves(source).items() if key[2] == "validation"}
+    try:
+        known = read_curves(source)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--plot takes a result file that --json wrote here: {error}") from None
+    curves = {key: curve for key, curve in known.items() if key[2] == "validation"}
     if not curves:
         raise SystemExit(f"{source} has no curves of a language model.")
     import matplotlib
@@ -360,15 +366,20 @@ def plot(source: Path, target: Path) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--routings", nargs="+", default=["top_k", "nr"], metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, a process each")
-    parser.add_argument("--steps", type=int, help="of each run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write a result file")
+    parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=["top_k", "nr"])
+    parser.add_argument("--seeds", nargs="+", type=not_negative, default=[0, 1, 2, 3])
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at once, a process each")
+    parser.add_argument("--steps", type=positive, help="of each run")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write a result file")
     parser.add_argument(
         "--plot", type=Path, nargs=2, metavar=("JSON", "PICTURE"), help="draw a result file"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for name in ("routings", "seeds"):
+        values = getattr(arguments, name)
+        if len(set(values)) < len(values):
+            parser.error(f"--{name} has one of its values twice; equal runs say nothing new")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,7 +37,7 @@ from benchmarks.measure import (
     speed_table,
 )
 from benchmarks.options import device as device_option
-from benchmarks.options import not_negative, positive
+from benchmarks.options import not_negative, positive, seconds
 from benchmarks.report import RESULTS, Result, provider_of
 from benchmarks.shapes import NAMED_SHAPES, NamedShape, Shape, named_shape
 from benchmarks.workers import Outcome, Pool, Task
@@ -433,8 +433,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mutation_problems", type=not_negative, default=12)
     parser.add_argument("--first_seed", type=not_negative, default=0)
     parser.add_argument("--jobs", type=positive, default=8, help="worker processes")
-    parser.add_argument("--limit", type=float, default=600, help="seconds for each part")
-    parser.add_argument("--task_seconds", type=float, default=180, help="seconds for one task")
+    parser.add_argument("--limit", type=seconds, default=600, help="seconds for each part")
+    parser.add_argument("--task_seconds", type=seconds, default=180, help="seconds for one task")
     parser.add_argument("--name", default="validation", help="of the result file")
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory for result files")
     parser.add_argument("--device", type=device_option, default="cuda")

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import sonic
+from benchmarks import cold_start, gpu_tests, measure, report, workers
 from benchmarks import layer as benchmark_layer
-from benchmarks import measure, report, workers
 from benchmarks.check import Finding, check_layer, findings_table
 from benchmarks.layer import (
     Layer,
@@ -475,6 +475,58 @@ def test_tables_come_from_the_latest_results(tmp_path: Path) -> None:
         regenerate("<!-- generated: memory -->", Figures(tmp_path))
 
 
+def test_checking_tables_finds_missing_and_unknown_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write(tmp_path, "2026-01-01", 9.0)
+    page, results = tmp_path / "page.md", ["--results", str(tmp_path)]
+    every = [
+        f"<!-- generated: {name} -->\n<!-- end of generated part -->" for name in report.TABLES
+    ]
+    page.write_text("\n".join(every))
+    assert report.main(["--write", str(page), *results]) == 0
+    assert report.main(["--check", str(page), *results]) == 0
+    whole = page.read_text()
+    page.write_text(whole.replace("9.000", "8.000"))
+    assert report.main(["--check", str(page), *results]) == 1
+    assert "out of date" in capsys.readouterr().out
+    page.write_text(whole.replace("generated: memory", "removed"))
+    assert report.main(["--check", str(page), *results]) == 1
+    assert "lacks <!-- generated: memory -->" in capsys.readouterr().out
+    for text, says in (
+        (
+            whole.replace("generated: memory", "generated: memories"),
+            "no table is called 'memories'",
+        ),
+        (whole + every[0], "more than once"),
+    ):
+        page.write_text(text)
+        for flag in ("--check", "--write"):
+            with pytest.raises(SystemExit) as stopped:
+                report.main([flag, str(page), *results])
+            assert stopped.value.code == 2 and says in capsys.readouterr().err
+        assert page.read_text() == text
+
+
+@pytest.mark.parametrize("folder", ["empty", "none", "broken"])
+def test_tables_are_not_made_of_no_results(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.json").write_text("{")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- generated: memory -->\nkept\n<!-- end of generated part -->")
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["--write", str(page), "--results", str(tmp_path / folder)])
+    assert stopped.value.code == 2 and "kept" in page.read_text()
+    said = capsys.readouterr().err
+    assert ("x.json is no result file" if folder == "broken" else "no directory with") in said
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["--check", str(tmp_path / "no_page.md")])
+    assert stopped.value.code == 2 and "No such file" in capsys.readouterr().err
+
+
 def test_the_table_of_routers_has_both_sides_or_a_dash(tmp_path: Path) -> None:
     problem = report.BARS["B"].problem
     result = Result(dict.fromkeys(report.HEAD_KEYS, "x"))
@@ -548,8 +600,31 @@ def test_the_layer_script_refuses(flags: list[str], says: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        (["--thiek", "1"], "five positive integers"),
+        (["--processes", "0"], "positive integer"),
+        (["--caches", "LICENSE"], "is no folder"),
+        (["--json", "."], "is a directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_cold_start_script_refuses(
+    flags: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        cold_start.main(flags)
+    assert stopped.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
         (["--jobs", "0"], "positive integer"),
         (["--problems", "-3"], "at least 0"),
+        (["--limit", "nan"], "more than 0"),
         (["--device", "banana"], "expected cuda or cpu"),
         (["--device", "cpu", "--impl", "reference"], "A, B, C, D, E, F are too large"),
     ],
@@ -571,3 +646,38 @@ def test_what_only_a_gpu_runs_says_so(script: str) -> None:
 @pytest.mark.parametrize("script", ["moe-cute.py", "validate.py"])
 def test_a_missing_gpu_is_a_sentence(script: str, impl: str) -> None:
     assert "torch sees no CUDA device" in _refused(script, "--device", "cuda", "--impl", impl)
+
+
+# --- the GPU tests' runner ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--files", "layer", "no_such"], "invalid choice: 'no_such' (choose from"),
+        (["--jobs", "0"], "positive integer"),
+        (["--limit", "nan"], "more than 0"),
+        (["--json", "."], "is a directory"),
+        (["--json", "/proc/result.json"], "cannot be written"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_runner_of_gpu_tests_refuses(
+    flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        gpu_tests.main(flags)
+    assert stopped.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_tests_that_ended_before_the_limit_are_counted(tmp_path: Path) -> None:
+    """The second test begins when the first has ended, and outlasts the limit."""
+    pytest.importorskip("xdist")
+    source, written = tmp_path / "test_two.py", tmp_path / "report.xml"
+    source.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(300)\n")
+    printed, finished = gpu_tests.run([source], 1, written, limit=20)
+    assert not finished and "not finished after 20 s" in printed
+    counts = gpu_tests.count(written, finished)
+    assert counts[gpu_tests.NOT_FINISHED] == {"failed": 1}
+    assert counts["test_two"]["passed"] == 1, printed
+    assert gpu_tests.count(tmp_path / "none.xml") == {"no report": {"failed": 1}}

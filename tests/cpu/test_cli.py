@@ -111,10 +111,11 @@ def test_a_size_is_required(capsys):
     assert "--thiek" in capsys.readouterr().err
 
 
-def test_jobs_are_positive(capsys):
+@pytest.mark.parametrize("text", ["0", "x", "1.5", ""])
+def test_jobs_are_positive(text, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["compile", "--thiek", "1,8,8,2,1", "-j", "0"])
-    assert "positive" in capsys.readouterr().err
+        cli.main(["compile", "--thiek", "1,8,8,2,1", "-j", text])
+    assert f"expected a positive number, got {text!r}" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ refusals

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tiles
-from benchmarks.report import HEAD_KEYS, RESULTS, TILED_GEMMS, Figures, tiles_table
+from benchmarks.report import HEAD_KEYS, RESULTS, TILED_GEMMS, Figures, Result, tiles_table
 from benchmarks.shapes import BARS, Shape
 from benchmarks.tiles import (
     SEED,
@@ -124,6 +124,35 @@ def test_a_sweep_says_what_the_choice_costs(
     table = tiles_table(Figures(tmp_path))
     assert "| 64, 64, 64, 8, 2 | 1.250" in table and "| worst |" in table
     assert result.name in table
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["no_such.json.times.gz"], "there is no no_such.json.times.gz"),
+        (["README.md"], "does not hold the times of a sweep"),
+        (["sweep.json"], "are in X.json.times.gz"),
+        (["sweep.json.times.gz", "--jobs", "2"], "leave out --jobs and --seconds"),
+        (["sweep.json.times.gz", "--json", "other.json"], "has to be the result file of"),
+        (["sweep.json.times.gz", "--json", "sweep.json"], "there is no sweep.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_review_refuses(
+    flags: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("text")
+    Sweep(BACKEND, {}, "cpu").write_times(tmp_path / "sweep.json.times.gz")
+    if len(flags) == 1:
+        Result(dict.fromkeys(HEAD_KEYS)).write(tmp_path / "sweep.json")
+    with pytest.raises(SystemExit) as stopped:
+        tiles.main(["--review", *flags])
+    assert stopped.value.code == 2 and says in capsys.readouterr().err
 
 
 def test_the_choice_is_near_the_best_of_every_committed_sweep() -> None:

@@ -127,6 +127,18 @@ def test_wrong_pairs_are_found_and_nothing_is_timed(script, capsys, monkeypatch)
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_a_rounding_that_leaves_no_pair_is_refused(script, capsys):
+    flags = ["--thiekq", "16,24,16,8,1,16", "--device", "cpu", "--rep", "1"]
+    assert script.main([*flags, "--routing", "down"]) == 1
+    printed = capsys.readouterr().out
+    assert "REFUSED: down to whole tiles of 16 leaves no pair" in printed
+    assert "2 tokens on average" in printed and "smaller tile (Q)" in printed
+    assert "forward" not in printed
+    assert script.main([*flags, "--routing", "down", "top_k"]) == 1
+    printed = capsys.readouterr().out
+    assert "REFUSED: down" in printed and "top_k: routed pairs 16" in printed
+
+
 def test_a_sweep_times_top_k_beside_rounding(script, capsys, monkeypatch, tmp_path):
     sizes = tuple(RoundedShape(Shape(32, 16, 8, E, 2), 8) for E in (3, 4))
     monkeypatch.setattr(script, "SWEEPS", (sizes,))

@@ -98,3 +98,22 @@ def test_a_file_without_curves_is_refused(tmp_path):
     Result(dict.fromkeys(HEAD_KEYS)).write(tmp_path / "empty.json")
     with pytest.raises(SystemExit, match="no curves"):
         train_lm.main(["--plot", str(tmp_path / "empty.json"), str(tmp_path / "lm.svg")])
+    with pytest.raises(SystemExit, match=r"that --json wrote here.*no\.json"):
+        train_lm.main(["--plot", str(tmp_path / "no.json"), str(tmp_path / "lm.svg")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--jobs", "0"], "positive integer"),
+        (["--steps", "-1"], "positive integer"),
+        (["--seeds", "-1"], "at least 0"),
+        (["--routings", "foo"], "invalid choice: 'foo'"),
+        (["--routings", "nr", "nr"], "twice"),
+        (["--json", "."], "is a directory"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(flags, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_lm.main(flags)
+    assert stopped.value.code == 2 and says in capsys.readouterr().err
