@@ -287,7 +287,8 @@ class MoE(_ExpertsBase):
             hidden_states: (..., H), floating point.
             kernel_backend_moe: ``sonicmoe`` for the kernels (CUDA), ``torch`` for the reference.
             is_inference_mode: if True, nothing is kept for a backward pass and no loss is computed.
-            router_inputs: keyword arguments for the module given as ``router``, such as ``mask``.
+            router_inputs: keyword arguments for the module given as ``router``, such as ``mask``
+                (added to the logits: -inf bars an expert).
 
         Returns:
             The output, shaped like ``hidden_states``, and the load-balancing loss, a float32 scalar

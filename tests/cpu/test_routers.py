@@ -207,7 +207,8 @@ def test_low_precision_logits_score_in_float32():
 
 
 WRONG = [
-    (dict(logits=torch.randn(4)), ShapeError, r"shape (4,). Allowed: (T, E). Flatten"),
+    (dict(logits=torch.randn(4)), ShapeError, r"shape (4,). Allowed: (T, E). Pass one row"),
+    (dict(logits=torch.randn(1, 4, 6)), ShapeError, "Allowed: (T, E). Flatten the leading axes: "),
     (dict(logits=torch.ones(4, 6, dtype=torch.int64)), DTypeError, "logits is int64. Allowed: bfl"),
     (dict(logits=torch.ones(4, 0)), ShapeError, "1 to 65536 columns. Pass (T, E) logits."),
     (dict(top_k=7), ArgumentError, "top_k=7 came with logits of shape (4, 6). Allowed: 1 to 6"),
@@ -216,6 +217,12 @@ WRONG = [
     (dict(bias=torch.zeros(5)), ShapeError, "bias has shape (5,). Allowed: (6,). Pass one number"),
     (dict(mask=torch.zeros(3, 6)), ShapeError, "mask has shape (3, 6). Allowed: (6,), (1, 6) and"),
     (dict(mask=torch.zeros(4, 6, dtype=torch.bool)), DTypeError, "mask is bool. Allowed: bfloat16"),
+    (
+        dict(mask=torch.zeros(4, 6).int()),
+        DTypeError,
+        "pass torch.where(mask.bool(), 0.0, -torch.inf) if True means allowed",
+    ),
+    (dict(bias=torch.zeros(6).int()), DTypeError, "Cast it: bias.float()."),
     (dict(ids=torch.zeros(4, 3).long()), ShapeError, "Allowed: (4, 2). Pass top_k ids"),
     (dict(ids=torch.zeros(4, 2)), DTypeError, "ids is float32. Allowed: int32, int64. Cast it"),
     (
@@ -502,6 +509,32 @@ def test_noise_is_there_in_training_only():
     torch.testing.assert_close(router(x).logits, clean)
 
 
+def test_what_the_error_says_of_a_boolean_mask_bars_experts():
+    logits, allowed = torch.randn(4, 6), torch.rand(4, 6).argsort(1) < 3
+    with pytest.raises(DTypeError, match=r"torch\.where\(mask, 0\.0, -torch\.inf\)"):
+        route(logits, 2, mask=allowed)
+    out = route(logits, 2, mask=torch.where(allowed, 0.0, -torch.inf))
+    assert allowed.gather(1, out.ids.long()).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (dict(num_groups=3), "num_groups=3 came with num_experts=8."),
+        (dict(num_groups=4, topk_groups=5), "topk_groups=5 came with num_experts=8."),
+        (dict(group_best=9), "group_best=9 came with num_experts=8."),
+        (dict(num_null=1, num_groups=2), "num_experts=8, num_identity=0 and num_null=1."),
+        (dict(score="tanh"), "score='tanh' is not known."),
+        (dict(scale=0.0), "scale=0.0."),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_options_are_refused_by_what_the_router_was_given(wrong, says):
+    for cls in (TopKRouter, NoisyTopKRouter):
+        with refused(ArgumentError, [f"{cls.__name__}: ", says, "Allowed: "]):
+            cls(H, E, K, **wrong)
+
+
 def test_options_are_refused_when_a_router_is_made():
     for wrong in (
         dict(score="tanh"),
@@ -549,7 +582,7 @@ def test_every_argument_of_a_router_is_looked_at(name, values):
     for value in values:
         with pytest.raises(SonicError, match=rf"{name}.*Allowed: .*\. [A-Z0]") as caught:
             TopKRouter(H, E, K, **{name: value})
-        assert "router" in str(caught.value) or str(caught.value).startswith(("TopK", "route: "))
+        assert "router" in str(caught.value) or str(caught.value).startswith("TopKRouter: ")
 
 
 def test_routers_refuse_what_their_name_decides():
