@@ -22,6 +22,7 @@ from sonic.routing.logits import router_logits
 from sonic.routing.rounded_routing import rounded_routing_and_load
 from sonic.routing.route import plan_of, route
 from sonic.routing.token_rounding import RULES as ROUNDING_RULES
+from sonic.routing.token_rounding import resolve_tile
 from sonic.runtime.errors import ArgumentError, DeviceError, ShapeError, UnsupportedError
 
 
@@ -207,8 +208,11 @@ class MoE(_ExpertsBase):
         routing: ``"top_k"``, or ``"token_rounding"``: in training every expert's number of tokens
             becomes a multiple of the kernels' tile. In eval mode, and with ``is_inference_mode``,
             routing is top-k.
-        rounding: the rule of :func:`sonic.token_rounding`; read with token rounding only.
-        tile: the number of rows to round to, ``"auto"`` for the kernels' own; read likewise.
+        rounding: the rule of :func:`sonic.token_rounding`; used with token rounding only. With
+            ``"nr"`` an expert of less than half a tile of rows loses them all: in a training step
+            whose T ``num_experts_per_tok`` / E is below that, the output is mostly zero, and the
+            package's logger warns once. Choose a smaller tile, more tokens or ``"up"``.
+        tile: the number of rows to round to, ``"auto"`` for 128, the kernels' own; used likewise.
         router: a module of :mod:`sonic.nn.routers`, or None for a linear map without bias that
             ``score_order`` and ``routing`` apply to; they are not read with a router.
         shared_experts: a module from (..., H) to (..., H) whose result is added, such as
@@ -522,5 +526,4 @@ def _check_shared_experts(shared: Any, hidden_size: int) -> None:
 def _check_routing(routing: str, rounding: str, tile: int | str) -> None:
     checks.check_known("MoE", "routing", routing, ("top_k", "token_rounding"))
     checks.check_known("MoE", "rounding", rounding, ROUNDING_RULES)
-    if tile != "auto":
-        checks.check_int("MoE", "tile", tile, 1, checks.MAX_SLOTS, 'rows, or "auto"')
+    resolve_tile("MoE", tile)

@@ -8,6 +8,7 @@ Symbols: T tokens, E experts, M the tile, f an expert's top-k count.
 Source: SonicMoE (arXiv 2512.14080), section 5, algorithms 4 and 6.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ RULES = ("nr", "sr", "nr-s", "balance-f", "up", "down")
 KERNEL_TILE = 128  # rows of a tile in every kernel here that multiplies rows by an expert's weight
 _RANDOM_RULES = ("sr", "nr-s")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_log = logging.getLogger("sonic")
+_warned: set[tuple[int, int, int, str]] = set()
 
 
 def token_rounding(
@@ -61,6 +64,12 @@ def token_rounding(
     The expert keeps as many of its preferred tokens: first those that chose it, then the others,
     each by descending score, equal scores by ascending token. With ``tile`` 1 that is top-k. A
     token may end with no expert or with all of them. For training only; evaluate with top-k.
+
+    Rounding wants batches of several tiles for each expert. With ``"nr"`` an expert of less than
+    half a tile loses all of its tokens, with ``"down"`` one of less than a whole tile: 64 tokens
+    that choose 2 of 8 experts are 16 rows for each, so that with a tile of 128 no pair is left. The
+    package's logger warns, once for each E, ``top_k``, tile and rule, where T ``top_k`` / E is
+    below that.
 
     Args:
         scores: (T, E) bf16, fp16 or fp32 on any device, any strides, E up to 65,536; fp64 runs in
@@ -209,6 +218,7 @@ def _token_rounding(
 ) -> tuple[Tensor, ...]:
     tile = resolve_tile("token_rounding", tile)
     check_rounding("token_rounding", "scores", scores, top_k, tile, rule)
+    warn_of_few_rows(scores, top_k, tile, rule)
     check_generator("token_rounding", "scores", scores, generator)
     uniform = draw_uniform(scores, rule, generator)
     outputs: tuple[Tensor, ...] = torch.ops.sonic.token_rounding(scores, uniform, top_k, tile, rule)
@@ -240,6 +250,35 @@ def check_rounding(
         raise ShapeError(
             f"{op}: {num_tokens} tokens, top_k={top_k} and {num_experts} experts with tile={tile} "
             f"may keep more than {MAX_SLOTS} pairs, and rows are int32. Split the tokens."
+        )
+
+
+def warn_of_few_rows(table: Tensor, top_k: int, tile: int, rule: str) -> None:
+    """Warn where the shapes say that the mean expert loses all of its tokens, once for each E,
+    ``top_k``, tile and rule. Never while traced."""
+    if torch.compiler.is_compiling() or rule not in ("nr", "down"):
+        return
+    num_tokens, num_experts = table.shape
+    # T counts as a multiple of the tile.
+    needed = min(tile, num_tokens) * num_experts
+    pairs = num_tokens * top_k * (2 if rule == "nr" else 1)
+    if pairs >= needed or type(pairs) is not int or type(num_experts) is not int:
+        return
+    case = num_experts, top_k, tile, rule
+    if case not in _warned:
+        _warned.add(case)
+        _log.warning(
+            "token rounding: T=%d tokens that choose top_k=%d of E=%d experts are %.4g rows for "
+            "each on average, and the rule %r takes all rows from an expert of less than %s "
+            "(tile=%d): most experts, or all, get no token, and tokens without an expert come out "
+            'as zeros. Pass a smaller tile, more tokens at once, or the rule "up" that keeps all.',
+            num_tokens,
+            top_k,
+            num_experts,
+            num_tokens * top_k / num_experts,
+            rule,
+            "half a tile" if rule == "nr" else "a tile",
+            tile,
         )
 
 

@@ -365,6 +365,8 @@ CASES = [
          "moe: rounding='zz'", "'balance-f'", "one of these strings"),
     Case("tile of the layer", moe, {"rounding": "nr", "tile": "big"}, ArgumentError,
          "moe: tile='big'", '"auto"', "the tile of the kernels"),
+    Case("tile of the layer without rounding", moe, {"tile": "garbage"}, ArgumentError,
+         "moe: tile='garbage'", '"auto"', "the tile of the kernels"),
     Case("generator of the layer", moe, {"rounding": "nr", "generator": 3}, ArgumentError,
          "moe: generator is of type int", "a torch.Generator", "manual_seed"),
     Case("pairs of tokens", max_pairs, {"num_tokens": -1}, ArgumentError,
