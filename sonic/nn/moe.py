@@ -6,6 +6,7 @@ Symbols: T tokens, H hidden size, I intermediate size, E experts.
 """
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -23,7 +24,23 @@ from sonic.routing.rounded_routing import rounded_routing_and_load
 from sonic.routing.route import plan_of, route
 from sonic.routing.token_rounding import RULES as ROUNDING_RULES
 from sonic.routing.token_rounding import resolve_tile
-from sonic.runtime.errors import ArgumentError, DeviceError, ShapeError, UnsupportedError
+from sonic.runtime.errors import (
+    ArgumentError,
+    DeviceError,
+    ShapeError,
+    SonicError,
+    UnsupportedError,
+)
+
+# What a layer and its caller call the arguments of the functions below.
+_LAYER_NAMES = {
+    r"\bw1\b": "c_fc.weight",
+    r"\bw2\b": "c_proj.weight",
+    r"\bb1\b": "c_fc.bias",
+    r"\bb2\b": "c_proj.bias",
+    'impl="cute"': 'kernel_backend_moe="sonicmoe"',
+    'impl="reference"': 'kernel_backend_moe="torch"',
+}
 
 
 class ExpertLinear(nn.Module):
@@ -328,14 +345,13 @@ class MoE(_ExpertsBase):
         tokens = hidden_states.reshape(-1, self.hidden_size)
         weight = cast(Tensor, self.router.weight)
         rounds = self.routing == "token_rounding" and self.training and not is_inference_mode
-        weights = self.c_fc.weight, self.c_proj.weight
         checks.check_router("MoE", tokens, weight, self.num_experts, self.top_k, impl)
         logits = router_logits(tokens, weight)
         if rounds:
             scores, plan, load = rounded_routing_and_load(
                 logits, self.top_k, self.tile, self.rounding, None, self.score_order
             )
-            out = experts_planned(tokens, scores, plan, *weights, **self._options(impl))
+            out = self._experts(tokens, scores, plan, impl)
             return out, load_balancing_loss(logits, load)
         # The loss comes from the kernels that route, not from a softmax of its own.
         routed = route(
@@ -346,18 +362,28 @@ class MoE(_ExpertsBase):
             balance=not is_inference_mode,
         )
         plan = cast(RoutingPlan, plan_of(routed))
-        out = experts_planned(tokens, routed.scores, plan, *weights, **self._options(impl))
+        out = self._experts(tokens, routed.scores, plan, impl)
         return out, None if is_inference_mode else routed.switch
 
-    def _options(self, impl: str) -> dict[str, Any]:
-        """What every call of the experts takes besides tokens, routing and weights."""
-        return {
-            "b1": self.c_fc.bias,
-            "b2": self.c_proj.bias,
-            "activation": self.activation_function,
-            "layout": self.layout,
-            "impl": impl,
-        }
+    def _experts(self, tokens: Tensor, scores: Tensor, plan: RoutingPlan, impl: str) -> Tensor:
+        try:
+            return experts_planned(
+                tokens,
+                scores,
+                plan,
+                self.c_fc.weight,
+                self.c_proj.weight,
+                b1=self.c_fc.bias,
+                b2=self.c_proj.bias,
+                activation=self.activation_function,
+                layout=self.layout,
+                impl=impl,
+            )
+        except SonicError as error:
+            text = str(error).removeprefix("experts_planned: ")
+            for name, theirs in _LAYER_NAMES.items():
+                text = re.sub(name, theirs, text)
+            raise type(error)(f"MoE: {text}") from error
 
     def _by_own_router(
         self,
@@ -368,14 +394,7 @@ class MoE(_ExpertsBase):
     ) -> tuple[Tensor, Tensor | None]:
         routed = self.router(hidden_states, balance=balance, **(router_inputs or {}))
         tokens = hidden_states.reshape(-1, self.hidden_size)
-        out = experts_planned(
-            tokens,
-            routed.topk_weights,
-            routed.plan,
-            self.c_fc.weight,
-            self.c_proj.weight,
-            **self._options(impl),
-        )
+        out = self._experts(tokens, routed.topk_weights, routed.plan, impl)
         if routed.identity_weight is not None:
             # The float32 weight makes the sum float32, which is then rounded once.
             out = torch.addcmul(out, routed.identity_weight[:, None], tokens).to(out.dtype)
@@ -512,15 +531,30 @@ def _check_shared_experts(shared: Any, hidden_size: int) -> None:
                 "Pass a sonic.nn.routers.SharedExperts, for instance.",
             )
         )
-    if isinstance(shared, _ExpertsBase) and shared.hidden_size != hidden_size:
-        raise ShapeError(
-            checks.message(
-                "MoE",
-                f"shared_experts.hidden_size={shared.hidden_size} came to a layer of {hidden_size}",
-                f"shared experts with hidden_size={hidden_size}",
-                "Build both with the same hidden size.",
+    for part, name in _sizes_of_ends(shared):
+        if (size := getattr(part, name)) != hidden_size:
+            raise ShapeError(
+                checks.message(
+                    "MoE",
+                    f"{name}={size} of shared_experts came to a layer of hidden_size={hidden_size}",
+                    f"shared experts with {name}={hidden_size}",
+                    "Build both with the same hidden size.",
+                )
             )
-        )
+
+
+def _sizes_of_ends(shared: nn.Module | None) -> list[tuple[nn.Module, str]]:
+    """Modules at the ends of ``shared``, and which of their attributes is H, as far as known."""
+    if isinstance(shared, _ExpertsBase):
+        return [(shared, "hidden_size")]
+    ends = (
+        (shared[0], shared[-1]) if isinstance(shared, nn.Sequential) and shared else (shared,) * 2
+    )
+    named = zip(ends, ("in_features", "out_features"), strict=True)
+    # A lazy one has none yet.
+    return [
+        (part, name) for part, name in named if isinstance(part, nn.Linear) and part.in_features
+    ]
 
 
 def _check_routing(routing: str, rounding: str, tile: int | str) -> None:

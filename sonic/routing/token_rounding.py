@@ -324,16 +324,18 @@ def resolve_tile(op: str, tile: int | str) -> int:
 def _check_table(op: str, name: str, table: Tensor, top_k: int) -> None:
     checks.check_is_tensor(op, name, table)
     if table.dim() != 2:
-        raise ShapeError(
-            f"{op}: {name} has shape {tuple(table.shape)}, expected (T, E). "
-            "Flatten the leading axes."
-        )
+        todo = f"Flatten the leading axes: {name}.flatten(0, -2)."
+        if table.dim() < 2:
+            todo = f"Pass one row of {name} per token."
+        raise ShapeError(message(op, f"{name} has shape {tuple(table.shape)}", "(T, E)", todo))
     num_experts = table.shape[1]
     if not 1 <= num_experts <= MAX_EXPERTS:
-        raise ShapeError(f"{op}: {num_experts} experts; 1 to {MAX_EXPERTS} are allowed.")
+        todo = f"Give one column of {name} per expert."
+        raise ShapeError(message(op, f"{num_experts} experts", f"1 to {MAX_EXPERTS}", todo))
     if table.dtype not in _DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise DTypeError(f"{op}: {name} has dtype {table.dtype}, expected {allowed}.")
+        came, *allowed = (str(dtype).removeprefix("torch.") for dtype in (table.dtype, *_DTYPES))
+        todo = f"Cast it: {name}.float()."
+        raise DTypeError(message(op, f"{name} is {came}", ", ".join(allowed), todo))
     checks.check_is_int(op, "top_k", top_k, 1, min(MAX_TOP_K, num_experts))
     if not 1 <= top_k <= min(MAX_TOP_K, num_experts):
         raise ArgumentError(

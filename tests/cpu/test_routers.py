@@ -430,8 +430,17 @@ def test_shared_experts_of_another_shape_are_refused():
         ShapeError, ["SharedExperts: ", r"\(4, 32\)", "Allowed: ", r"\.\.\., 16", "Build"]
     ):
         shared(torch.randn(4, 2 * H))
-    with refused(ShapeError, ["MoE: shared_experts.hidden_size=24", "Allowed: .*=16", "Build"]):
-        layer_of(shared_experts=SharedExperts(24, 24))
+    for shared, name in (
+        (SharedExperts(24, 24), "hidden_size=24"),
+        (nn.Linear(24, H), "in_features=24"),
+        (nn.Linear(H, 24), "out_features=24"),
+        (nn.Sequential(nn.Linear(H, 8), nn.ReLU(), nn.Linear(8, 24)), "out_features=24"),
+    ):
+        with refused(ShapeError, [f"MoE: {name} of shared_experts", "Allowed: .*=16", "Build"]):
+            layer_of(shared_experts=shared)
+    branch = nn.Sequential(nn.Linear(H, 8), nn.ReLU(), nn.Linear(8, H))
+    for shared in (nn.Linear(H, H), nn.LazyLinear(H), nn.Sequential(), branch):
+        layer_of(shared_experts=shared)
     with refused(ArgumentError, ["shared_experts is of type function", "a module", "Pass"]):
         layer_of(shared_experts=lambda x: x)
     with refused(ArgumentError, ["gated='yes'", "True or False"]):
@@ -507,6 +516,23 @@ def test_noise_is_there_in_training_only():
     assert router.noise_weight.grad.any() and router.weight.grad.any()
     router.eval()
     torch.testing.assert_close(router(x).logits, clean)
+
+
+def test_a_router_without_logits_has_no_losses():
+    for losses in ({"switch": 1.0, "z": 1.0}, LossWeights(sequence=0.1)):
+        with refused(ArgumentError, ["PrecomputedRouter: losses=", "Allowed: no losses", "Leave"]):
+            PrecomputedRouter(H, E, K, losses=losses)
+    assert PrecomputedRouter(H, E, K, losses={"z": 0.0}).losses == LossWeights()
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "says"),
+    [(8, "Take 4 (n=2) or 9 (n=3)."), (10, "Take 9 (n=3) or 16 (n=4)."), (65535, "65536 (n=256)")],
+)
+def test_squares_next_to_a_number_of_experts_are_named(num_experts, says):
+    with pytest.raises(ArgumentError, match="ProductKeyRouter: .*n keys per half") as caught:
+        ProductKeyRouter(H, num_experts, 2)
+    assert says in str(caught.value)
 
 
 def test_what_the_error_says_of_a_boolean_mask_bars_experts():
