@@ -108,7 +108,8 @@ def route(
         balance=balance,
     )
     _check(logits, bias, mask, ids, options)
-    check_options("route", None, logits.shape[0], logits.shape[1], options)
+    num_tokens, num_columns = logits.shape
+    check_options("route", None, num_tokens, num_columns, options)
     bias = None if bias is None else bias.detach()
     if mask is not None:
         mask = mask.detach().view(-1, mask.shape[-1])

@@ -20,6 +20,7 @@ from sonic.enums import ScoreOrder
 from sonic.plan import MAX_EXPERTS, MAX_SLOTS, RoutingPlan
 from sonic.routing.topk import MAX_TOP_K
 from sonic.runtime.derivatives import differentiable_function, register_gradient
+from sonic.runtime.eager import remembered
 from sonic.runtime.errors import (
     ArgumentError,
     DeviceError,
@@ -216,13 +217,20 @@ def rounding_scores(
 def _token_rounding(
     scores: Tensor, top_k: int, tile: int | str, rule: str, generator: torch.Generator | None
 ) -> tuple[Tensor, ...]:
-    tile = resolve_tile("token_rounding", tile)
-    check_rounding("token_rounding", "scores", scores, top_k, tile, rule)
-    warn_of_few_rows(scores, top_k, tile, rule)
+    tile = _checked(scores, top_k, tile, rule)
     check_generator("token_rounding", "scores", scores, generator)
     uniform = draw_uniform(scores, rule, generator)
     outputs: tuple[Tensor, ...] = torch.ops.sonic.token_rounding(scores, uniform, top_k, tile, rule)
     return outputs
+
+
+@remembered
+def _checked(scores: Tensor, top_k: int, tile: int | str, rule: str) -> int:
+    """Rows of a tile, if the arguments are right."""
+    rows = resolve_tile("token_rounding", tile)
+    check_rounding("token_rounding", "scores", scores, top_k, rows, rule)
+    warn_of_few_rows(scores, top_k, rows, rule)
+    return rows
 
 
 def draw_uniform(table: Tensor, rule: str, generator: torch.Generator | None) -> Tensor | None:
