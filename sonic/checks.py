@@ -175,10 +175,11 @@ def check_dtype_option(op: str, dtype: Any, optional: bool = True) -> None:
 
 
 def check_device_option(op: str, device: Any) -> None:
-    """None, or something that ``torch.device`` accepts."""
+    """None, or something that ``torch.device`` accepts and, if it is a GPU, sees."""
+    if device is None:
+        return
     try:
-        if device is not None:
-            torch.device(device)
+        made_on = torch.device(device)
     except (RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise DeviceError(
@@ -189,6 +190,24 @@ def check_device_option(op: str, device: Any) -> None:
                 "Pass one of these.",
             )
         ) from None
+    if made_on.type == "cuda" and torch._C._len_torch_dispatch_stack() == 0:  # else may be fake
+        _check_gpu_is_seen(op, made_on)
+
+
+def _check_gpu_is_seen(op: str, device: torch.device) -> None:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) < count:
+        return
+    came = f"device={str(device)!r}, of which torch sees {count or 'none'}"
+    allowed = f'"cpu", "meta" and "cuda:0" to "cuda:{count - 1}"'
+    todo = "Choose one of these."
+    if count == 0:
+        allowed = '"cpu" and "meta" without a GPU that torch sees'
+        todo = "Check the driver and CUDA_VISIBLE_DEVICES, or build it on the CPU."
+        if not torch.version.cuda and not torch.version.hip:
+            came += f": torch {torch.__version__} is built without CUDA"
+            todo = "Install a torch with CUDA, or build it on the CPU."
+    raise DeviceError(message(op, came, allowed, todo))
 
 
 def check_num_experts(op: str, name: str, value: Any) -> None:
@@ -291,15 +310,18 @@ def check_float(op: str, name: str, value: Tensor) -> None:
         raise DTypeError(message(op, f"{name} is {_dtype(value)}", _names(FLOAT_DTYPES), todo))
 
 
-def check_num_slots(op: str, num_slots: int, impl: str) -> None:
-    """The number of rows is one that ``impl`` can address."""
-    if impl == "cute" and MAX_KERNEL_ROWS < num_slots <= MAX_SLOTS:
+def check_num_slots(op: str, num_slots: int, impl: str, is_call: bool = True) -> None:
+    """The number of rows is one that ``impl`` can address; ``is_call`` if ``op`` takes ``impl``."""
+    if impl == "cute" and num_slots > MAX_KERNEL_ROWS:
+        todo = "Split the tokens over several calls"
+        if is_call and num_slots <= MAX_SLOTS:
+            todo += ', or pass impl="reference"'
         raise ShapeError(
             message(
                 op,
-                f'{num_slots} slots (token-expert pairs) with impl="cute"',
+                f"{num_slots} slots (token-expert pairs)" + (' with impl="cute"' * is_call),
                 f"at most {MAX_KERNEL_ROWS}, since one expert may get all of them",
-                'Split the tokens over several calls, or pass impl="reference".',
+                f"{todo}.",
             )
         )
     if num_slots > MAX_SLOTS:
@@ -357,16 +379,17 @@ def _addressable(weight: Tensor) -> bool:
     )
 
 
-def check_aligned(op: str, name: str, size: int) -> None:
-    """The kernels move rows in 16-byte pieces, so a row must be a whole number of them."""
+def check_aligned(op: str, name: str, size: int, is_call: bool = True) -> None:
+    """The kernels move rows in 16-byte pieces, so a row must be a whole number of them;
+    ``is_call`` if ``op`` takes ``impl``."""
     if size % KERNEL_ALIGNMENT != 0 or size == 0:
         up = max(1, -(-size // KERNEL_ALIGNMENT)) * KERNEL_ALIGNMENT
         raise ShapeError(
             message(
                 op,
-                f'{name}={size} with impl="cute"',
+                f"{name}={size}" + (' with impl="cute"' * is_call),
                 f"positive multiples of {KERNEL_ALIGNMENT} (rows of whole 16-byte pieces)",
-                f'Pad it to {up}, or pass impl="reference".',
+                f"Pad it to {up}" + (', or pass impl="reference"' * is_call) + ".",
             )
         )
 

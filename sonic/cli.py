@@ -75,11 +75,11 @@ def check_sizes(sizes: Sequence[LayerSize]) -> None:
 
     for size in sizes:
         op = "--thiek " + ",".join(str(number) for number in astuple(size))
-        checks.check_aligned(op, "hidden_size", size.hidden)
-        checks.check_aligned(op, "intermediate_size", size.intermediate)
+        checks.check_aligned(op, "hidden_size", size.hidden, is_call=False)
+        checks.check_aligned(op, "intermediate_size", size.intermediate, is_call=False)
         checks.check_num_experts(op, "the number of experts", size.experts)
         checks.check_int(op, "top_k", size.top_k, 1, checks.MAX_TOP_K, "winners of a token")
-        checks.check_num_slots(op, size.tokens * size.top_k, "cute")
+        checks.check_num_slots(op, size.tokens * size.top_k, "cute", is_call=False)
 
 
 def layer_launches(
@@ -235,7 +235,7 @@ def _compile(parsed: argparse.Namespace) -> int:
 
     check_sizes(parsed.thiek)
     arch = Arch(parsed.arch)
-    backend = load_backend(arch)
+    backend = load_backend(arch, None)
     folder = folder_to_fill(arch)
     how = ActivationType(parsed.activation), parsed.dtype, parsed.add_bias
     kernels: dict[tuple[Problem, TileConfig], None] = {}

@@ -281,9 +281,11 @@ def moe(
         score_order: a value of :class:`sonic.ScoreOrder`.
         rounding: a rule of :func:`sonic.token_rounding`, for training, or None for top-k. Pairs
             that rounding adds are weighted as ``score_order`` weights the winners, see
-            :func:`sonic.routing.rounding_scores`.
-        tile: rows that each expert's count becomes a multiple of; ``"auto"`` for the kernels' own.
-            Read with ``rounding`` only.
+            :func:`sonic.routing.rounding_scores`. With ``"nr"`` an expert of less than half a tile
+            of rows loses them all: where T ``top_k`` / E is below that, the output is mostly zero,
+            and the package's logger warns once. Pass a smaller tile, more tokens or ``"up"``.
+        tile: rows that each expert's count becomes a multiple of; ``"auto"`` for 128, the kernels'
+            own. Used with ``rounding`` only.
         generator: as in :func:`sonic.token_rounding`.
 
     Returns:
@@ -303,9 +305,9 @@ def moe(
     order = checks.choice(op, "score_order", score_order, ScoreOrder)
     operands = _operands(op, hidden_states, w1, b1, w2, b2, activation, layout, impl, main_grads)
     checks.check_router(op, hidden_states, router_weight, w1.shape[0], top_k, impl)
+    tile = resolve_tile(op, tile)
     if rounding is not None:
         check_rule(op, rounding, "rounding")
-        tile = resolve_tile(op, tile)
         check_generator(op, "hidden_states", hidden_states, generator)
     logits = router_logits(hidden_states, router_weight)
     if rounding is None:

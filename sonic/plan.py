@@ -227,6 +227,20 @@ def _check(op: str, num_experts: int, impl: str, **ids: torch.Tensor) -> None:
             )
         )
     checks.check_known(op, "impl", impl, _IMPLS, checks.LET_THE_DEVICE_DECIDE)
+    device = next(iter(ids.values())).device
+    if (
+        impl == "triton"
+        and device.type == "cpu"
+        and not _load_triton_plan(impl, device).RUNS_ON_CPU
+    ):
+        raise DeviceError(
+            message(
+                op,
+                f"impl={impl!r} was asked for tensors on {device}",
+                "CUDA tensors",
+                'Move them to a CUDA device, or pass impl="torch" or "auto".',
+            )
+        )
 
 
 def _plan_torch(

@@ -45,7 +45,7 @@ def run(parsed: argparse.Namespace) -> int:
     """
     check_sizes(parsed.thiek or ())
     device = torch.device("cuda")
-    backend = backend_for(device)
+    backend = backend_for(device, None)
     gpu = torch.cuda.get_device_name(device)
     if parsed.show:
         tiles = tuned_tiles(backend.arch, gpu)

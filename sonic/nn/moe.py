@@ -6,6 +6,7 @@ Symbols: T tokens, H hidden size, I intermediate size, E experts.
 """
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -22,7 +23,24 @@ from sonic.routing.logits import router_logits
 from sonic.routing.rounded_routing import rounded_routing_and_load
 from sonic.routing.route import plan_of, route
 from sonic.routing.token_rounding import RULES as ROUNDING_RULES
-from sonic.runtime.errors import ArgumentError, DeviceError, ShapeError, UnsupportedError
+from sonic.routing.token_rounding import resolve_tile
+from sonic.runtime.errors import (
+    ArgumentError,
+    DeviceError,
+    ShapeError,
+    SonicError,
+    UnsupportedError,
+)
+
+# What a layer and its caller call the arguments of the functions below.
+_LAYER_NAMES = {
+    r"\bw1\b": "c_fc.weight",
+    r"\bw2\b": "c_proj.weight",
+    r"\bb1\b": "c_fc.bias",
+    r"\bb2\b": "c_proj.bias",
+    'impl="cute"': 'kernel_backend_moe="sonicmoe"',
+    'impl="reference"': 'kernel_backend_moe="torch"',
+}
 
 
 class ExpertLinear(nn.Module):
@@ -207,8 +225,11 @@ class MoE(_ExpertsBase):
         routing: ``"top_k"``, or ``"token_rounding"``: in training every expert's number of tokens
             becomes a multiple of the kernels' tile. In eval mode, and with ``is_inference_mode``,
             routing is top-k.
-        rounding: the rule of :func:`sonic.token_rounding`; read with token rounding only.
-        tile: the number of rows to round to, ``"auto"`` for the kernels' own; read likewise.
+        rounding: the rule of :func:`sonic.token_rounding`; used with token rounding only. With
+            ``"nr"`` an expert of less than half a tile of rows loses them all: in a training step
+            whose T ``num_experts_per_tok`` / E is below that, the output is mostly zero, and the
+            package's logger warns once. Choose a smaller tile, more tokens or ``"up"``.
+        tile: the number of rows to round to, ``"auto"`` for 128, the kernels' own; used likewise.
         router: a module of :mod:`sonic.nn.routers`, or None for a linear map without bias that
             ``score_order`` and ``routing`` apply to; they are not read with a router.
         shared_experts: a module from (..., H) to (..., H) whose result is added, such as
@@ -287,7 +308,8 @@ class MoE(_ExpertsBase):
             hidden_states: (..., H), floating point.
             kernel_backend_moe: ``sonicmoe`` for the kernels (CUDA), ``torch`` for the reference.
             is_inference_mode: if True, nothing is kept for a backward pass and no loss is computed.
-            router_inputs: keyword arguments for the module given as ``router``, such as ``mask``.
+            router_inputs: keyword arguments for the module given as ``router``, such as ``mask``
+                (added to the logits: -inf bars an expert).
 
         Returns:
             The output, shaped like ``hidden_states``, and the load-balancing loss, a float32 scalar
@@ -323,14 +345,13 @@ class MoE(_ExpertsBase):
         tokens = hidden_states.reshape(-1, self.hidden_size)
         weight = cast(Tensor, self.router.weight)
         rounds = self.routing == "token_rounding" and self.training and not is_inference_mode
-        weights = self.c_fc.weight, self.c_proj.weight
         checks.check_router("MoE", tokens, weight, self.num_experts, self.top_k, impl)
         logits = router_logits(tokens, weight)
         if rounds:
             scores, plan, load = rounded_routing_and_load(
                 logits, self.top_k, self.tile, self.rounding, None, self.score_order
             )
-            out = experts_planned(tokens, scores, plan, *weights, **self._options(impl))
+            out = self._experts(tokens, scores, plan, impl)
             return out, load_balancing_loss(logits, load)
         # The loss comes from the kernels that route, not from a softmax of its own.
         routed = route(
@@ -341,18 +362,28 @@ class MoE(_ExpertsBase):
             balance=not is_inference_mode,
         )
         plan = cast(RoutingPlan, plan_of(routed))
-        out = experts_planned(tokens, routed.scores, plan, *weights, **self._options(impl))
+        out = self._experts(tokens, routed.scores, plan, impl)
         return out, None if is_inference_mode else routed.switch
 
-    def _options(self, impl: str) -> dict[str, Any]:
-        """What every call of the experts takes besides tokens, routing and weights."""
-        return {
-            "b1": self.c_fc.bias,
-            "b2": self.c_proj.bias,
-            "activation": self.activation_function,
-            "layout": self.layout,
-            "impl": impl,
-        }
+    def _experts(self, tokens: Tensor, scores: Tensor, plan: RoutingPlan, impl: str) -> Tensor:
+        try:
+            return experts_planned(
+                tokens,
+                scores,
+                plan,
+                self.c_fc.weight,
+                self.c_proj.weight,
+                b1=self.c_fc.bias,
+                b2=self.c_proj.bias,
+                activation=self.activation_function,
+                layout=self.layout,
+                impl=impl,
+            )
+        except SonicError as error:
+            text = str(error).removeprefix("experts_planned: ")
+            for name, theirs in _LAYER_NAMES.items():
+                text = re.sub(name, theirs, text)
+            raise type(error)(f"MoE: {text}") from error
 
     def _by_own_router(
         self,
@@ -363,14 +394,7 @@ class MoE(_ExpertsBase):
     ) -> tuple[Tensor, Tensor | None]:
         routed = self.router(hidden_states, balance=balance, **(router_inputs or {}))
         tokens = hidden_states.reshape(-1, self.hidden_size)
-        out = experts_planned(
-            tokens,
-            routed.topk_weights,
-            routed.plan,
-            self.c_fc.weight,
-            self.c_proj.weight,
-            **self._options(impl),
-        )
+        out = self._experts(tokens, routed.topk_weights, routed.plan, impl)
         if routed.identity_weight is not None:
             # The float32 weight makes the sum float32, which is then rounded once.
             out = torch.addcmul(out, routed.identity_weight[:, None], tokens).to(out.dtype)
@@ -507,19 +531,33 @@ def _check_shared_experts(shared: Any, hidden_size: int) -> None:
                 "Pass a sonic.nn.routers.SharedExperts, for instance.",
             )
         )
-    if isinstance(shared, _ExpertsBase) and shared.hidden_size != hidden_size:
-        raise ShapeError(
-            checks.message(
-                "MoE",
-                f"shared_experts.hidden_size={shared.hidden_size} came to a layer of {hidden_size}",
-                f"shared experts with hidden_size={hidden_size}",
-                "Build both with the same hidden size.",
+    for part, name in _sizes_of_ends(shared):
+        if (size := getattr(part, name)) != hidden_size:
+            raise ShapeError(
+                checks.message(
+                    "MoE",
+                    f"{name}={size} of shared_experts came to a layer of hidden_size={hidden_size}",
+                    f"shared experts with {name}={hidden_size}",
+                    "Build both with the same hidden size.",
+                )
             )
-        )
+
+
+def _sizes_of_ends(shared: nn.Module | None) -> list[tuple[nn.Module, str]]:
+    """Modules at the ends of ``shared``, and which of their attributes is H, as far as known."""
+    if isinstance(shared, _ExpertsBase):
+        return [(shared, "hidden_size")]
+    ends = (
+        (shared[0], shared[-1]) if isinstance(shared, nn.Sequential) and shared else (shared,) * 2
+    )
+    named = zip(ends, ("in_features", "out_features"), strict=True)
+    # A lazy one has none yet.
+    return [
+        (part, name) for part, name in named if isinstance(part, nn.Linear) and part.in_features
+    ]
 
 
 def _check_routing(routing: str, rounding: str, tile: int | str) -> None:
     checks.check_known("MoE", "routing", routing, ("top_k", "token_rounding"))
     checks.check_known("MoE", "rounding", rounding, ROUNDING_RULES)
-    if tile != "auto":
-        checks.check_int("MoE", "tile", tile, 1, checks.MAX_SLOTS, 'rows, or "auto"')
+    resolve_tile("MoE", tile)

@@ -23,6 +23,7 @@ from sonic.routing.token_rounding import (
     resolve_tile,
     round_winners,
     triton_kernels,
+    warn_of_few_rows,
     weight_dtype,
     winners_of,
 )
@@ -101,6 +102,7 @@ def _checked(
     """Rows of a tile, and whether scores are over all experts, if the arguments are right."""
     rows = resolve_tile(_OP, tile)
     check_rounding(_OP, "logits", logits, top_k, rows, rule)
+    warn_of_few_rows(logits, top_k, rows, rule)
     order = checks.choice(_OP, "order", order, ScoreOrder)
     return rows, order is ScoreOrder.TOPK_OVER_SOFTMAX
 

@@ -59,8 +59,10 @@ def route(
         renormalize: see above. With a softmax it makes the softmax of the winners' logits.
         scale: positive.
         bias: (E,) floating point, no gradient (DeepSeek-V3's correction bias).
-        mask: (T, E) or (E,) floating point, no gradient; -inf bars a column. A token that has
-            nothing left to choose gets id -1 and weight zero in place of a winner.
+        mask: (T, E) or (E,) floating point, added to the logits, no gradient: 0 leaves a column
+            open, -inf bars it. Of booleans that are True where allowed it is
+            ``torch.where(allowed, 0.0, -torch.inf)``. A token that has nothing left to choose gets
+            id -1 and weight zero in place of a winner.
         ids: (T, top_k) int32 or int64, winners decided elsewhere; weights come from the logits.
             Ids out of range are dropped, ids within a token may repeat.
         num_groups, topk_groups: columns fall into ``num_groups`` equal runs, and only the
@@ -105,7 +107,9 @@ def route(
         num_sequences=num_sequences,
         balance=balance,
     )
-    _check(logits, bias, mask, ids, options, num_null)
+    _check(logits, bias, mask, ids, options)
+    num_tokens, num_columns = logits.shape
+    check_options("route", None, num_tokens, num_columns, options)
     bias = None if bias is None else bias.detach()
     if mask is not None:
         mask = mask.detach().view(-1, mask.shape[-1])
@@ -139,17 +143,19 @@ def _check(
     mask: Tensor | None,
     ids: Tensor | None,
     route: Route,
-    num_null: int,
 ) -> None:
     if logits.dim() != 2:
-        raise _shape_error("logits", logits, "(T, E)", "Flatten the leading axes.")
+        todo = "Flatten the leading axes: logits.flatten(0, -2)."
+        if logits.dim() < 2:
+            todo = "Pass one row of logits per token."
+        raise _shape_error("logits", logits, "(T, E)", todo)
     num_tokens, num_columns = logits.shape
     if not 1 <= num_columns <= MAX_EXPERTS:
         raise _shape_error("logits", logits, f"1 to {MAX_EXPERTS} columns", "Pass (T, E) logits.")
     for name, tensor in (("logits", logits), ("bias", bias), ("mask", mask)):
         if tensor is not None:
             checks.check_is_tensor("route", name, tensor)
-            _check_dtype(name, tensor, _DTYPES, f"Cast it: {name}.float().")
+            _check_dtype(name, tensor, _DTYPES)
             _check_device(name, tensor, logits)
     if bias is not None and tuple(bias.shape) != (num_columns,):
         todo = "Pass one number for each column of the logits."
@@ -163,15 +169,21 @@ def _check(
         todo = "Pass one row for all tokens, or one for each token of the logits."
         raise _shape_error("mask", mask, allowed, todo)
     _check_ids(logits, ids, route)
-    _check_options(num_tokens, num_columns, route, num_null)
 
 
 def _shape_error(name: str, tensor: Tensor, allowed: str, todo: str) -> ShapeError:
     return ShapeError(message("route", f"{name} has shape {tuple(tensor.shape)}", allowed, todo))
 
 
-def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], todo: str) -> None:
+def _check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in dtypes:
+        todo = f"Cast it: {name}.{'int' if name == 'ids' else 'float'}()."
+        if name == "mask":  # a cast of booleans would add 0 or 1, and bar nothing
+            allowed_if = "mask" if tensor.dtype == torch.bool else "mask.bool()"
+            todo = (
+                f"It is added to the logits: pass torch.where({allowed_if}, 0.0, -torch.inf) if "
+                f"True means allowed, torch.where({allowed_if}, -torch.inf, 0.0) if barred."
+            )
         got, *allowed = (str(d).removeprefix("torch.") for d in (tensor.dtype, *dtypes))
         raise DTypeError(message("route", f"{name} is {got}", ", ".join(allowed), todo))
 
@@ -189,30 +201,37 @@ def _check_ids(logits: Tensor, ids: Tensor | None, route: Route) -> None:
     if tuple(ids.shape) != (logits.shape[0], route.top_k):
         todo = "Pass top_k ids for each token of the logits."
         raise _shape_error("ids", ids, f"({logits.shape[0]}, {route.top_k})", todo)
-    _check_dtype("ids", ids, (torch.int32, torch.int64), "Cast it: ids.int().")
+    _check_dtype("ids", ids, (torch.int32, torch.int64))
     _check_device("ids", ids, logits)
 
 
-def _check_options(num_tokens: int, num_columns: int, route: Route, num_null: int) -> None:
+def check_options(
+    op: str, came: str | None, num_tokens: int, num_columns: int, route: Route
+) -> None:
+    """Raise ArgumentError unless the options fit so many tokens and columns, which ``op`` was given
+    as ``came``, None for logits."""
+    num_null = num_columns - route.num_working
+
     def check(name: str, value: int, right: bool, allowed: str, todo: str) -> None:
         if not right:
-            got = f"{name}={value} came with logits of shape ({num_tokens}, {num_columns})"
-            raise ArgumentError(message("route", got, allowed, todo))
+            logits = f"logits of shape ({num_tokens}, {num_columns})"
+            got = f"{name}={value} came with {logits if came is None else came}"
+            raise ArgumentError(message(op, got, allowed, todo))
 
     def check_range(name: str, value: int, low: int, high: int, why: str) -> None:
         allowed = f"{low} to {high} ({why})"
         check(name, value, low <= value <= high, allowed, f"Pass {name} inside that range.")
 
     for name in _INTEGERS:
-        checks.check_is_int("route", name, getattr(route, name), 1, MAX_SLOTS)
-    checks.check_bool("route", "renormalize", route.renormalize)
-    checks.check_bool("route", "balance", route.balance)
-    checks.check_known("route", "score", route.score, tuple(_SCORES))
+        checks.check_is_int(op, name, getattr(route, name), 1, MAX_SLOTS)
+    checks.check_bool(op, "renormalize", route.renormalize)
+    checks.check_bool(op, "balance", route.balance)
+    checks.check_known(op, "score", route.score, tuple(_SCORES))
     limit = min(MAX_TOP_K, num_columns)
     why = f"at most {MAX_TOP_K} and at most the columns"
     check_range("top_k", route.top_k, 1, limit, why)
     todo = "Pass 1.0 to leave the weights as they are."
-    checks.check_number("route", "scale", route.scale, todo, positive=True)
+    checks.check_number(op, "scale", route.scale, todo, positive=True)
     check_range("num_null", num_null, 0, num_columns - 1, "columns that carry no work")
     if route.num_experts:  # else no plan was asked for
         check_range("num_experts", route.num_experts, 1, num_columns, "columns that are experts")

@@ -8,6 +8,7 @@ Symbols: T tokens, E experts, M the tile, f an expert's top-k count.
 Source: SonicMoE (arXiv 2512.14080), section 5, algorithms 4 and 6.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from sonic.enums import ScoreOrder
 from sonic.plan import MAX_EXPERTS, MAX_SLOTS, RoutingPlan
 from sonic.routing.topk import MAX_TOP_K
 from sonic.runtime.derivatives import differentiable_function, register_gradient
+from sonic.runtime.eager import remembered
 from sonic.runtime.errors import (
     ArgumentError,
     DeviceError,
@@ -32,6 +34,8 @@ RULES = ("nr", "sr", "nr-s", "balance-f", "up", "down")
 KERNEL_TILE = 128  # rows of a tile in every kernel here that multiplies rows by an expert's weight
 _RANDOM_RULES = ("sr", "nr-s")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_log = logging.getLogger("sonic")
+_warned: set[tuple[int, int, int, str]] = set()
 
 
 def token_rounding(
@@ -61,6 +65,12 @@ def token_rounding(
     The expert keeps as many of its preferred tokens: first those that chose it, then the others,
     each by descending score, equal scores by ascending token. With ``tile`` 1 that is top-k. A
     token may end with no expert or with all of them. For training only; evaluate with top-k.
+
+    Rounding wants batches of several tiles for each expert. With ``"nr"`` an expert of less than
+    half a tile loses all of its tokens, with ``"down"`` one of less than a whole tile: 64 tokens
+    that choose 2 of 8 experts are 16 rows for each, so that with a tile of 128 no pair is left. The
+    package's logger warns, once for each E, ``top_k``, tile and rule, where T ``top_k`` / E is
+    below that.
 
     Args:
         scores: (T, E) bf16, fp16 or fp32 on any device, any strides, E up to 65,536; fp64 runs in
@@ -207,12 +217,20 @@ def rounding_scores(
 def _token_rounding(
     scores: Tensor, top_k: int, tile: int | str, rule: str, generator: torch.Generator | None
 ) -> tuple[Tensor, ...]:
-    tile = resolve_tile("token_rounding", tile)
-    check_rounding("token_rounding", "scores", scores, top_k, tile, rule)
+    tile = _checked(scores, top_k, tile, rule)
     check_generator("token_rounding", "scores", scores, generator)
     uniform = draw_uniform(scores, rule, generator)
     outputs: tuple[Tensor, ...] = torch.ops.sonic.token_rounding(scores, uniform, top_k, tile, rule)
     return outputs
+
+
+@remembered
+def _checked(scores: Tensor, top_k: int, tile: int | str, rule: str) -> int:
+    """Rows of a tile, if the arguments are right."""
+    rows = resolve_tile("token_rounding", tile)
+    check_rounding("token_rounding", "scores", scores, top_k, rows, rule)
+    warn_of_few_rows(scores, top_k, rows, rule)
+    return rows
 
 
 def draw_uniform(table: Tensor, rule: str, generator: torch.Generator | None) -> Tensor | None:
@@ -240,6 +258,35 @@ def check_rounding(
         raise ShapeError(
             f"{op}: {num_tokens} tokens, top_k={top_k} and {num_experts} experts with tile={tile} "
             f"may keep more than {MAX_SLOTS} pairs, and rows are int32. Split the tokens."
+        )
+
+
+def warn_of_few_rows(table: Tensor, top_k: int, tile: int, rule: str) -> None:
+    """Warn where the shapes say that the mean expert loses all of its tokens, once for each E,
+    ``top_k``, tile and rule. Never while traced."""
+    if torch.compiler.is_compiling() or rule not in ("nr", "down"):
+        return
+    num_tokens, num_experts = table.shape
+    # T counts as a multiple of the tile.
+    needed = min(tile, num_tokens) * num_experts
+    pairs = num_tokens * top_k * (2 if rule == "nr" else 1)
+    if pairs >= needed or type(pairs) is not int or type(num_experts) is not int:
+        return
+    case = num_experts, top_k, tile, rule
+    if case not in _warned:
+        _warned.add(case)
+        _log.warning(
+            "token rounding: T=%d tokens that choose top_k=%d of E=%d experts are %.4g rows for "
+            "each on average, and the rule %r takes all rows from an expert of less than %s "
+            "(tile=%d): most experts, or all, get no token, and tokens without an expert come out "
+            'as zeros. Pass a smaller tile, more tokens at once, or the rule "up" that keeps all.',
+            num_tokens,
+            top_k,
+            num_experts,
+            num_tokens * top_k / num_experts,
+            rule,
+            "half a tile" if rule == "nr" else "a tile",
+            tile,
         )
 
 
@@ -285,16 +332,18 @@ def resolve_tile(op: str, tile: int | str) -> int:
 def _check_table(op: str, name: str, table: Tensor, top_k: int) -> None:
     checks.check_is_tensor(op, name, table)
     if table.dim() != 2:
-        raise ShapeError(
-            f"{op}: {name} has shape {tuple(table.shape)}, expected (T, E). "
-            "Flatten the leading axes."
-        )
+        todo = f"Flatten the leading axes: {name}.flatten(0, -2)."
+        if table.dim() < 2:
+            todo = f"Pass one row of {name} per token."
+        raise ShapeError(message(op, f"{name} has shape {tuple(table.shape)}", "(T, E)", todo))
     num_experts = table.shape[1]
     if not 1 <= num_experts <= MAX_EXPERTS:
-        raise ShapeError(f"{op}: {num_experts} experts; 1 to {MAX_EXPERTS} are allowed.")
+        todo = f"Give one column of {name} per expert."
+        raise ShapeError(message(op, f"{num_experts} experts", f"1 to {MAX_EXPERTS}", todo))
     if table.dtype not in _DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise DTypeError(f"{op}: {name} has dtype {table.dtype}, expected {allowed}.")
+        came, *allowed = (str(dtype).removeprefix("torch.") for dtype in (table.dtype, *_DTYPES))
+        todo = f"Cast it: {name}.float()."
+        raise DTypeError(message(op, f"{name} is {came}", ", ".join(allowed), todo))
     checks.check_is_int(op, "top_k", top_k, 1, min(MAX_TOP_K, num_experts))
     if not 1 <= top_k <= min(MAX_TOP_K, num_experts):
         raise ArgumentError(

@@ -78,14 +78,11 @@ def _checked(logits: Tensor, top_k: int, order: ScoreOrder | str) -> str:
     op = "topk_routing"
     checks.check_is_tensor(op, "logits", logits)
     if logits.dim() != 2:
-        raise ShapeError(
-            message(
-                op,
-                f"logits has shape {tuple(logits.shape)}",
-                "2 axes, (T, E)",
-                "Flatten the leading axes: logits.reshape(-1, logits.shape[-1]).",
-            )
-        )
+        todo = "Flatten the leading axes: logits.flatten(0, -2)."
+        if logits.dim() < 2:
+            todo = "Pass one row of logits per token."
+        came = f"logits has shape {tuple(logits.shape)}"
+        raise ShapeError(message(op, came, "2 axes, (T, E)", todo))
     num_experts = logits.shape[1]
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise ShapeError(

@@ -68,17 +68,20 @@ _REFERENCE_HINT = 'pass impl="reference" to run the torch reference on this devi
 
 
 @functools.cache
-def load_backend(arch: Arch) -> Backend:
+def load_backend(arch: Arch, instead: str | None = _REFERENCE_HINT) -> Backend:
     """Imports the kernel package of ``arch``.
 
+    :param instead: what an error offers as another way; ``None`` for commands, which have none.
     :raises UnsupportedError: the package has no kernels yet.
     :raises MissingPackageError: CuTeDSL or Triton is not installed, or cannot be imported.
     """
     if arch not in _READY:
         ready = ", ".join(sorted(a.value for a in _READY))
         raise UnsupportedError(
-            f"kernels for {arch.value} are not in this release (ready: {ready}); {_REFERENCE_HINT}"
+            f"kernels for {arch.value} are not in this release (ready: {ready}); "
+            f"{instead or 'choose one that is'}"
         )
+    otherwise = f", or {instead}" if instead else ""
     for package, distribution in (
         ("cutlass", "nvidia-cutlass-dsl"),
         ("tvm_ffi", "apache-tvm-ffi"),
@@ -87,7 +90,7 @@ def load_backend(arch: Arch) -> Backend:
         if importlib.util.find_spec(package) is None:
             raise MissingPackageError(
                 f"the {arch.value} kernels need the package {distribution}, which is not "
-                f"installed: pip install {distribution}, or {_REFERENCE_HINT}"
+                f"installed: pip install {distribution}{otherwise}"
             )
     try:
         # CuTeDSL is imported when a kernel has to be compiled, and not before.
@@ -98,7 +101,7 @@ def load_backend(arch: Arch) -> Backend:
         raise MissingPackageError(
             f"the {arch.value} kernels need a package that is installed but cannot be imported: "
             f"{error}. Allowed: working installations of nvidia-cutlass-dsl, apache-tvm-ffi and "
-            f"triton. Reinstall it, or {_REFERENCE_HINT}"
+            f"triton. Reinstall it{otherwise}"
         ) from error
     return backend
 
@@ -109,10 +112,11 @@ def _arch_of_device(index: int) -> Arch | None:
     return _ARCH_BY_MAJOR.get(torch.cuda.get_device_capability(index)[0])
 
 
-def _check_device_exists(index: int | None) -> None:
+def _check_device_exists(index: int | None, instead: str | None = _REFERENCE_HINT) -> None:
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else f": torch {torch.__version__} is built without CUDA"
-        raise DeviceError(f"torch sees no CUDA device{built}; {_REFERENCE_HINT}")
+        todo = instead or "run it where there is one"
+        raise DeviceError(f"torch sees no CUDA device{built}; {todo}")
     count = torch.cuda.device_count()
     if index is not None and index >= count:
         raise DeviceError(
@@ -121,14 +125,15 @@ def _check_device_exists(index: int | None) -> None:
         )
 
 
-def _current_index() -> int:
-    _check_device_exists(None)
+def _current_index(instead: str | None = _REFERENCE_HINT) -> int:
+    _check_device_exists(None, instead)
     return torch.cuda.current_device()
 
 
-def backend_for(device: torch.device) -> Backend:
+def backend_for(device: torch.device, instead: str | None = _REFERENCE_HINT) -> Backend:
     """Kernel package for ``device``.
 
+    :param instead: as for :func:`load_backend`.
     :raises DeviceError: not a CUDA device, or one that does not exist here.
     :raises UnsupportedError: a GPU generation without kernels.
     :raises MissingPackageError: CuTeDSL or Triton is not installed, or cannot be imported.
@@ -138,15 +143,16 @@ def backend_for(device: torch.device) -> Backend:
             f"the kernels run on CUDA tensors, got a tensor on {device}: move it to a Hopper GPU, "
             'or pass impl="reference"'
         )
-    index = device.index if device.index is not None else _current_index()
+    index = device.index if device.index is not None else _current_index(instead)
     arch = _arch_of_device(index)
     if arch is None:
         major, minor = torch.cuda.get_device_capability(index)
         raise UnsupportedError(
             f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}; kernels "
-            f"exist for 9.0 (Hopper), and 10.x and 12.x follow. To go on, {_REFERENCE_HINT}"
+            "exist for 9.0 (Hopper), and 10.x and 12.x follow. To go on, "
+            f"{instead or 'choose one of these'}"
         )
-    return load_backend(arch)
+    return load_backend(arch, instead)
 
 
 def is_available(device: torch.device | str | int | None = None) -> Availability:

@@ -92,17 +92,20 @@ def test_wrong_sizes_are_refused(text, capsys):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("64,12,8,2,1", "hidden_size=12.*Allowed: positive multiples of 8.*Pad it to 16"),
+        ("64,12,8,2,1", "hidden_size=12.*Allowed: positive multiples of 8.*Pad it to 16\\.$"),
         ("64,8,12,2,1", "intermediate_size=12.*Allowed: positive multiples of 8.*Pad it to 16"),
         ("64,8,8,65537,1", "the number of experts=65537.*Allowed: 1 to 65536"),
         ("64,8,8,128,65", "top_k=65 is out of range. Allowed: 1 to 64"),
         ("1073741825,8,8,2,1", "1073741825 slots.*Allowed: at most 1073741824.*Split"),
+        ("9999999999,8,8,2,1", "9999999999 slots.*Allowed: at most 1073741824.*Split"),
     ],
 )
 def test_sizes_that_the_kernels_refuse_are_not_compiled(command, text, says, monkeypatch, capsys):
     monkeypatch.setattr(cli, "compile_kernels", lambda *_: pytest.fail("compiled"))
     assert cli.main([command, "--thiek", text]) == 2
-    assert re.search(f"sonic {command}: --thiek {text}: {says}", capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert re.search(f"sonic {command}: --thiek {text}: {says}", error)
+    assert "impl=" not in error, "no option of the command"
 
 
 def test_a_size_is_required(capsys):
@@ -123,7 +126,8 @@ def test_jobs_are_positive(text, capsys):
 
 def test_an_architecture_without_kernels_is_refused(directory, capsys):
     assert cli.main(["compile", "--arch", "sm100", "--thiek", "1,8,8,2,1"]) == 2
-    assert "not in this release" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "not in this release (ready: sm90); choose one that is" in text and "impl=" not in text
 
 
 @needs_dsl

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sonic
 from sonic import ActivationType, Experts, KernelBackendMoE, MoE
 from sonic.nn import ExpertLinear
-from sonic.nn.routers import SharedExperts
+from sonic.nn.routers import SharedExperts, TopKRouter
 from sonic.reference import load_balancing_loss, merge_gate_up_rows, moe_reference
 from sonic.runtime.errors import (
     ArgumentError,
@@ -214,6 +215,40 @@ def test_constructors_refuse(cls, changes, error, says):
     cls(**options)
     with pytest.raises(error, match=f"{cls.__name__}: {says}.*Allowed: "):
         cls(**{**options, **changes})
+
+
+@pytest.mark.parametrize("version", [None, "13.0"])
+def test_parameters_on_a_gpu_that_is_not_there_are_refused(version, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    says = "visible" if version else "torch .* is built without CUDA.*Install a torch with CUDA"
+    with pytest.raises(DeviceError, match=f"(?i)MoE: device='cuda'.*{says}.*on the CPU"):
+        make(device="cuda")
+    with pytest.raises(DeviceError, match="TopKRouter: device='cuda'.*Allowed: "):
+        TopKRouter(H, E, K, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DeviceError, match="'cuda:2', of which torch sees 2.*cuda:1.*Choose one"):
+        make(device="cuda:2")
+
+
+def test_fake_parameters_need_no_gpu():
+    with FakeTensorMode():
+        assert make(device="cuda").c_fc.weight.is_cuda
+
+
+def test_errors_of_the_experts_are_in_names_of_the_layer():
+    module, x = make(), torch.randn(3, H).half()
+    with pytest.raises(DTypeError) as caught:
+        module(x, TORCH)
+    text = str(caught.value)
+    assert text.startswith("MoE: c_fc.weight is float32 and hidden_states float16. Allowed: ")
+    x = torch.randn(3, H, device="meta")
+    with pytest.raises(DTypeError) as caught:
+        module.to("meta")(x)
+    text = str(caught.value)
+    assert 'MoE: hidden_states is float32 with kernel_backend_moe="sonicmoe"' in text
+    assert 'or pass kernel_backend_moe="torch".' in text and "impl" not in text
 
 
 def test_expert_linear_refuses_sizes_and_std():

@@ -156,5 +156,8 @@ def test_triton_on_a_cpu_tensor_says_what_to_do():
     triton = pytest.importorskip("triton")
     if triton.knobs.runtime.interpret:
         pytest.skip("TRITON_INTERPRET is set: CPU tensors are served")
-    with pytest.raises(DeviceError, match="impl='torch'"):
+    says = "impl='triton' was asked for tensors on cpu. Allowed: CUDA tensors. .*impl=\"torch\""
+    with pytest.raises(DeviceError, match=f"build_plan: {says}"):
         build_plan(IDS, 3, impl="triton")
+    with pytest.raises(DeviceError, match=f"build_plan_flat: {says}"):
+        build_plan_flat(IDS[0], IDS[0], 3, 3, impl="triton")

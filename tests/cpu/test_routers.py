@@ -207,7 +207,8 @@ def test_low_precision_logits_score_in_float32():
 
 
 WRONG = [
-    (dict(logits=torch.randn(4)), ShapeError, r"shape (4,). Allowed: (T, E). Flatten"),
+    (dict(logits=torch.randn(4)), ShapeError, r"shape (4,). Allowed: (T, E). Pass one row"),
+    (dict(logits=torch.randn(1, 4, 6)), ShapeError, "Allowed: (T, E). Flatten the leading axes: "),
     (dict(logits=torch.ones(4, 6, dtype=torch.int64)), DTypeError, "logits is int64. Allowed: bfl"),
     (dict(logits=torch.ones(4, 0)), ShapeError, "1 to 65536 columns. Pass (T, E) logits."),
     (dict(top_k=7), ArgumentError, "top_k=7 came with logits of shape (4, 6). Allowed: 1 to 6"),
@@ -216,6 +217,12 @@ WRONG = [
     (dict(bias=torch.zeros(5)), ShapeError, "bias has shape (5,). Allowed: (6,). Pass one number"),
     (dict(mask=torch.zeros(3, 6)), ShapeError, "mask has shape (3, 6). Allowed: (6,), (1, 6) and"),
     (dict(mask=torch.zeros(4, 6, dtype=torch.bool)), DTypeError, "mask is bool. Allowed: bfloat16"),
+    (
+        dict(mask=torch.zeros(4, 6).int()),
+        DTypeError,
+        "pass torch.where(mask.bool(), 0.0, -torch.inf) if True means allowed",
+    ),
+    (dict(bias=torch.zeros(6).int()), DTypeError, "Cast it: bias.float()."),
     (dict(ids=torch.zeros(4, 3).long()), ShapeError, "Allowed: (4, 2). Pass top_k ids"),
     (dict(ids=torch.zeros(4, 2)), DTypeError, "ids is float32. Allowed: int32, int64. Cast it"),
     (
@@ -423,8 +430,17 @@ def test_shared_experts_of_another_shape_are_refused():
         ShapeError, ["SharedExperts: ", r"\(4, 32\)", "Allowed: ", r"\.\.\., 16", "Build"]
     ):
         shared(torch.randn(4, 2 * H))
-    with refused(ShapeError, ["MoE: shared_experts.hidden_size=24", "Allowed: .*=16", "Build"]):
-        layer_of(shared_experts=SharedExperts(24, 24))
+    for shared, name in (
+        (SharedExperts(24, 24), "hidden_size=24"),
+        (nn.Linear(24, H), "in_features=24"),
+        (nn.Linear(H, 24), "out_features=24"),
+        (nn.Sequential(nn.Linear(H, 8), nn.ReLU(), nn.Linear(8, 24)), "out_features=24"),
+    ):
+        with refused(ShapeError, [f"MoE: {name} of shared_experts", "Allowed: .*=16", "Build"]):
+            layer_of(shared_experts=shared)
+    branch = nn.Sequential(nn.Linear(H, 8), nn.ReLU(), nn.Linear(8, H))
+    for shared in (nn.Linear(H, H), nn.LazyLinear(H), nn.Sequential(), branch):
+        layer_of(shared_experts=shared)
     with refused(ArgumentError, ["shared_experts is of type function", "a module", "Pass"]):
         layer_of(shared_experts=lambda x: x)
     with refused(ArgumentError, ["gated='yes'", "True or False"]):
@@ -502,6 +518,49 @@ def test_noise_is_there_in_training_only():
     torch.testing.assert_close(router(x).logits, clean)
 
 
+def test_a_router_without_logits_has_no_losses():
+    for losses in ({"switch": 1.0, "z": 1.0}, LossWeights(sequence=0.1)):
+        with refused(ArgumentError, ["PrecomputedRouter: losses=", "Allowed: no losses", "Leave"]):
+            PrecomputedRouter(H, E, K, losses=losses)
+    assert PrecomputedRouter(H, E, K, losses={"z": 0.0}).losses == LossWeights()
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "says"),
+    [(8, "Take 4 (n=2) or 9 (n=3)."), (10, "Take 9 (n=3) or 16 (n=4)."), (65535, "65536 (n=256)")],
+)
+def test_squares_next_to_a_number_of_experts_are_named(num_experts, says):
+    with pytest.raises(ArgumentError, match="ProductKeyRouter: .*n keys per half") as caught:
+        ProductKeyRouter(H, num_experts, 2)
+    assert says in str(caught.value)
+
+
+def test_what_the_error_says_of_a_boolean_mask_bars_experts():
+    logits, allowed = torch.randn(4, 6), torch.rand(4, 6).argsort(1) < 3
+    with pytest.raises(DTypeError, match=r"torch\.where\(mask, 0\.0, -torch\.inf\)"):
+        route(logits, 2, mask=allowed)
+    out = route(logits, 2, mask=torch.where(allowed, 0.0, -torch.inf))
+    assert allowed.gather(1, out.ids.long()).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (dict(num_groups=3), "num_groups=3 came with num_experts=8."),
+        (dict(num_groups=4, topk_groups=5), "topk_groups=5 came with num_experts=8."),
+        (dict(group_best=9), "group_best=9 came with num_experts=8."),
+        (dict(num_null=1, num_groups=2), "num_experts=8, num_identity=0 and num_null=1."),
+        (dict(score="tanh"), "score='tanh' is not known."),
+        (dict(scale=0.0), "scale=0.0."),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_options_are_refused_by_what_the_router_was_given(wrong, says):
+    for cls in (TopKRouter, NoisyTopKRouter):
+        with refused(ArgumentError, [f"{cls.__name__}: ", says, "Allowed: "]):
+            cls(H, E, K, **wrong)
+
+
 def test_options_are_refused_when_a_router_is_made():
     for wrong in (
         dict(score="tanh"),
@@ -549,7 +608,7 @@ def test_every_argument_of_a_router_is_looked_at(name, values):
     for value in values:
         with pytest.raises(SonicError, match=rf"{name}.*Allowed: .*\. [A-Z0]") as caught:
             TopKRouter(H, E, K, **{name: value})
-        assert "router" in str(caught.value) or str(caught.value).startswith(("TopK", "route: "))
+        assert "router" in str(caught.value) or str(caught.value).startswith("TopKRouter: ")
 
 
 def test_routers_refuse_what_their_name_decides():

@@ -1,5 +1,7 @@
 """Token rounding on the CPU: the torch twin against the oracle, its promises, its gradient."""
 
+import sys
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from sonic.routing import (
     token_rounding,
     token_rounding_plan,
 )
-from sonic.routing.token_rounding import KERNEL_TILE, RULES
+from sonic.routing.token_rounding import KERNEL_TILE, RULES, _warned
 from sonic.routing.topk import topk_routing
 from sonic.runtime.errors import ArgumentError, DTypeError, ShapeError
 from sonic.runtime.problem import EpilogueKind, Problem, Ragged
@@ -322,7 +324,7 @@ HUGE = torch.empty(2**26, 64, device="meta")
 @pytest.mark.parametrize(
     ("error", "text", "call"),
     [
-        (ShapeError, r"\(6,\), expected \(T, E\)", lambda: token_rounding(SCORES[0], 1, 8)),
+        (ShapeError, r"\(6,\). Allowed: \(T, E\)", lambda: token_rounding(SCORES[0], 1, 8)),
         (ShapeError, "0 experts", lambda: token_rounding(SCORES[:, :0], 1, 8)),
         (ShapeError, "may keep more than .* Split", lambda: token_rounding(HUGE, 32, 8)),
         (DTypeError, "int64", lambda: token_rounding(SCORES.long(), 1, 8)),
@@ -574,8 +576,8 @@ def test_module_trains():
     [
         ({"routing": "rounding"}, "routing='rounding' is not known. Allowed: 'top_k'"),
         ({"rounding": "nearest"}, "rounding='nearest' is not known. Allowed: 'nr', 'sr'"),
-        ({"tile": 0}, "tile=0 is out of range"),
-        ({"tile": "big"}, "tile='big' is of type str"),
+        ({"tile": 0}, 'MoE: tile=0. Allowed: an int from 1 to 2147483647, or "auto"'),
+        ({"tile": "big"}, "MoE: tile='big'. Allowed: an int from 1 to 2147483647, or \"auto\""),
     ],
 )
 def test_wrong_options_are_refused(options, text):
@@ -588,3 +590,50 @@ def test_representation_names_the_rounding():
     text = repr(make(routing="token_rounding", rounding="balance-f", tile=64))
     assert "routing='token_rounding', rounding='balance-f', tile=64" in text
     assert "rounding" not in repr(make())
+
+
+@pytest.fixture
+def nothing_warned(monkeypatch):
+    """As in a new process, which has not looked at any shapes."""
+    _warned.clear()
+    for name in ("token_rounding", "rounded_routing"):
+        module = sys.modules[f"sonic.routing.{name}"]
+        monkeypatch.setattr(module, "_checked", module._checked.__wrapped__)
+
+
+def warnings(caplog):
+    """What the package's logger warned of."""
+    return [r.getMessage() for r in caplog.records if (r.name, r.levelname) == ("sonic", "WARNING")]
+
+
+def test_a_batch_too_small_for_the_tile_is_warned_of_once(nothing_warned, caplog):
+    module = MoE(8, 2, 32, 16, "swiglu", False, 0.1, routing="token_rounding")
+    x = torch.randn(64, 32)
+    module.eval()(x, TORCH)
+    module.train()(x, TORCH, is_inference_mode=True)
+    torch.compile(module, backend="aot_eager", fullgraph=True)(x, TORCH)
+    assert not warnings(caplog)
+    for tokens in (64, 64, 65):
+        assert not module(torch.randn(tokens, 32), TORCH)[0].any(), "what is warned of"
+    (text,) = warnings(caplog)
+    for part in ("T=64", "top_k=2", "E=8", "16 rows", "tile=128", "smaller tile", '"up"'):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "tile", "rule", "warns"),
+    [
+        (64, 2, 33, "nr", True),
+        (64, 2, 32, "nr", False),
+        (64, 2, 17, "down", True),
+        (64, 2, 16, "down", False),
+        (64, 2, 128, "up", False),
+        (64, 2, 128, "sr", False),
+        (64, 2, 128, "balance-f", False),
+        (64, 4, 128, "nr", False),  # the 64 tokens count as a multiple
+        (0, 2, 128, "nr", False),
+    ],
+)
+def test_small_batches_are_told_by_shapes(tokens, top_k, tile, rule, warns, nothing_warned, caplog):
+    token_rounding(torch.rand(tokens, 8), top_k, tile, rule)
+    assert len(warnings(caplog)) == warns

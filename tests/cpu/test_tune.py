@@ -75,7 +75,7 @@ def times(tmp_path, monkeypatch):
     monkeypatch.setenv("SONIC_CACHE_DIR", str(tmp_path / "kernels"))
     monkeypatch.delenv("SONIC_CACHE", raising=False)
     times = Times()
-    monkeypatch.setattr(tune, "backend_for", lambda device: BACKEND)
+    monkeypatch.setattr(tune, "backend_for", lambda device, instead: BACKEND)
     monkeypatch.setattr(launch, "backend_for", lambda device: BACKEND)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     monkeypatch.setattr(tune, "TimedGemm", times.gemm)
@@ -307,7 +307,9 @@ def test_a_cache_that_keeps_nothing_is_refused(times, mode, what, monkeypatch, c
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
 def test_a_gpu_is_needed(capsys):
     assert cli.main(["tune", *THIEK]) == 2
-    assert "torch sees no CUDA device" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "torch sees no CUDA device" in text and "where there is one" in text
+    assert "impl=" not in text, "no option of the command"
 
 
 @pytest.mark.parametrize("flags", [[], ["--show", *THIEK], ["--show", "--clear"]])

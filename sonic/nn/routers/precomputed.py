@@ -1,11 +1,14 @@
 """A router that does not choose: ids and weights come with the call."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from sonic import checks
 from sonic.nn.routers.base import LossWeights, Router, RouterOutput
 from sonic.plan import build_plan, int32_ids
 from sonic.routing.balancing import RoutingStatistics
+from sonic.runtime.errors import ArgumentError
 
 
 class PrecomputedRouter(Router):
@@ -16,7 +19,28 @@ class PrecomputedRouter(Router):
 
     Args:
         hidden_size: H. num_experts: E. top_k: ids per token.
+        losses: no factor but 0: there are no logits to balance.
     """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        losses: LossWeights | Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, losses=losses)
+        if self.losses != LossWeights():
+            raise ArgumentError(
+                checks.message(
+                    type(self).__name__,
+                    f"losses={losses!r} came to a router without logits",
+                    "no losses, or factors of 0",
+                    "Leave them out, or pass the ids to a TopKRouter, which weights them from its "
+                    "own logits and has the losses of these.",
+                )
+            )
 
     def forward(
         self,

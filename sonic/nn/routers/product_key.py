@@ -1,5 +1,6 @@
 """Product-key router: n^2 experts chosen by 2n keys."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -47,14 +48,14 @@ class ProductKeyRouter(Router):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, losses=losses)
-        size = round(num_experts**0.5)
+        size = math.isqrt(num_experts)
         if size * size != num_experts:
             raise ArgumentError(
                 checks.message(
                     "ProductKeyRouter",
                     f"num_experts={num_experts} is not a square",
-                    "n * n for n from 1 to 256",
-                    f"Take {size * size}, or (n + 1) ** 2 = {(size + 1) ** 2}.",
+                    "n * n experts, of n keys per half, for n from 1 to 256",
+                    f"Take {size**2} (n={size}) or {(size + 1) ** 2} (n={size + 1}).",
                 )
             )
         checks.check_int("ProductKeyRouter", "top_k", top_k, 1, size, f"at most n={size}")

@@ -35,9 +35,9 @@ from sonic.routing.balancing import (
     refuse_capture,
 )
 from sonic.routing.logits import router_logits
-from sonic.routing.route import plan_of, route
+from sonic.routing.route import check_options, plan_of, route
 from sonic.runtime.errors import ArgumentError
-from sonic.runtime.route import RouteTensors
+from sonic.runtime.route import Route, RouteTensors
 
 
 class TopKRouter(Router):
@@ -143,6 +143,7 @@ class TopKRouter(Router):
             "group_best": group_best,
             "num_null": num_null,
         }
+        self._check_options()
         self._group = SharedReference(group)
         self.weight = nn.Parameter(torch.empty(columns, hidden_size, device=device, dtype=dtype))
         if add_bias:
@@ -160,12 +161,21 @@ class TopKRouter(Router):
         self.register_buffer("step_load", step_load, persistent=False)
         self.register_buffer("batch_load", batch_load, persistent=False)
         self.reset_parameters()
-        self._check_options()
 
     def _check_options(self) -> None:
         """Refuse at construction what :func:`route` would refuse at the first call."""
-        logits = torch.empty(0, self.num_columns, device="meta")
-        route(logits, self.top_k, **self._options)
+        came = f"num_experts={self.num_experts}"
+        if self.num_columns != self.num_experts:
+            came += f", num_identity={self.num_identity} and num_null={self.num_null}"
+        options = Route(
+            top_k=self.top_k,
+            num_working=self.num_columns - self.num_null,
+            num_experts=self.num_experts,
+            num_sequences=1,
+            balance=True,
+            **{name: value for name, value in self._options.items() if name != "num_null"},
+        )
+        check_options(type(self).__name__, came, 0, self.num_columns, options)
 
     def reset_parameters(self) -> None:
         """N(0, std) weight, zero biases and counts; also after ``to_empty`` on a meta module."""
@@ -210,7 +220,9 @@ class TopKRouter(Router):
 
         Args:
             hidden_states: (..., H). A tensor (B, n, H) holds B sequences, for sequence-wise losses.
-            mask: (T, C) or (C,) added to the logits; -inf bars a column (modalities, padding).
+            mask: (T, C) or (C,) floating point, added to the logits: 0 leaves a column open, -inf
+                bars it (modalities, padding). Of booleans that are True where allowed it is
+                ``torch.where(allowed, 0.0, -torch.inf)``.
             ids: (T, top_k) recorded winners to weight anew, or None to choose.
             balance: False leaves losses and statistics out, and counts nothing.
         """
