@@ -31,7 +31,9 @@ from sonic.runtime.errors import (
 from sonic.runtime.limits import message
 
 RULES = ("nr", "sr", "nr-s", "balance-f", "up", "down")
-KERNEL_TILE = 128  # rows of a tile in every kernel here that multiplies rows by an expert's weight
+# Rows of a tile in every kernel here that multiplies rows by an expert's weight, but for the half
+# tiles of experts with hardly any.
+KERNEL_TILE = 128
 _RANDOM_RULES = ("sr", "nr-s")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _log = logging.getLogger("sonic")
