@@ -174,6 +174,18 @@ class _ExpertsBase(nn.Module):
             f"activation_function={self.activation_function.value!r}, layout={self.layout.value!r}"
         )
 
+    def _parameters_and_options(self, impl: str) -> dict[str, Any]:
+        """What every call of the experts takes besides tokens and routing."""
+        return {
+            "w1": self.c_fc.weight,
+            "w2": self.c_proj.weight,
+            "b1": self.c_fc.bias,
+            "b2": self.c_proj.bias,
+            "activation": self.activation_function,
+            "layout": self.layout,
+            "impl": impl,
+        }
+
 
 class Experts(_ExpertsBase):
     """The experts without a router: ``c_proj(act(c_fc(x)))``, weighted and summed per token.
@@ -199,13 +211,7 @@ class Experts(_ExpertsBase):
             hidden_states,
             topk_ids,
             topk_weights,
-            self.c_fc.weight,
-            self.c_proj.weight,
-            b1=self.c_fc.bias,
-            b2=self.c_proj.bias,
-            activation=self.activation_function,
-            layout=self.layout,
-            impl=impl,
+            **self._parameters_and_options(impl),
         )
 
 
@@ -371,13 +377,7 @@ class MoE(_ExpertsBase):
                 tokens,
                 scores,
                 plan,
-                self.c_fc.weight,
-                self.c_proj.weight,
-                b1=self.c_fc.bias,
-                b2=self.c_proj.bias,
-                activation=self.activation_function,
-                layout=self.layout,
-                impl=impl,
+                **self._parameters_and_options(impl),
             )
         except SonicError as error:
             text = str(error).removeprefix("experts_planned: ")
