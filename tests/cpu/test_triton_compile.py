@@ -71,6 +71,7 @@ def compiled(request, monkeypatch):
     monkeypatch.setattr(JITFunction, "run", compile_only)
     # A launch that is only compiled must not be remembered as one that can run.
     monkeypatch.setattr(MODULES["launch"], "is_interpreted", lambda: True)
+    monkeypatch.setattr(MODULES["plan"], "RUNS_ON_CPU", True)
     for module in MODULES.values():
         if hasattr(module, "device_of"):
             monkeypatch.setattr(module, "device_of", lambda tensor: contextlib.nullcontext())
