@@ -300,17 +300,12 @@ def _order_of_weight_gradient(
     return _Order(along_m=tiling.tile_n == 256 or (pingpong and large), dynamic=False)
 
 
-def _is_forward(problem: Problem) -> bool:
-    """An up- or a down-projection."""
-    return problem.ragged is Ragged.ROWS and not problem.transposed_weight
-
-
 def _only_reads(problem: Problem, size: _Size) -> bool:
     """Whether it is no concern of the model: few rows of an expert, and the widest tiles keep most
     SMs busy."""
     if problem.ragged is Ragged.REDUCTION:
         return False
-    if _is_forward(problem):
+    if problem.is_forward:
         return size.rows < _HALF_TILE_ROWS
     if size.rows >= _FEW_ROWS:
         return False
@@ -332,7 +327,7 @@ def _few_rows(problem: Problem, size: _Size) -> TileConfig:
     weights on their way. In gradients, the widest tiles that cover the columns, by rates that runs
     with 1 to 16 rows confirmed.
     """
-    if _is_forward(problem):
+    if problem.is_forward:
         return _half_tiles(problem, size)
     gated = problem.activation is not None and problem.activation.is_gated
     if problem.epilogue is EpilogueKind.LINEAR:
@@ -368,7 +363,7 @@ def _half_tiles(problem: Problem, size: _Size) -> TileConfig:
     them SMs: one token of these took 10% more.
     """
     narrow = TileConfig(64, 128, 1, 1, _PINGPONG, 2, *_FIXED_ALONG_N)
-    inference = problem.epilogue is EpilogueKind.ACTIVATION and not problem.store_preact
+    inference = problem.epilogue is EpilogueKind.ACTIVATION and problem.is_of_inference
     many = size.n % 256 == 0 and size.experts * size.n // 256 >= 2 * _SMS
     wide = inference and many and size.rows >= _ROWS_OF_WIDE_HALVES
     return replace(narrow, tile_n=256) if wide else narrow
@@ -400,7 +395,7 @@ def _rivals(problem: Problem, size: _Size) -> list[_Tiling]:
         widest = max(size.n, least)
         alone = [_UP_ALONE] if problem.epilogue is EpilogueKind.ACTIVATION else []
         return alone + [t for t in tilings if t.cluster_m == 1 and t.tile_n <= widest]
-    down = problem.epilogue is EpilogueKind.LINEAR and not problem.transposed_weight
+    down = problem.epilogue is EpilogueKind.LINEAR and problem.is_forward
     most = 300 if down else 1024
     if problem.ragged is Ragged.ROWS and size.rows >= most:
         return [t for t in tilings if t.cluster_m == 1]  # many row tiles share weights as it is
@@ -435,7 +430,7 @@ def _limit(problem: Problem) -> int:
     """
     rows = problem.ragged is Ragged.ROWS
     sliced = problem.epilogue is EpilogueKind.LINEAR and problem.transposed_weight
-    inference = problem.epilogue is EpilogueKind.ACTIVATION and not problem.store_preact
+    inference = problem.epilogue is EpilogueKind.ACTIVATION and problem.is_of_inference
     return _KERNELS if rows and not sliced and not inference else _KERNELS_OF_TWINS
 
 

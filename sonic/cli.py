@@ -23,7 +23,6 @@ from sonic.runtime.problem import (
     Arch,
     Operand,
     Problem,
-    Ragged,
     TileConfig,
     down_backward_act_problem,
     down_problem,
@@ -246,15 +245,10 @@ def _compile(parsed: argparse.Namespace) -> int:
             configs = backend.default_configs
             kernels |= dict.fromkeys(layer_kernels_of_any_tokens(configs, size, *how))
     if parsed.inference:
-        kernels = {kernel: None for kernel in kernels if _is_of_inference(kernel[0])}
+        kernels = {kernel: None for kernel in kernels if kernel[0].is_of_inference}
     jobs = min(parsed.jobs, len(kernels))
     print(f"{len(kernels)} kernels for {arch.value} into {folder}, {jobs} at a time")
     return compile_kernels(arch, list(kernels), jobs)
-
-
-def _is_of_inference(problem: Problem) -> bool:
-    forward = problem.ragged is Ragged.ROWS and not problem.transposed_weight
-    return forward and not problem.store_preact
 
 
 def folder_to_fill(arch: Arch) -> Path:

@@ -81,6 +81,17 @@ class Problem(_HashedOnce):
     __hash__ = _HashedOnce.hash_once
 
     @property
+    def is_forward(self) -> bool:
+        """An up- or a down-projection."""
+        return self.ragged is Ragged.ROWS and not self.transposed_weight
+
+    @property
+    def is_of_inference(self) -> bool:
+        """A projection of a layer without gradients: nothing is stored for a backward pass. One
+        with gradients has the same down-projection."""
+        return self.is_forward and not self.store_preact
+
+    @property
     def name(self) -> str:
         """Stable name: kernels appear in traces as ``sonic_<name>_<arch>``, followed by types."""
         parts = [self.ragged.value, self.epilogue.value]

@@ -42,6 +42,17 @@ def test_the_problems_of_a_layer_are_supported(activation, dtype):
                 assert supports(problem) is None, problem.name
 
 
+def test_the_problems_of_the_forward_pass_and_of_inference():
+    """Each kernel of a layer, by its place in ``layer_problems``."""
+    up, up_inference, down = range(3)
+    for accumulate in (False, True):
+        problems = layer_problems(SWIGLU, "bfloat16", True, accumulate)
+        forward = [i for i, problem in enumerate(problems) if problem.is_forward]
+        inference = [i for i, problem in enumerate(problems) if problem.is_of_inference]
+        assert forward == [up, up_inference, down]
+        assert inference == [up_inference, down]
+
+
 PROBLEMS = {
     "dtype": (DOWN, {"dtype": "float32"}, "dtype float32"),
     "gathered weight": (DOWN, {"gather": Operand.B}, "a gathered weight"),
