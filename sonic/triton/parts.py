@@ -22,7 +22,11 @@ _NONE = tl.constexpr(2**31 - 1)
 
 
 def rows_per_part(rows: int, parts: int) -> int:
-    """The most rows of a part where ``rows`` rows of all experts have ``parts`` later parts."""
+    """The most rows of a part where ``rows`` rows of all experts have ``parts`` later parts.
+
+    ``GroupedGemmSm90.__call__``, which sees both numbers as extents only, divides likewise: the two
+    have to agree on where parts begin.
+    """
     return max(cdiv(rows, parts + 1), 1)
 
 
