@@ -33,6 +33,7 @@ from benchmarks.shapes import EXTRA_SHAPES, NAMED_SHAPES, SMALL_SHAPE, Shape, na
 from benchmarks.workers import Outcome, Pool, Task
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
 from sonic.reference import experts_reference
+from tests.refusals import as_typed, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Shape(48, 24, 16, 5, 2)
@@ -381,10 +382,8 @@ def test_no_time_is_printed_after_a_failed_check(
 
 def test_bad_flags_are_refused(moe_cute: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     for flags in (["--thiek", "1,2"], ["--dtype", "Float8"], ["--activation", "swish"]):
-        with pytest.raises(SystemExit) as stopped:
-            moe_cute.parse_arguments(flags)
-        assert stopped.value.code == 2
-    assert "expected five positive integers" in capsys.readouterr().err
+        said = refusal(moe_cute.parse_arguments, flags, capsys)
+        assert flags[0] in said and repr(flags[1]) in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -502,9 +501,7 @@ def test_checking_tables_finds_missing_and_unknown_ones(
     ):
         page.write_text(text)
         for flag in ("--check", "--write"):
-            with pytest.raises(SystemExit) as stopped:
-                report.main([flag, str(page), *results])
-            assert stopped.value.code == 2 and says in capsys.readouterr().err
+            assert says in refusal(report.main, [flag, str(page), *results], capsys)
         assert page.read_text() == text
 
 
@@ -517,14 +514,12 @@ def test_tables_are_not_made_of_no_results(
     (tmp_path / "broken" / "x.json").write_text("{")
     page = tmp_path / "page.md"
     page.write_text("<!-- generated: memory -->\nkept\n<!-- end of generated part -->")
-    with pytest.raises(SystemExit) as stopped:
-        report.main(["--write", str(page), "--results", str(tmp_path / folder)])
-    assert stopped.value.code == 2 and "kept" in page.read_text()
-    said = capsys.readouterr().err
-    assert ("x.json is no result file" if folder == "broken" else "no directory with") in said
-    with pytest.raises(SystemExit) as stopped:
-        report.main(["--check", str(tmp_path / "no_page.md")])
-    assert stopped.value.code == 2 and "No such file" in capsys.readouterr().err
+    flags = ["--write", str(page), "--results", str(tmp_path / folder)]
+    says = "x.json is no result file" if folder == "broken" else "no directory with"
+    assert says in refusal(report.main, flags, capsys)
+    assert "kept" in page.read_text()
+    flags = ["--check", str(tmp_path / "no_page.md")]
+    assert "No such file" in refusal(report.main, flags, capsys)
 
 
 def test_the_table_of_routers_has_both_sides_or_a_dash(tmp_path: Path) -> None:
@@ -591,7 +586,7 @@ def _refused(script: str, *flags: str) -> str:
         (["--device", "banana"], "expected cuda or cpu"),
         (["--device", "meta"], "expected cuda or cpu"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=as_typed,
 )
 def test_the_layer_script_refuses(flags: list[str], says: str) -> None:
     assert says in _refused("moe-cute.py", *flags)
@@ -605,7 +600,7 @@ def test_the_layer_script_refuses(flags: list[str], says: str) -> None:
         (["--caches", "LICENSE"], "is no folder"),
         (["--json", "."], "is a directory"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=as_typed,
 )
 def test_the_cold_start_script_refuses(
     flags: list[str],
@@ -614,9 +609,7 @@ def test_the_cold_start_script_refuses(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as stopped:
-        cold_start.main(flags)
-    assert stopped.value.code == 2 and says in capsys.readouterr().err
+    assert says in refusal(cold_start.main, flags, capsys)
 
 
 @pytest.mark.parametrize(
@@ -628,7 +621,7 @@ def test_the_cold_start_script_refuses(
         (["--device", "banana"], "expected cuda or cpu"),
         (["--device", "cpu", "--impl", "reference"], "A, B, C, D, E, F are too large"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=as_typed,
 )
 def test_the_validation_script_refuses(flags: list[str], says: str) -> None:
     assert says in _refused("validate.py", *flags)
@@ -660,14 +653,12 @@ def test_a_missing_gpu_is_a_sentence(script: str, impl: str) -> None:
         (["--json", "."], "is a directory"),
         (["--json", "/proc/result.json"], "cannot be written"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=as_typed,
 )
 def test_the_runner_of_gpu_tests_refuses(
     flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        gpu_tests.main(flags)
-    assert stopped.value.code == 2 and says in capsys.readouterr().err
+    assert says in refusal(gpu_tests.main, flags, capsys)
 
 
 def test_tests_that_ended_before_the_limit_are_counted(tmp_path: Path) -> None:

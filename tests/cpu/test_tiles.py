@@ -24,6 +24,7 @@ from kernels_sm90 import BACKEND
 from kernels_sm90.tiles import supports_config
 from sonic.enums import ActivationType
 from sonic.runtime.problem import Problem, TileConfig, layer_problems
+from tests.refusals import as_typed, refusal
 
 
 def test_every_candidate_is_timed() -> None:
@@ -136,7 +137,7 @@ def test_a_sweep_says_what_the_choice_costs(
         (["sweep.json.times.gz", "--json", "other.json"], "has to be the result file of"),
         (["sweep.json.times.gz", "--json", "sweep.json"], "there is no sweep.json"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=as_typed,
 )
 def test_a_review_refuses(
     flags: list[str],
@@ -150,9 +151,7 @@ def test_a_review_refuses(
     Sweep(BACKEND, {}, "cpu").write_times(tmp_path / "sweep.json.times.gz")
     if len(flags) == 1:
         Result(dict.fromkeys(HEAD_KEYS)).write(tmp_path / "sweep.json")
-    with pytest.raises(SystemExit) as stopped:
-        tiles.main(["--review", *flags])
-    assert stopped.value.code == 2 and says in capsys.readouterr().err
+    assert says in refusal(tiles.main, ["--review", *flags], capsys)
 
 
 def test_the_choice_is_near_the_best_of_every_committed_sweep() -> None:

@@ -8,6 +8,7 @@ import torch
 from benchmarks import train_lm
 from benchmarks.report import HEAD_KEYS, Result
 from benchmarks.train_lm import TINY, Curve, batches, read_curves, summary, train
+from tests.refusals import as_typed, refusal
 
 CPU = torch.device("cpu")
 CONFIG = replace(TINY, layers=1, steps=12, every=6)
@@ -112,8 +113,7 @@ def test_a_file_without_curves_is_refused(tmp_path):
         (["--routings", "nr", "nr"], "twice"),
         (["--json", "."], "is a directory"),
     ],
+    ids=as_typed,
 )
 def test_options_that_cannot_work_are_refused(flags, says, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train_lm.main(flags)
-    assert stopped.value.code == 2 and says in capsys.readouterr().err
+    assert says in refusal(train_lm.main, flags, capsys)
