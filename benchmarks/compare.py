@@ -36,7 +36,7 @@ from benchmarks.contest import (
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import environment
 from benchmarks.options import device as device_option
-from benchmarks.options import not_negative, output_file, positive, seconds
+from benchmarks.options import missing_gpu, not_negative, output_file, positive, seconds
 from benchmarks.options import shape as shape_option
 from benchmarks.peers import (
     BOUND,
@@ -117,9 +117,8 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
         return "--plot draws uniform routing; leave out --plot or --skew"
     if arguments.small and arguments.device.type != "cuda":
         return f"--small takes CUDA graphs, which --device {arguments.device} has not"
-    if arguments.device.type == "cuda" and not torch.cuda.is_available():
-        return f"No GPU for --device {arguments.device}: torch sees no CUDA device."
-    return None
+    missing = missing_gpu(arguments.device)  # the default is no option whose type was looked at
+    return missing and f"--device: {missing}"
 
 
 def _picture(text: str) -> Path:

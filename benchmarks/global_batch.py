@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.measure import environment
-from benchmarks.options import output_file
+from benchmarks.options import missing_gpu, output_file
 from benchmarks.report import Result, text_table
 from sonic.nn.routers import SigmoidRouter, SoftmaxRouter, update_balance
 
@@ -148,6 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(kind)
     if kind == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        missing = missing_gpu(device)
+        if missing is not None:
+            parser.error(f"--device cuda, one for each process: {missing}")
         torch.cuda.set_device(device)
     backend = "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=120))

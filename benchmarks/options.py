@@ -56,14 +56,31 @@ def shape(text: str) -> Shape:
 
 
 def device(text: str) -> torch.device:
-    """The name of a CUDA device or of the CPU; whether it is there is not asked."""
+    """The name of a CUDA device that torch sees, or of the CPU."""
     try:
         chosen = torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"expected cuda or cpu, got {text!r}") from None
     if chosen.type not in ("cuda", "cpu"):
         raise argparse.ArgumentTypeError(f"expected cuda or cpu, got {text!r}")
+    missing = missing_gpu(chosen)
+    if missing is not None:
+        raise argparse.ArgumentTypeError(missing)
     return chosen
+
+
+def missing_gpu(chosen: torch.device) -> str | None:
+    """If torch sees no such device: what was asked, what there is and what to do."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.type != "cuda" or (chosen.index or 0) < count:
+        return None
+    if count == 0:
+        return (
+            f"no {chosen}: torch sees no CUDA device. Allowed: cpu. Check the driver and "
+            "CUDA_VISIBLE_DEVICES, or pass cpu"
+        )
+    seen = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+    return f"no {chosen}: torch sees {count}. Allowed: cuda, {seen}, cpu. Pass one of these"
 
 
 def output_file(text: str) -> Path:

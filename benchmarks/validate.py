@@ -37,7 +37,7 @@ from benchmarks.measure import (
     speed_table,
 )
 from benchmarks.options import device as device_option
-from benchmarks.options import not_negative, positive, seconds
+from benchmarks.options import missing_gpu, not_negative, positive, seconds
 from benchmarks.report import RESULTS, Result, provider_of
 from benchmarks.shapes import NAMED_SHAPES, NamedShape, Shape, named_shape
 from benchmarks.workers import Outcome, Pool, Task
@@ -437,7 +437,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task_seconds", type=seconds, default=180, help="seconds for one task")
     parser.add_argument("--name", default="validation", help="of the result file")
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory for result files")
-    parser.add_argument("--device", type=device_option, default="cuda")
+    parser.add_argument("--device", type=device_option, default=torch.device("cuda"))
     parser.add_argument("--impl", choices=["auto", "cute", "reference"], default="auto")
     return parser.parse_args(argv)
 
@@ -460,8 +460,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"No kernels for {device}: {available.reason}")
         print("Pass --device cpu --impl reference --shapes T,H,I,E,K to try the script itself.")
         return 2
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(f"No GPU for --device {device}: {available.reason}")
+    missing = missing_gpu(device)
+    if missing is not None:
+        print(f"--device: {missing}")
         return 2
     if device.type == "cpu":
         big = [named.letter for named in arguments.shapes if named.model]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import global_batch
+from tests.refusals import refusal
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +52,15 @@ def test_shares_are_the_whole_and_unequal(size):
     parts = global_batch.shares(size)
     assert sum(parts) == global_batch.TOKENS and len(set(parts)) == len(parts) == size
     assert min(parts) > 0
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    says = "--device cuda, one for each process: no cuda:2: torch sees 2. Allowed: cuda"
+    assert says in refusal(global_batch.main, [], capsys)
 
 
 def test_without_torchrun_it_says_so(monkeypatch):
