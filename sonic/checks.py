@@ -175,8 +175,10 @@ def check_dtype_option(op: str, dtype: Any, optional: bool = True) -> None:
 
 
 def check_device_option(op: str, device: Any) -> None:
-    """None, or something that ``torch.device`` accepts and, if it is a GPU, sees."""
+    """Something that ``torch.device`` accepts and, if it is a GPU, sees. None is torch's default
+    device, where it has to be able to make tensors."""
     if device is None:
+        _check_default_device(op)
         return
     try:
         made_on = torch.device(device)
@@ -192,6 +194,22 @@ def check_device_option(op: str, device: Any) -> None:
         ) from None
     if made_on.type == "cuda" and torch._C._len_torch_dispatch_stack() == 0:  # else may be fake
         _check_gpu_is_seen(op, made_on)
+
+
+def _check_default_device(op: str) -> None:
+    try:
+        torch.empty(0)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DeviceError(
+            message(
+                op,
+                "no device is given, and torch makes no tensors on the default that torch.device "
+                f"or torch.set_default_device chose ({reason})",
+                'a default of "cpu", "meta" or a GPU that torch sees',
+                "Choose another default, or pass device=.",
+            )
+        ) from error
 
 
 def _check_gpu_is_seen(op: str, device: torch.device) -> None:

@@ -232,9 +232,27 @@ def test_parameters_on_a_gpu_that_is_not_there_are_refused(version, monkeypatch)
         make(device="cuda:2")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+@pytest.mark.parametrize("default", ["cuda", "cuda:1"])
+def test_a_default_device_that_is_not_there_is_refused(default):
+    says = ": no device is given, and .* default .*CUDA.*Allowed: .*or pass device="
+    with torch.device(default):
+        with pytest.raises(DeviceError, match="MoE" + says):
+            make()
+        with pytest.raises(DeviceError, match="Experts" + says):
+            Experts(E, H, I, "swiglu", False, 0.02)
+        with pytest.raises(DeviceError, match="TopKRouter" + says):
+            TopKRouter(H, E, K)
+        assert make(bias=False, device="cpu").c_fc.weight.device.type == "cpu"
+    with torch.device("meta"):
+        assert make(bias=False).c_fc.weight.is_meta
+
+
 def test_fake_parameters_need_no_gpu():
     with FakeTensorMode():
         assert make(device="cuda").c_fc.weight.is_cuda
+        with torch.device("cuda"):
+            assert make().c_fc.weight.is_cuda
 
 
 def test_errors_of_the_experts_are_in_names_of_the_layer():
