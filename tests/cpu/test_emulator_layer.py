@@ -4,6 +4,8 @@ Small sizes that are no multiple of any tile, an empty expert, rows that belong 
 that every pipeline wraps.
 """
 
+import copy
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from sonic import stages
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.reference import stages as reference
 from sonic.runtime.problem import Schedule, TileConfig
+from sonic.testing import assert_close
 from tests.emulator.layer import emulated_layer, emulator_for
 
 TOKENS, HIDDEN, WIDTH = 90, 136, 72
@@ -84,7 +87,16 @@ class Case:
         return (impl.up_backward_weight(self.x, self.dh, self.tokens, self.offsets, **options),)
 
     def accumulate(self, impl):
-        return self.down_backward_weight(impl, torch.ones(self.w2.shape))
+        dtype = torch.promote_types(self.w2.dtype, torch.float32)
+        return self.down_backward_weight(impl, torch.ones(self.w2.shape, dtype=dtype))
+
+    def in_float64(self):
+        """The same numbers."""
+        wide = copy.copy(self)
+        for name, value in vars(self).items():
+            if torch.is_tensor(value) and value.is_floating_point():
+                setattr(wide, name, value.double())
+        return wide
 
 
 STAGES = (
@@ -113,18 +125,28 @@ def cases():
 @pytest.mark.parametrize("name", ["swiglu bf16", "swiglu fp16 concatenated", "relu bf16"])
 def test_stage(cases, name, stage):
     case = cases[name]
-    want = getattr(case, stage)(reference)
+    low, exact = (getattr(c, stage)(reference) for c in (case, case.in_float64()))
     for seed in range(2):
         with emulated_layer(seed=seed, sms=2) as session:
             got = getattr(case, stage)(stages)
         assert session.machines and not session.machines[-1].warnings
-        for g, w in zip(got, want, strict=True):
-            if g.shape[0] == LIVE + UNUSED:
-                g, w = g[:LIVE], w[:LIVE]
-            assert w.abs().max() > 0
-            # one rounding of a sum taken in another order
-            tolerance = {"rtol": 2**-7, "atol": 2**-7 * w.float().abs().mean().item()}
-            torch.testing.assert_close(g.float(), w.float(), **tolerance)
+        for outputs in zip(got, exact, low, strict=True):
+            by_row = outputs[0].shape[0] == LIVE + UNUSED
+            g, e, w = (t[:LIVE] if by_row else t for t in outputs)
+            assert_close(
+                g,
+                e,
+                w,
+                per_expert_rows=case.offsets if by_row else None,
+                name=f"{stage} of {name}",
+                # What is float32 sums products of such numbers, up to WIDTH of either sign.
+                band_dtype=case.x.dtype,
+                magnitude=WIDTH**0.5 if g.ndim == 1 else 0.0,
+            )
+            # Both are one rounding of a sum, taken in another order: apart by an ulp.
+            ulp = torch.finfo(case.x.dtype).eps
+            atol = ulp * w.float().abs().mean().item()
+            torch.testing.assert_close(g.float(), w.float(), rtol=ulp, atol=atol)
 
 
 @pytest.mark.parametrize(

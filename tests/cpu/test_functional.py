@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 import sonic
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
-from sonic.reference import experts_flat_reference, grouped_mm_reference, moe_reference, stages
+from sonic.reference import (
+    experts_flat_reference,
+    experts_low_precision,
+    grouped_mm_reference,
+    moe_reference,
+    stages,
+)
 from sonic.runtime.errors import ArgumentError, UnsupportedError
 from sonic.testing import (
+    assert_close,
     assert_layer_close,
     assert_mutations_fail,
     layer_references,
@@ -373,9 +381,13 @@ def test_main_grads_accumulate_unrounded():
         assert not torch.equal(main, low.float())
     for _ in range(2):
         call(tensors, main_grads=accumulators).sum().backward()
-    for main, double, reference in zip(once, accumulators, expected, strict=True):
+    x, *others = (tensors[name] for name in NAMES)
+    lows = gradients(experts_low_precision(x, IDS, *others), tensors, names=("w1", "w2"))
+    for main, double, wide, low in zip(once, accumulators, expected, lows, strict=True):
         torch.testing.assert_close(double, 2 * main)
-        assert (main - reference).norm() < 2e-2 * reference.norm()
+        is_close = partial(assert_close, ref64=wide, ref_low=low.float(), band_dtype=low.dtype)
+        is_close(main)
+        assert_mutations_fail(is_close, main)
 
 
 def test_main_grads_for_one_weight_only():
