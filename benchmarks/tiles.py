@@ -4,9 +4,11 @@ sizes alone costs.
     python benchmarks/tiles.py --random 20 --json benchmarks/results/<date>-tiles.json
 
 The shapes of the bars and others drawn at random, so that one of the smaller GEMMs takes 0.1 to
-2.5 ms. All kernels are compiled first. The result file has, for each shape and GEMM, the time of
-the choice over that of the best tiling; ``<json>.times.gz`` beside it has the time of every tiling,
-from which ``kernels_sm90.choice`` is fitted: after a change of the choice, without a GPU,
+2.5 ms. All kernels are compiled first. Only tilings whose results are those of the choice are
+timed; of others the sweep says so, and fails at its end. The result file has, for each shape and
+GEMM, the time of the choice over that of the best tiling; ``<json>.times.gz`` beside it has the
+time of every tiling, from which ``kernels_sm90.choice`` is fitted: after a change of the choice,
+without a GPU,
 
     python benchmarks/tiles.py --review benchmarks/results/<date>-tiles.json.times.gz
 
@@ -139,10 +141,15 @@ class Sweep:
             problem, n, k = launches(shape)[gemm]
             timed = TimedGemm(problem, plan.token_by_row, plan.offset_by_expert, shape.T, n, k)
             chosen = self.chosen(gemm, shape)
-            timed.warm_up(chosen)
             known = {} if earlier is None else earlier[gemm]
-            times = search(chosen, fastest(known) if known else space, timed.milliseconds)
-            self.times[gemm].append(completed(times, known))
+            asked = fastest(known) if known else space
+            wrong = differences(timed, chosen, asked)
+            for config, difference in wrong.items():
+                print(f"{shape.problem} {gemm:4} refused {config.name}: {difference}", flush=True)
+            right = [config for config in asked if config not in wrong]
+            timed.warm_up(chosen)
+            times = completed(search(chosen, right, timed.milliseconds), known)
+            self.times[gemm].append({c: ms for c, ms in times.items() if c not in wrong})
             print(self.line(gemm, -1), flush=True)
             del timed
         torch.cuda.empty_cache()
@@ -178,6 +185,19 @@ class Sweep:
             )
         return times[chosen] / min(times.values())
 
+    def refused(self, gemm: str, index: int) -> list[TileConfig]:
+        """The tilings without a time on the shape ``index``, because their results were others."""
+        times = self.times[gemm][index]
+        return [config for config in self.spaces[gemm] if config not in times]
+
+    def all_refused(self) -> list[str]:
+        return [
+            f"{shape.problem} {gemm} {config.name}"
+            for gemm in self.spaces
+            for index, shape in enumerate(self.shapes)
+            for config in self.refused(gemm, index)
+        ]
+
     def line(self, gemm: str, index: int, others: int = 1) -> str:
         """The choice for one shape, and the fastest tilings."""
         shape, times = self.shapes[index], self.times[gemm][index]
@@ -212,14 +232,21 @@ class Sweep:
                 ratio, best = self.ratio(gemm, index), min(self.times[gemm][index].values())
                 result.add(f"tiles/{gemm}", ratio, "times the best", shape.problem)
                 result.add(f"tiles/{gemm}/best", best, "ms", shape.problem)
+                if refused := self.refused(gemm, index):
+                    result.add(f"tiles/{gemm}/refused", len(refused), "tilings", shape.problem)
 
     def write_times(self, path: Path) -> None:
+        """Of a tiling that was refused the time is null."""
+
+        def rounded(ms: float | None) -> float | None:
+            return None if ms is None else round(ms, 5)
+
         content = {
             "shapes": [shape.problem for shape in self.shapes],
             "fields": [field.name for field in fields(TileConfig)],
             "tilings": {gemm: [_values(c) for c in space] for gemm, space in self.spaces.items()},
             "milliseconds": {
-                gemm: [[round(times[config], 5) for config in self.spaces[gemm]] for times in rows]
+                gemm: [[rounded(times.get(c)) for c in self.spaces[gemm]] for times in rows]
                 for gemm, rows in self.times.items()
             },
         }
@@ -241,7 +268,8 @@ class Sweep:
         sweep = cls(backend, spaces)
         sweep.shapes = [Shape(*problem) for problem in content["shapes"]]
         for gemm, rows in content["milliseconds"].items():
-            sweep.times[gemm] = [dict(zip(spaces[gemm], row, strict=True)) for row in rows]
+            timed = [zip(spaces[gemm], row, strict=True) for row in rows]
+            sweep.times[gemm] = [{c: ms for c, ms in row if ms is not None} for row in timed]
         return sweep
 
 
@@ -258,6 +286,14 @@ def _content(path: Path) -> dict[str, Any]:
         text = "does not hold the times of a sweep; those of X.json are in X.json.times.gz"
         raise ValueError(f"{path} {text}")
     return content
+
+
+def differences(
+    timed: TimedGemm, chosen: TileConfig, others: list[TileConfig]
+) -> dict[TileConfig, str]:
+    """Which result of a tiling is not that of the choice, for those of which one is."""
+    found = {config: timed.difference(chosen, config) for config in others if config != chosen}
+    return {config: difference for config, difference in found.items() if difference is not None}
 
 
 def fastest(times: dict[TileConfig, float]) -> list[TileConfig]:
@@ -401,6 +437,8 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.json:
             sweep.write(arguments.json)
     print(sweep.summary())
+    if refused := sweep.all_refused():
+        sys.exit("refused, with other results than the choice:\n" + "\n".join(refused))
 
 
 if __name__ == "__main__":

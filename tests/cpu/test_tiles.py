@@ -82,13 +82,19 @@ def test_inference_differs_from_training_by_what_it_stores() -> None:
 class _TimedGemm:
     """Stands for a GEMM on a GPU: of each problem the second tiling is the fastest."""
 
+    wrong: frozenset[TileConfig] = frozenset()
+
     def __init__(self, problem: Problem, *_: object) -> None:
         self.best = tilings(BACKEND, problem)[1]
 
     def warm_up(self, config: TileConfig) -> None:
         pass
 
+    def difference(self, config: TileConfig, other: TileConfig) -> str | None:
+        return f"d differs from that of {config.name}" if other in self.wrong else None
+
     def milliseconds(self, config: TileConfig, seconds: float) -> float:
+        assert config not in self.wrong, "a wrong result was timed"
         return 1.0 if config == self.best else 1.25
 
 
@@ -125,6 +131,34 @@ def test_a_sweep_says_what_the_choice_costs(
     table = tiles_table(Figures(tmp_path))
     assert "| 64, 64, 64, 8, 2 | 1.250" in table and "| worst |" in table
     assert result.name in table
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_tiling_with_another_result_is_refused(
+    again: bool,
+    sweep: Sweep,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wrong = sweep.spaces["dw1"][1]
+    monkeypatch.setattr(_TimedGemm, "wrong", frozenset([wrong]))
+    shape, earlier = sweep.shapes[0], sweep.of_shape(0) if again else None
+    assert wrong != sweep.chosen("dw1", shape) and not sweep.all_refused()
+    sweep.add(shape, earlier)
+    assert f"refused {wrong.name}: d differs from that of" in capsys.readouterr().out
+    holding = [gemm for gemm, space in sweep.spaces.items() if wrong in space]
+    lines = [f"{shape.problem} {gemm} {wrong.name}" for gemm in holding]
+    assert sweep.all_refused() == lines and "dw1" in holding
+    path = tmp_path / "sweep.json.times.gz"
+    sweep.write_times(path)
+    read = Sweep.read_times(path, BACKEND)
+    assert read.all_refused() == lines
+    result = Result(dict.fromkeys(HEAD_KEYS))
+    read.add_ratios(result)
+    refused = [row for row in result.rows if row.metric.endswith("/refused")]
+    assert [row.metric for row in refused] == [f"tiles/{gemm}/refused" for gemm in holding]
+    assert all(row.value == 1 and row.problem == shape.problem for row in refused)
 
 
 @pytest.mark.parametrize(
