@@ -104,14 +104,16 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from benchmarks.measure import environment
-    from benchmarks.options import output_file, positive
+    from benchmarks.options import THIEK, THIEK_HELP, output_file, positive
     from benchmarks.options import shape as shape_option
     from benchmarks.report import Result, text_table
     from benchmarks.shapes import Shape
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = Shape(32768, 2048, 768, 128, 8)
-    parser.add_argument("--thiek", type=shape_option, default=default, metavar="T,H,I,E,K")
+    parser.add_argument(
+        "--thiek", type=shape_option, default=default, metavar=THIEK, help=THIEK_HELP
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--processes", type=positive, default=5, help="that find filled caches")
     parser.add_argument("--caches", type=Path, metavar="FOLDER", help="to use, and keep")

@@ -35,8 +35,16 @@ from benchmarks.contest import (
 )
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import environment
+from benchmarks.options import (
+    THIEK,
+    THIEK_HELP,
+    missing_gpu,
+    not_negative,
+    output_file,
+    positive,
+    seconds,
+)
 from benchmarks.options import device as device_option
-from benchmarks.options import missing_gpu, not_negative, output_file, positive, seconds
 from benchmarks.options import shape as shape_option
 from benchmarks.peers import (
     BOUND,
@@ -63,7 +71,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     sizes = parser.add_argument_group("what to compare")
     sizes.add_argument("--shapes", type=_letters, default=[], metavar="A,B,...", help="the bars")
     sizes.add_argument(
-        "--thiek", type=shape_option, action="append", default=[], metavar="T,H,I,E,K"
+        "--thiek",
+        type=shape_option,
+        action="append",
+        default=[],
+        metavar=THIEK,
+        help=f"{THIEK_HELP}; may be repeated",
     )
     sizes.add_argument("--random", type=not_negative, default=0, metavar="N", help="random sizes")
     sizes.add_argument("--seed", type=not_negative, default=0, help="of the random sizes")

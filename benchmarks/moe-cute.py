@@ -28,8 +28,8 @@ from benchmarks.measure import (
     saved_bytes,
     speed_table,
 )
+from benchmarks.options import THIEK, THIEK_HELP, output_file
 from benchmarks.options import device as device_option
-from benchmarks.options import output_file
 from benchmarks.options import shape as shape_option
 from benchmarks.report import Result, provider_of, text_table
 from benchmarks.shapes import DEFAULT_SHAPE, SMALL_SHAPE, Shape
@@ -44,9 +44,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--thiek",
         type=shape_option,
-        metavar="T,H,I,E,K",
-        help="tokens, hidden size, expert intermediate size, experts, experts per token "
-        f"(default {','.join(map(str, DEFAULT_SHAPE.problem))} on a supported GPU)",
+        metavar=THIEK,
+        help=f"{THIEK_HELP} (default {','.join(map(str, DEFAULT_SHAPE.problem))} on a "
+        "supported GPU)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="BFloat16")
     parser.add_argument("--skip_test", action="store_true", help="time without checking first")

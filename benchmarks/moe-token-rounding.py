@@ -28,8 +28,8 @@ from benchmarks.check import findings_table, record_findings
 from benchmarks.launches import launches_of
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import environment
+from benchmarks.options import THIEK, THIEK_HELP, output_file
 from benchmarks.options import device as device_option
-from benchmarks.options import output_file
 from benchmarks.peers import obstacle, shorten_tuning, versions
 from benchmarks.report import Result, provider_of, text_table
 from benchmarks.rounding import (
@@ -65,9 +65,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--thiekq",
         type=_size,
         nargs="+",
-        metavar="T,H,I,E,K,Q",
-        help="tokens, hidden size, expert intermediate size, experts, experts per token, tile to "
-        f"round to; one or several (default {default} on a supported GPU)",
+        metavar=f"{THIEK},Q",
+        help=f"{THIEK_HELP}; and Q, the tile to round to; one or several (default {default} on a "
+        "supported GPU)",
     )
     parser.add_argument(
         "--sweep",

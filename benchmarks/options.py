@@ -10,6 +10,11 @@ import torch
 from benchmarks.shapes import NamedShape, Shape
 from benchmarks.shapes import named_shape as _named_shape
 
+# Of a layer's size as an option: the name of its value, and what to say of it.
+THIEK = "T,H,I,E,K"
+THIEK_HELP = (
+    "tokens, hidden size, expert intermediate size, experts, and K: top_k, experts of a token"
+)
 _MOST_SECONDS = 86_400.0
 
 
@@ -48,7 +53,7 @@ def named_shape(text: str) -> NamedShape:
 
 
 def shape(text: str) -> Shape:
-    """The size of a layer, ``T,H,I,E,top_k``."""
+    """The size of a layer, of which :data:`THIEK` is the name."""
     try:
         return Shape.parse(text)
     except ValueError as error:

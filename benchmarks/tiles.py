@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.measure import environment
-from benchmarks.options import not_negative, output_file, positive
+from benchmarks.options import THIEK, THIEK_HELP, not_negative, output_file, positive
 from benchmarks.options import shape as shape_option
 from benchmarks.problems import random_shapes
 from benchmarks.report import TILED_GEMMS, Result
@@ -369,7 +369,11 @@ def main(argv: list[str] | None = None) -> None:
         "--shapes", nargs="*", choices=list(BARS), help="default: all, or none beside --thiek"
     )
     parser.add_argument(
-        "--thiek", nargs="+", type=shape_option, metavar="T,H,I,E,top_k", help="other layers"
+        "--thiek",
+        nargs="+",
+        type=shape_option,
+        metavar=THIEK,
+        help=f"other layers, each: {THIEK_HELP}",
     )
     parser.add_argument(
         "--gemms", nargs="+", choices=GEMMS, help="default: all but the last, those of training"

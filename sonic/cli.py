@@ -207,7 +207,8 @@ def _add_layer_arguments(
         metavar="T,H,I,E,K",
         action="append",
         required=sizes is parser,
-        help="tokens, hidden size, intermediate size, experts, experts per token; may be repeated",
+        help="tokens, hidden size, expert intermediate size, experts, and K: top_k, experts of a "
+        "token; may be repeated",
     )
     parser.add_argument("--activation", choices=[a.value for a in ActivationType], default="swiglu")
     parser.add_argument(

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import sonic
-from benchmarks import cold_start, gpu_tests, measure, report, workers
+from benchmarks import cold_start, gpu_tests, measure, options, report, workers
 from benchmarks import layer as benchmark_layer
 from benchmarks.check import Finding, check_layer, findings_table
 from benchmarks.layer import (
@@ -625,6 +625,17 @@ def test_the_cold_start_script_refuses(
 )
 def test_the_validation_script_refuses(flags: list[str], says: str) -> None:
     assert says in _refused("validate.py", *flags)
+
+
+@pytest.mark.parametrize(
+    "script", ["cold_start.py", "compare.py", "moe-cute.py", "moe-token-rounding.py", "tiles.py"]
+)
+def test_the_help_says_what_k_is(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _load(script).main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert options.THIEK_HELP in text and options.THIEK in text
+    assert "K: top_k, experts of a token" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
