@@ -4,6 +4,7 @@ import torch
 
 import sonic
 from sonic.enums import ActivationType, GateUpLayout
+from sonic.reference import moe_reference, topk_scores
 from sonic.testing import LayerInputs, LayerProblem, Routing, make_inputs
 
 DEVICE = "cuda"
@@ -62,6 +63,24 @@ def step(leaves: dict[str, torch.Tensor], ids: torch.Tensor, dout: torch.Tensor,
     """Output and every gradient of one call."""
     out = call(leaves, ids, **options)
     return out.detach(), *gradients(out, leaves, dout)
+
+
+def module_references(layer: sonic.MoE, x: torch.Tensor):
+    """Outputs (T, H) of a gated layer with biases, and the gradients of their sum for each of its
+    parameters: in float64, and in the layer's dtype with the kernels' rounding points."""
+    flat = x.detach().flatten(0, -2)
+    _, ids = topk_scores(layer.router(flat), layer.top_k, layer.score_order)
+    options = {"top_k": layer.top_k, "score_order": layer.score_order, "topk_ids": ids}
+    results = []
+    for dtype, low_precision in ((torch.float64, False), (x.dtype, True)):
+        leaves = {n: p.detach().to(dtype).requires_grad_() for n, p in layer.named_parameters()}
+        weights = (leaves[f"{name}.weight"] for name in ("router", "c_fc", "c_proj"))
+        biases = {"b1": leaves["c_fc.bias"], "b2": leaves["c_proj.bias"]}
+        out, *_ = moe_reference(
+            flat.to(dtype), *weights, **biases, **options, low_precision=low_precision
+        )
+        results.append((out.detach(), *gradients(out, leaves, torch.ones_like(out))))
+    return results
 
 
 def assert_same_bits(first, second) -> None:

@@ -7,7 +7,18 @@ from torch.utils.checkpoint import checkpoint
 
 import sonic
 from sonic.enums import KernelBackendMoE
-from tests.layers import DEVICE, IMPL, PROBLEM, assert_same_bits, call, gradients, leaves_of, step
+from sonic.testing import assert_close
+from tests.layers import (
+    DEVICE,
+    IMPL,
+    PROBLEM,
+    assert_same_bits,
+    call,
+    gradients,
+    leaves_of,
+    module_references,
+    step,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -44,12 +55,13 @@ def test_module(backend):
         return out.detach(), loss.detach(), grads
 
     out, loss, grads = run(torch.compile(layer, backend=backend, fullgraph=True))
-    expected, expected_loss, expected_grads = run(layer)
+    expected, expected_loss, _ = run(layer)
     assert_same_bits([out], [expected])
     torch.testing.assert_close(loss, expected_loss)
-    for actual, gradient in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(actual, gradient, rtol=2e-2, atol=2e-2)
-        assert gradient.any()
+    # Not the same bits: what is fused rounds elsewhere.
+    (_, *exact), (_, *low) = module_references(layer, x)
+    for (name, _), *three in zip(layer.named_parameters(), grads, exact, low, strict=True):
+        assert_close(*three, name=name)
 
 
 def test_reduce_overhead_replays_other_tokens():

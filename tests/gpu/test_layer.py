@@ -12,7 +12,6 @@ from sonic.reference import (
     experts_flat_reference,
     grouped_mm_reference,
     moe_reference,
-    topk_scores,
 )
 from sonic.runtime.errors import LayoutError
 from sonic.testing import (
@@ -35,6 +34,7 @@ from tests.layers import (
     gradients,
     inputs_of,
     leaves_of,
+    module_references,
     step,
 )
 
@@ -373,10 +373,7 @@ def test_module_runs_and_trains():
     out, loss = layer(x, backend)
     _, reference_loss = layer(x, KernelBackendMoE.torch)
     torch.testing.assert_close(loss, reference_loss)
-    tensors = x.flatten(0, 1), layer.router.weight, layer.c_fc.weight, layer.c_proj.weight
-    _, ids = topk_scores(layer.router(tensors[0]), 2, layer.score_order)
-    exact, *_ = moe_reference(*(t.double() for t in tensors), top_k=2, topk_ids=ids)
-    low, *_ = moe_reference(*tensors, top_k=2, topk_ids=ids, low_precision=True)
+    (exact, *_), (low, *_) = module_references(layer, x)
     assert_close(out.flatten(0, 1), exact, low, name="out")
     (out.float().square().sum() + loss).backward()
     for name, parameter in layer.named_parameters():
