@@ -103,10 +103,17 @@ def small_tilings(backend: Backend, problem: Problem) -> list[TileConfig]:
     return list(dict.fromkeys(single + legal))
 
 
+def fitted_tilings(backend: Backend, problem: Problem) -> list[TileConfig]:
+    """Tiles that fit their expert, beside what the choice by sizes may choose."""
+    fitted = [config for config in tilings(backend, problem) if config.swap_ab]
+    return list(dict.fromkeys(fitted + SPACES["choice"](backend, problem)))
+
+
 SPACES: dict[str, Callable[[Backend, Problem], list[TileConfig]]] = {
     "all": tilings,
     "choice": lambda backend, problem: [c for c in backend.candidates(problem) if not c.split],
     "small": small_tilings,
+    "fitted": fitted_tilings,
 }
 
 
@@ -381,8 +388,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--space",
         choices=list(SPACES),
-        help="tilings: all (the default), only what the choice "
-        "by sizes may choose, or small ones, for layers that leave SMs idle",
+        help="tilings: all (the default), only what the choice by sizes may choose, that and those "
+        "that fit their expert, or small ones, for layers that leave SMs idle",
     )
     parser.add_argument("--random", type=not_negative, help="so many drawn shapes more")
     parser.add_argument("--seed", type=not_negative, help=f"of these; default {SEED}")

@@ -277,12 +277,12 @@ class EpilogueMixin:
                     )
                     for block in range(epilogue.c_blocks)
                 ]
-                row_score = rows[0][2 * m + half] if rows else None
+                row_score = (rows[0][2 * m + half],) * 2 if rows else None
                 d_pairs, aux_pairs, increment = epilogue.unit(acc, c, bias_pairs, row_score)
                 d_rows.append(d_pairs)
                 aux_rows.append(aux_pairs)
                 if increment is not None:
-                    rows[1][2 * m + half] = rows[1][2 * m + half] + increment
+                    rows[1][2 * m + half] = rows[1][2 * m + half] + (increment[0] + increment[1])
             if epilogue.accumulates:
                 self._store_float_pairs(d_slot, d_rows, row_base, unit, lane)
                 continue

@@ -23,8 +23,9 @@ from cutlass.experimental.cuda import TensorMap
 
 from kernels_sm90.epilogue import EpilogueMixin
 from kernels_sm90.mainloop import MainloopMixin
+from kernels_sm90.swapped import COLUMNS_PER_STORE, SwappedMixin
 from kernels_sm90.tile_queue import TileQueueMixin
-from kernels_sm90.tiles import BLOCK_K, TILE_SLOTS, WARPGROUP, SharedMemoryPlan
+from kernels_sm90.tiles import BLOCK_K, FIT_ROWS, TILE_SLOTS, WARPGROUP, SharedMemoryPlan
 from sonic.device import tensormap
 from sonic.device.epilogue import make_epilogue
 from sonic.device.scheduler import (
@@ -38,7 +39,7 @@ from sonic.runtime.problem import EpilogueKind, Operand, Problem, Ragged, Schedu
 _DTYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 
 
-class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
+class GroupedGemmSm90(TileQueueMixin, MainloopMixin, SwappedMixin, EpilogueMixin):
     """One grouped GEMM, specialised by ``Problem`` and ``TileConfig``; sizes are run-time values.
 
     Roles: warpgroup 0 loads (warp 0 issues TMA; if it gathers, all four warps issue cp.async);
@@ -84,6 +85,7 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
         self.rows_per_group = config.tile_m if self.pingpong else config.tile_m // self.math_groups
         self.cluster_size = config.cluster_size
         self.dynamic = config.dynamic
+        self.swapped = config.swap_ab
         self.smem = SharedMemoryPlan(problem, config, self.epilogue)
         self.stages = self.smem.stages
         self.threads = (1 + self.math_groups) * WARPGROUP
@@ -132,30 +134,28 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
         """
         config, problem = self.config, self.problem
         gated = problem.gated_rows
-        rows_box = self.rows_per_group
+        rows_box, d_box, aux_box = self._output_boxes()
         a_map, b_map, c_map, d_map, aux_map = None, None, None, None, None
         if cutlass.const_expr(self.ragged_rows):
             if cutlass.const_expr(not self.gather_a):
-                a_map = tensormap.rows_map(a, BLOCK_K, config.tile_m // config.cluster_n)
+                a_map = tensormap.rows_map(a, BLOCK_K, self.rows_per_load())
             b_box_rows = (config.tile_n if self.b_is_k_major else BLOCK_K) // config.cluster_m
             b_map = tensormap.weight_map(b, BLOCK_K, b_box_rows, gated, pair_stride, unit_stride)
             if cutlass.const_expr(self.epilogue.d_blocks > 0):
-                d_map = tensormap.ragged_map(d, self.epilogue.d_chunk, rows_box)
+                d_map = tensormap.ragged_map(d, d_box, rows_box)
             if cutlass.const_expr(self.epilogue.aux_blocks > 0):
-                aux_map = tensormap.ragged_map(aux, self.epilogue.aux_chunk, rows_box)
+                aux_map = tensormap.ragged_map(aux, aux_box, rows_box)
             if cutlass.const_expr(self.epilogue.c_blocks > 0):
-                c_map = tensormap.ragged_map(c, self.epilogue.d_chunk, rows_box)
+                c_map = tensormap.ragged_map(c, d_box, rows_box)
         else:
             if cutlass.const_expr(not self.gather_a):
                 a_map = tensormap.ragged_map(a, BLOCK_K, BLOCK_K // config.cluster_n)
             if cutlass.const_expr(not self.gather_b):
                 b_map = tensormap.ragged_map(b, BLOCK_K, BLOCK_K // config.cluster_m)
-            d_map = tensormap.weight_map(
-                d, self.epilogue.d_chunk, rows_box, gated, pair_stride, unit_stride
-            )
+            d_map = tensormap.weight_map(d, d_box, rows_box, gated, pair_stride, unit_stride)
             if cutlass.const_expr(config.split):
                 aux_map = tensormap.weight_map(
-                    aux, self.epilogue.d_chunk, rows_box, gated, pair_stride, unit_stride
+                    aux, d_box, rows_box, gated, pair_stride, unit_stride
                 )
         gathered = a if cutlass.const_expr(self.gather_a) else b
         if cutlass.const_expr(problem.gather is None):
@@ -184,6 +184,12 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
             min_blocks_per_mp=1,
             stream=stream,
         )  # fmt: skip
+
+    def _output_boxes(self):
+        """Rows, columns of D and columns of Aux that one TMA instruction stores."""
+        if self.swapped:
+            return FIT_ROWS, COLUMNS_PER_STORE, COLUMNS_PER_STORE
+        return self.rows_per_group, self.epilogue.d_chunk, self.epilogue.aux_chunk
 
     @cute.kernel
     def kernel(
@@ -301,6 +307,7 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
         """``(first row, first column)`` of this CTA's tile inside its expert."""
         config = self.config
         _, first, tiles, _, _ = cursor
+        height = self.tile_height(cursor, counts)
         tiles_m = counts[0]
         if cutlass.const_expr(self.ragged_rows):
             tiles_m = tiles // counts[1]
@@ -310,7 +317,7 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, EpilogueMixin):
             m = m * config.cluster_m + rank
         if cutlass.const_expr(config.cluster_n > 1):
             n = n * config.cluster_n + rank
-        return m * config.tile_m, n * config.tile_n
+        return m * height, n * config.tile_n
 
     @cute.jit
     def k_tiles(self, cursor, sizes) -> Int32:

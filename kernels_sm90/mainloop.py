@@ -7,7 +7,7 @@ from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
 from kernels_sm90.accumulator import saved_accumulator
-from kernels_sm90.tiles import BLOCK_K, WARPGROUP
+from kernels_sm90.tiles import BLOCK_K, FIT_ROWS, WARPGROUP
 from sonic.device.gather import GatherMajorColumns, GatherMajorRows
 from sonic.device.ptx import elect_one_lane, tma_load
 from sonic.device.scheduler import start_cursor
@@ -60,6 +60,7 @@ class MainloopMixin:
             cursor, row, col, state = ahead
             expert, _, _, begin, end = cursor
             k_tiles = self.k_tiles(cursor, sizes)
+            height = self.tile_height(cursor, self.tile_counts(sizes))
             if k_tiles == 0:
                 tile, turn, taken, ahead = self._look_ahead(
                     (tile, turn, taken), tile_counter, cursor, offset_by_expert, sizes, loader,
@@ -75,12 +76,12 @@ class MainloopMixin:
                 cute.arch.mbarrier_wait(self.barrier(smem, plan.empty, stage), phase)
                 if warp == 0:
                     if elect_one_lane():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full, self._tma_bytes())
-                        self._load_a(a_map, smem, stage, full, begin, end, row, k)
+                        cute.arch.mbarrier_arrive_and_expect_tx(full, self._tma_bytes(height))
+                        self._load_a(a_map, smem, stage, full, begin, end, row, k, height)
                         self._load_b(b_map, smem, stage, full, expert, begin, end, col, k)
                 if cutlass.const_expr(loader is not None):
                     destination = smem + self._gathered_offset(stage)
-                    loader.load(state, destination, k)
+                    loader.load(state, destination, k, height)
                     cute.arch.cp_async_mbarrier_arrive_noinc(full)
                 stage = stage + 1
                 if stage == self.stages:
@@ -135,9 +136,14 @@ class MainloopMixin:
         columns = sizes[0] if self.gather_a else sizes[1]
         return GatherMajorRows(gathered, gather, thread, WARPGROUP, extent, BLOCK_K, columns)
 
-    def _tma_bytes(self) -> int:
+    def _tma_bytes(self, height):
         """Bytes that TMA brings to this CTA per stage, its peers' shares included."""
-        a_bytes = 0 if self.gather_a else self.smem.a_bytes
+        a_bytes = self.smem.a_bytes
+        if self.gather_a:
+            a_bytes = 0
+        elif self.swapped:
+            rows = self.rows_per_load()
+            a_bytes = (height + rows - 1) // rows * (rows * SWIZZLE_ROW_BYTES)
         b_bytes = 0 if self.gather_b else self.smem.b_bytes
         return a_bytes + b_bytes
 
@@ -148,13 +154,15 @@ class MainloopMixin:
         return cute.arch.block_idx_in_cluster(), cutlass.Int16((1 << ctas) - 1)
 
     @cute.jit
-    def _load_a(self, a_map, smem, stage, full, begin, end, row, k):
+    def _load_a(self, a_map, smem, stage, full, begin, end, row, k, height):
         if cutlass.const_expr(not self.gather_a):
             config = self.config
             share, mask = self._share(config.cluster_n)
             base = smem + (self.smem.a + stage * self.smem.a_bytes)
-            if cutlass.const_expr(self.ragged_rows):
-                rows = config.tile_m // config.cluster_n
+            if cutlass.const_expr(self.swapped):
+                self.load_rows(a_map, base, full, begin + row, k, height)
+            elif cutlass.const_expr(self.ragged_rows):
+                rows = self.rows_per_load()
                 tma_load(
                     base + share * (rows * SWIZZLE_ROW_BYTES),
                     a_map,
@@ -233,7 +241,9 @@ class MainloopMixin:
         counts = self.tile_counts(sizes)
         num_experts = Int32(offset_by_expert.shape[0] - 1)
         tile, tile_step = self.cluster_position()
-        operands, accumulator = self._make_mma(smem, group)
+        operands, accumulator = (
+            self.make_swapped_mma(smem, group) if self.swapped else self._make_mma(smem, group)
+        )
         position = Int32(0)  # stages that earlier tiles consumed, the other warpgroup's too
         chunk, turn = Int32(0), Int32(0)
         cursor = self.seek(tile, start_cursor(), offset_by_expert, sizes)
@@ -247,14 +257,20 @@ class MainloopMixin:
         while cursor[0] < num_experts:
             row, col = self.locate(tile, cursor, counts)
             context = (cursor, row, col, sizes)
-            self.prefetch_c(maps[0], context, smem, warp, group, chunk)
+            if cutlass.const_expr(self.swapped):
+                self.prefetch_rows_of_c(maps[0], context, smem, warp, group, chunk)
+            else:
+                self.prefetch_c(maps[0], context, smem, warp, group, chunk)
             k_tiles = self.k_tiles(cursor, sizes)
             if cutlass.const_expr(self.pingpong):
                 # A stage's barrier tells even from odd fills only, so a warpgroup may wait on one
                 # no earlier than the other has seen all fills before its own.
                 self._take_turn(group)
-            accumulator.fill(0.0)
-            self._multiply(operands, accumulator, k_tiles, self._start_ring(position), smem)
+            if cutlass.const_expr(self.swapped):
+                self.multiply_rows(operands, accumulator, k_tiles, position, smem, context, group)
+            else:
+                accumulator.fill(0.0)
+                self._multiply(operands, accumulator, k_tiles, self._start_ring(position), smem)
             if cutlass.const_expr(self.pingpong):
                 self._pass_turn(group)
             # Decoding the next tile reads memory: here it hides behind the last wgmma group.
@@ -269,9 +285,14 @@ class MainloopMixin:
                     following = self.seek(tile, following, offset_by_expert, sizes)
             self._finish_multiply(k_tiles, position, smem)
             position = position + consumed
-            chunk = self.store_tile(
-                accumulator, maps, vectors, context, bias_strides, smem, warp, group, chunk
-            )
+            if cutlass.const_expr(self.swapped):
+                chunk = self.store_rows(
+                    accumulator, maps, vectors, context, bias_strides, smem, warp, group, chunk
+                )
+            else:
+                chunk = self.store_tile(
+                    accumulator, maps, vectors, context, bias_strides, smem, warp, group, chunk
+                )
             cursor = following
 
     @cute.jit
@@ -360,6 +381,12 @@ class MainloopMixin:
         shape = thread_mma.partition_shape_C((rows, config.tile_n))
         mma.set(warpgroup.Field.ACCUMULATE, True)
         return (mma, a_fragments, b_fragments), cute.make_rmem_tensor(shape, Float32)
+
+    def rows_per_load(self) -> int:
+        """Rows of A, one of several CTAs' share, that a TMA instruction loads."""
+        if self.swapped:
+            return 2 * FIT_ROWS if self.config.tile_m % (2 * FIT_ROWS) == 0 else FIT_ROWS
+        return self.config.tile_m // self.config.cluster_n
 
     def _start_ring(self, position):
         """Consumer state at the start of a tile: stage, phase, stage before it, steps so far."""

@@ -20,6 +20,9 @@ SHARED_MEMORY_BYTES = 232_448  # 227 KB per CTA on sm_90
 _ELEMENT_BYTES = 2
 _BARRIER_BYTES = 1024
 _MAX_STAGES = 8
+FIT_ROWS = (
+    16  # a tile that fits its expert has a multiple of as many rows, and stores as many at a time
+)
 TILE_SLOTS = 8  # tiles taken ahead of the slowest warp, with a dynamic tile order
 
 
@@ -27,20 +30,25 @@ class SharedMemoryPlan:
     """Byte offsets of everything in shared memory. The A/B ring takes what the epilogue leaves."""
 
     def __init__(self, problem: Problem, config: TileConfig, epilogue: EpilogueBlocks):
-        rows = (
-            config.tile_m if config.schedule is Schedule.PINGPONG else config.tile_m // 2
-        )  # per warpgroup
         self.a_bytes = config.tile_m * BLOCK_K * _ELEMENT_BYTES
         self.b_bytes = config.tile_n * BLOCK_K * _ELEMENT_BYTES
         d_element_bytes = 4 if epilogue.accumulates else _ELEMENT_BYTES
-        self.d_bytes = rows * epilogue.d_chunk * d_element_bytes
-        self.aux_bytes = rows * epilogue.aux_chunk * _ELEMENT_BYTES
+        if config.swap_ab:
+            units = config.tile_n // 2 // epilogue.acc_blocks  # of a row of one warpgroup
+            self.d_bytes = FIT_ROWS * units * epilogue.d_blocks * d_element_bytes
+            self.aux_bytes = FIT_ROWS * units * epilogue.aux_blocks * _ELEMENT_BYTES
+        else:
+            rows = config.tile_m if config.schedule is Schedule.PINGPONG else config.tile_m // 2
+            self.d_bytes = rows * epilogue.d_chunk * d_element_bytes
+            self.aux_bytes = rows * epilogue.aux_chunk * _ELEMENT_BYTES
         self.epilogue_stages = config.epilogue_stages
         # A slot of D that also holds C is filled ahead of time; a slot of Aux is only written.
         self.aux_stages = min(self.epilogue_stages, 2)
         self.group_bytes = self.epilogue_stages * self.d_bytes + self.aux_stages * self.aux_bytes
         self.c_slots = 2 * self.epilogue_stages if epilogue.c_blocks else 0
-        epilogue_bytes = 2 * self.group_bytes
+        # Of row sums, by warpgroup, chunk and warp.
+        self.sum_bytes = 2 * 4 * FIT_ROWS * 4 if config.swap_ab and epilogue.has_row_sum else 0
+        epilogue_bytes = 2 * (self.group_bytes + self.sum_bytes)
         free = SHARED_MEMORY_BYTES - _BARRIER_BYTES - epilogue_bytes
         self.stages = min(free // (self.a_bytes + self.b_bytes), _MAX_STAGES)
         self.full = 0
@@ -52,6 +60,7 @@ class SharedMemoryPlan:
         self.a = _BARRIER_BYTES
         self.b = self.a + self.stages * self.a_bytes
         self.epilogue = self.b + self.stages * self.b_bytes
+        self.sums = self.epilogue + 2 * self.group_bytes
         self.total_bytes = self.epilogue + epilogue_bytes
 
 
@@ -81,6 +90,21 @@ def supports_config(problem: Problem, config: TileConfig) -> Unsupported | None:
     """Why ``problem`` cannot run with these tiles, or ``None``."""
     epilogue = EpilogueBlocks.of(problem)
     remedy = "use default_config"
+    if config.swap_ab:
+        refusal = _refuse_swapped(problem, config, remedy)
+    else:
+        refusal = _refuse_tile(problem, config, epilogue, remedy)
+    return (
+        refusal
+        or _refuse_order(problem, config, remedy)
+        or _refuse_sizes(problem, config, epilogue, remedy)
+    )
+
+
+def _refuse_tile(
+    problem: Problem, config: TileConfig, epilogue: EpilogueBlocks, remedy: str
+) -> Unsupported | None:
+    """What only holds for tiles of which the rows are wgmma's M."""
     pingpong = config.schedule is Schedule.PINGPONG
     rows_unit = 64 if pingpong else 128
     columns_unit = epilogue.acc_chunk
@@ -96,11 +120,6 @@ def supports_config(problem: Problem, config: TileConfig) -> Unsupported | None:
         return Unsupported(
             f"tile_n={config.tile_n}: a multiple of {columns_unit} up to 256 here", remedy
         )
-    if config.dynamic and config.cluster_size > 1:
-        return Unsupported("a dynamic tile order of clusters: only single CTAs take tiles", remedy)
-    stored = problem.ragged is Ragged.REDUCTION and problem.epilogue is EpilogueKind.LINEAR
-    if config.split and not stored:
-        return Unsupported("a split reduction of anything but a stored weight gradient", remedy)
     if config.schedule is Schedule.OVERLAPPED:
         if problem.epilogue is EpilogueKind.ACCUMULATE:
             return Unsupported("an overlapped epilogue that accumulates: copies round", remedy)
@@ -110,6 +129,16 @@ def supports_config(problem: Problem, config: TileConfig) -> Unsupported | None:
                 "elements, of which a copy fits the registers",
                 remedy,
             )
+    return None
+
+
+def _refuse_order(problem: Problem, config: TileConfig, remedy: str) -> Unsupported | None:
+    """What cannot be handed out so, or shared."""
+    stored = problem.ragged is Ragged.REDUCTION and problem.epilogue is EpilogueKind.LINEAR
+    if config.split and not stored:
+        return Unsupported("a split reduction of anything but a stored weight gradient", remedy)
+    if config.dynamic and config.cluster_size > 1:
+        return Unsupported("a dynamic tile order of clusters: only single CTAs take tiles", remedy)
     if (config.cluster_m, config.cluster_n) not in ((1, 1), (2, 1), (1, 2)):
         return Unsupported(
             f"cluster {config.cluster_m}x{config.cluster_n}: 1x1, 2x1 and 1x2 are built", remedy
@@ -117,6 +146,33 @@ def supports_config(problem: Problem, config: TileConfig) -> Unsupported | None:
     shared = Operand.B if config.cluster_m == 2 else Operand.A
     if config.cluster_size == 2 and problem.gather is shared:
         return Unsupported("multicast of the gathered operand: share the other one", remedy)
+    return None
+
+
+def _refuse_swapped(problem: Problem, config: TileConfig, remedy: str) -> Unsupported | None:
+    """What only holds for tiles of which the rows are wgmma's N."""
+    if problem.ragged is not Ragged.ROWS:
+        return Unsupported("swap_ab of a weight gradient, whose tiles have no ragged rows", remedy)
+    if config.schedule is not Schedule.COOPERATIVE:
+        return Unsupported(
+            f"swap_ab with schedule={config.schedule.value}: cooperative is built", remedy
+        )
+    if config.cluster_n > 1:
+        return Unsupported("swap_ab with cluster_n=2: 1x1 and 2x1 are built", remedy)
+    if config.tile_n != 256:
+        return Unsupported(f"tile_n={config.tile_n} with swap_ab: 256 is built", remedy)
+    if config.tile_m % FIT_ROWS or not 0 < config.tile_m <= 256:
+        return Unsupported(
+            f"tile_m={config.tile_m}: a multiple of {FIT_ROWS} up to 256 with swap_ab", remedy
+        )
+    return None
+
+
+def _refuse_sizes(
+    problem: Problem, config: TileConfig, epilogue: EpilogueBlocks, remedy: str
+) -> Unsupported | None:
+    """What registers and shared memory do not hold."""
+    pingpong = config.schedule is Schedule.PINGPONG
     accumulators = config.tile_m * config.tile_n // WARPGROUP // (1 if pingpong else 2)
     if accumulators > 192:
         return Unsupported(f"{accumulators} accumulators per thread: at most 192", remedy)

@@ -255,7 +255,7 @@ def down_backward_act(
     if rows == 0:
         return dh, a_scaled, h.new_empty((1, 0), dtype=torch.float32)
     gemm = prepared(_down_backward_act_gemm, activation, h.dtype, h.device, rows, w2.shape)
-    ds_partial = score_by_row.new_empty(-(-width // gemm.config.tile_n), rows)
+    ds_partial = score_by_row.new_empty(-(-width // gemm.config.row_sum_columns), rows)
     gemm(
         dout,
         _with_expert_stride(w2),

@@ -9,8 +9,6 @@ Gated tensors keep eight gate columns and the eight up columns that belong to th
 a unit has gate and up of the same columns in the same thread and needs no data from its neighbours.
 """
 
-from cutlass import Float32
-
 from sonic.device.activation import activate, activate_grad
 from sonic.device.blocks import EpilogueBlocks
 from sonic.runtime.problem import EpilogueKind, Problem
@@ -20,12 +18,12 @@ class Epilogue(EpilogueBlocks):
     """The arithmetic of one epilogue."""
 
     def unit(self, acc, c, bias, score):
-        """Values of one row of one unit: lists of pairs per block.
+        """Values of one unit: lists of pairs per block.
 
         :param acc: accumulator pairs. :param c: pairs of the loaded tile, or ``[]``.
-        :param bias: pairs to add to the accumulator, or ``None``. :param score: the row's score, or
-        ``None``.
-        :returns: ``(D pairs, Aux pairs, the row sum's increment or None)``.
+        :param bias: pairs to add to the accumulator, or ``None``. :param score: the pair of the
+        values' row scores, or ``None``.
+        :returns: ``(D pairs, Aux pairs, the pair of the row sums' increments or None)``.
         """
         kind = self.problem.epilogue
         if bias is not None:
@@ -43,17 +41,16 @@ class Epilogue(EpilogueBlocks):
             return acc, [post], None
         return self._activation_grad(acc[0], c, score)
 
-    def _activation_grad(self, acc, preact, score):
-        grads, posts = [], []
-        row_sum = Float32(0.0)
-        for grad, inputs in zip(acc, zip(*preact, strict=True), strict=True):
+    def _activation_grad(self, acc, preact, scores):
+        grads, posts, sums = [], [], []
+        for grad, score, inputs in zip(acc, scores, zip(*preact, strict=True), strict=True):
             post, input_grads = activate_grad(
                 self.problem.activation, self.precise, grad * score, *inputs
             )
             grads.append(input_grads)
             posts.append(post * score)
-            row_sum = row_sum + grad * post
-        return list(zip(*grads, strict=True)), [tuple(posts)], row_sum
+            sums.append(grad * post)
+        return list(zip(*grads, strict=True)), [tuple(posts)], tuple(sums)
 
 
 def make_epilogue(problem: Problem) -> Epilogue:

@@ -61,19 +61,20 @@ class GatherMajorColumns:
         return offsets
 
     @cute.jit
-    def load(self, offsets, destination, k: Int32):
-        """Issues the copies of columns ``[k, k + 64)``."""
+    def load(self, offsets, destination, k: Int32, rows):
+        """Issues the copies of columns ``[k, k + 64)`` of the tile's first ``rows`` rows."""
         step = self.threads // _PIECES_PER_ROW
         piece = self.thread % _PIECES_PER_ROW
         row = self.thread // _PIECES_PER_ROW
         inside = k + piece * _PIECE < self.columns
         base = self.source.iterator
         for i in cutlass.range_constexpr(self.rows // step):
-            copy_16_bytes_or_zero(
-                destination + (_swizzled(row, piece) + i * step * _ROW_BYTES),
-                base + (offsets[i] + k),
-                inside & (offsets[i] >= 0),
-            )
+            if i * step < rows:
+                copy_16_bytes_or_zero(
+                    destination + (_swizzled(row, piece) + i * step * _ROW_BYTES),
+                    base + (offsets[i] + k),
+                    inside & (offsets[i] >= 0),
+                )
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ class GatherMajorRows:
         return begin, end, first, ahead, self._fetch(begin, end, k + self.depth)
 
     @cute.jit
-    def load(self, state, destination, k: Int32):
-        """Issues the copies of rows ``[k, k + depth)`` of the segment."""
+    def load(self, state, destination, k: Int32, rows):
+        """Issues the copies of rows ``[k, k + depth)`` of the segment, and of all its columns."""
         _, _, first, tokens, _ = state
         step = self.threads // _PIECES_PER_ROW
         piece = self.thread % _PIECES_PER_ROW

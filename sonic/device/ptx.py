@@ -127,6 +127,17 @@ def load_matrix_x4(pointer):
     return tuple(words[i] for i in range(4))
 
 
+def store_transposed_x4(pointer, words) -> None:
+    """As :func:`store_matrix_x4`, with rows and columns of each matrix exchanged in memory."""
+    prims.stmatrix(pointer, words, prims.MMALayout.COL)
+
+
+def load_transposed_x4(pointer):
+    """The inverse of :func:`store_transposed_x4`: a tuple of four registers."""
+    words = prims.ldmatrix(pointer.to_llvm_ptr(), 4, prims.MMALayout.COL)
+    return tuple(words[i] for i in range(4))
+
+
 @cute.jit
 def copy_16_bytes_or_zero(smem_pointer, gmem_pointer, valid) -> None:
     """``cp.async`` of 16 bytes; writes zeros and reads nothing where ``valid`` is false."""

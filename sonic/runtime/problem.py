@@ -127,6 +127,7 @@ class TileConfig(_HashedOnce):
     raster_along_m: bool = True
     dynamic: bool = False  # CTAs take tiles from a counter instead of with a fixed stride
     split: bool = False  # reductions over the rows of an expert that has many are split
+    swap_ab: bool = False  # tiles have up to tile_m rows, as many as fit the expert
 
     __hash__ = _HashedOnce.hash_once
 
@@ -135,11 +136,17 @@ class TileConfig(_HashedOnce):
         return self.cluster_m * self.cluster_n
 
     @property
+    def row_sum_columns(self) -> int:
+        """Columns whose sum is one partial row sum."""
+        return self.tile_n // 2 if self.swap_ab else self.tile_n
+
+    @property
     def name(self) -> str:
         return (
             f"{self.tile_m}x{self.tile_n}_{self.cluster_m}x{self.cluster_n}_{self.schedule.value}"
             f"_e{self.epilogue_stages}{'' if self.raster_along_m else '_n'}"
             f"{'_dynamic' if self.dynamic else ''}{'_split' if self.split else ''}"
+            f"{'_swap' if self.swap_ab else ''}"
         )
 
 

@@ -112,7 +112,7 @@ class TimedGemm:
         if self._weights:
             operands = operands | {"b": self._weights[turn % len(self._weights)]}
         if self.problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
-            parts = -(-self._columns // config.tile_n)
+            parts = -(-self._columns // config.row_sum_columns)
             operands = operands | {"row_sum": self._row_sums[:parts]}
         gemm = grouped_gemm(self.problem, config, self._device, **self._sizes)
         if config.split:  # no expert of a uniform routing has a second part
@@ -138,7 +138,7 @@ class TimedGemm:
         self.run(config)
         results = {name: tensor.clone() for name, tensor in outputs.items()}
         if self.problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
-            parts = -(-self._columns // config.tile_n)
+            parts = -(-self._columns // config.row_sum_columns)
             results["row_sum"] = self._row_sums[:parts].sum(0)
         return results
 

@@ -7,6 +7,7 @@ from sonic.enums import ActivationType
 from sonic.runtime.backend import load_backend
 from sonic.runtime.problem import (
     Arch,
+    EpilogueKind,
     Operand,
     Problem,
     TileConfig,
@@ -51,6 +52,12 @@ def kernels(arch: Arch) -> list[tuple[Problem, TileConfig]]:
         for problem in layer_problems(activation, "bfloat16", has_bias=True):
             for config in _one_order_of_each(backend.candidates(problem)):
                 pairs[problem, config] = None
+    for problem in layer_problems(ActivationType.SWIGLU, "bfloat16", has_bias=True):
+        fitted = TileConfig(160, 256, epilogue_stages=1, swap_ab=True)
+        if problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
+            fitted = replace(fitted, epilogue_stages=3)
+        if backend.supports_config(problem, fitted) is None:
+            pairs[problem, fitted] = None
     return list(pairs)
 
 

@@ -118,6 +118,38 @@ def test_tiles(emulated_gemm, problem, config):  # noqa: F811
     emulated_gemm(GroupedGemm(problem, SIZES), config)
 
 
+# Tiles of three heights, in two columns of which the second is less than a warpgroup's share.
+FITTED_SIZES = Sizes(40, 264, 72, (130, 0, 7, 33))
+FITTED = [
+    (DOWN, TileConfig(48, 256, epilogue_stages=1, swap_ab=True)),
+    (down_problem("float16", True), TileConfig(64, 256, 2, swap_ab=True)),
+    (up_backward_act_problem("bfloat16", True), TileConfig(64, 256, dynamic=True, swap_ab=True)),
+    (
+        up_problem(ActivationType.SWIGLU, "bfloat16", True, True),
+        TileConfig(48, 256, 2, epilogue_stages=1, raster_along_m=False, swap_ab=True),
+    ),
+    (
+        up_problem(ActivationType.SWIGLU_OAI, "float16", True, False),
+        TileConfig(32, 256, epilogue_stages=1, dynamic=True, swap_ab=True),
+    ),
+    (up_problem(ActivationType.GELU, "bfloat16", True, True), TileConfig(64, 256, swap_ab=True)),
+    (
+        down_backward_act_problem(ActivationType.SWIGLU, "bfloat16"),
+        TileConfig(48, 256, epilogue_stages=3, dynamic=True, swap_ab=True),
+    ),
+    (
+        down_backward_act_problem(ActivationType.RELU_SQ, "float16"),
+        TileConfig(32, 256, 2, swap_ab=True),
+    ),
+]
+
+
+@pytest.mark.parametrize(("problem", "config"), FITTED, ids=lambda v: v.name)
+def test_tiles_that_fit_their_expert(emulated_gemm, problem, config):  # noqa: F811
+    """Every epilogue, single CTAs and pairs that share weights."""
+    emulated_gemm(GroupedGemm(problem, FITTED_SIZES), config)
+
+
 @pytest.mark.parametrize("counts", [(1,), (64, 0, 128)], ids=str)
 @pytest.mark.parametrize("problem", [DOWN, DOWN_WEIGHT], ids=lambda p: p.ragged.value)
 def test_rows_of_experts(emulated_gemm, problem, counts):  # noqa: F811

@@ -15,6 +15,7 @@ from benchmarks.tiles import (
     asked_shapes,
     asked_spaces,
     drawn_shapes,
+    fitted_tilings,
     launches,
     seconds,
     small_tilings,
@@ -23,7 +24,7 @@ from benchmarks.tiles import (
 from kernels_sm90 import BACKEND
 from kernels_sm90.tiles import supports_config
 from sonic.enums import ActivationType
-from sonic.runtime.problem import Problem, TileConfig, layer_problems
+from sonic.runtime.problem import Problem, Ragged, TileConfig, layer_problems
 from tests.refusals import as_typed, refusal
 
 
@@ -56,6 +57,15 @@ def test_small_tilings_are_single_legal_and_in_one_order() -> None:
             (config.tile_m, config.tile_n) for config in space
         }, problem.name
         assert len(set(space)) == len(space) < 20
+
+
+def test_fitted_tilings_stand_beside_the_candidates() -> None:
+    for problem in layer_problems(ActivationType.SWIGLU, "bfloat16", False):
+        space = fitted_tilings(BACKEND, problem)
+        fitted = {config for config in space if config.swap_ab}
+        assert bool(fitted) == (problem.ragged is Ragged.ROWS)
+        assert set(space) - fitted <= set(BACKEND.candidates(problem))
+        assert all(supports_config(problem, config) is None for config in fitted)
 
 
 def test_a_sweep_of_given_layers_has_what_the_choice_takes_there() -> None:

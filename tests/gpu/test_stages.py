@@ -21,6 +21,9 @@ ROW_TILES = [
     TileConfig(64, 128, 1, 1, PINGPONG, 2, raster_along_m=False),
     TileConfig(64, 256, 1, 1, PINGPONG),
     TileConfig(128, 192, 2, 1),
+    TileConfig(160, 256, swap_ab=True),
+    TileConfig(128, 256, 2, dynamic=False, raster_along_m=False, swap_ab=True),
+    TileConfig(176, 256, dynamic=True, swap_ab=True),
 ]
 REDUCTION_TILES = [
     TileConfig(128, 256),
