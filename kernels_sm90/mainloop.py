@@ -271,8 +271,8 @@ class MainloopMixin:
             else:
                 accumulator.fill(0.0)
                 self._multiply(operands, accumulator, k_tiles, self._start_ring(position), smem)
-            if cutlass.const_expr(self.pingpong):
-                self._pass_turn(group)
+                if cutlass.const_expr(self.pingpong):
+                    self._pass_turn(group)
             # Decoding the next tile reads memory: here it hides behind the last wgmma group.
             tile, turn = self.next_tile(tile, tile_step, turn, smem)
             following = self.seek(tile, cursor, offset_by_expert, sizes)

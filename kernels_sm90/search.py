@@ -6,12 +6,12 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-from kernels_sm90.tiles import SharedMemoryPlan, supports_config
+from kernels_sm90.tiles import FIT_COLUMNS, SharedMemoryPlan, supports_config
 from sonic.device.blocks import EpilogueBlocks
 from sonic.runtime.problem import Problem, Ragged, Schedule, TileConfig
 
 _TILE_M = (64, 128, 192, 256)
-_MOST_ROWS = (128, 160, 176, 192)  # of tiles that fit their expert
+_MOST_ROWS = (128, 160, 176)  # of tiles that fit their expert
 _TILE_N = (128, 192, 256)
 _CLUSTER = (1, 2)
 _LEAST_ELEMENTS = 128 * 128  # smaller tiles load more than they multiply
@@ -46,16 +46,16 @@ def fitted_space(problem: Problem) -> list[TileConfig]:
     """The legal tilings that fit the rows of an expert, with as many epilogue stages as cost no
     stage of the main loop."""
     space = []
-    for m, cluster_m in itertools.product(_MOST_ROWS, _CLUSTER):
+    schedules = ((Schedule.COOPERATIVE, 2), (Schedule.PINGPONG, 1))
+    for m, cluster_m, (schedule, groups) in itertools.product(_MOST_ROWS, _CLUSTER, schedules):
+        n = groups * FIT_COLUMNS
         slots = [
-            TileConfig(m, 256, cluster_m, 1, epilogue_stages=i, swap_ab=True) for i in (1, 2, 3)
+            TileConfig(m, n, cluster_m, 1, schedule, stages, swap_ab=True) for stages in (1, 2, 3)
         ]
         slots = [config for config in slots if supports_config(problem, config) is None]
         if not slots:
             continue
-        plain = max(
-            slots, key=lambda config: (_main_loop_stages(problem, config), config.epilogue_stages)
-        )
+        plain = max(slots, key=lambda c: (_main_loop_stages(problem, c), c.epilogue_stages))
         for along_m, dynamic in itertools.product((False, True), repeat=2):
             config = replace(plain, raster_along_m=along_m, dynamic=dynamic)
             if supports_config(problem, config) is None:

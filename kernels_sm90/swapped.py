@@ -2,9 +2,9 @@
 
 wgmma's M comes in 64s, so that the rows of a tile of 256 columns come in 128s, and the last tile of
 each expert is half padding on average. Here the weights are wgmma's A and the rows its B: a tile
-has 256 columns, 128 of each math warpgroup, and any multiple of ``FIT_ROWS`` rows. An expert's rows
-are divided into tiles of equal height, of ``tile_m`` rows at most. wgmma's N is part of the
-instruction, so there is a main loop for each height.
+has ``FIT_COLUMNS`` columns for each math warpgroup that shares it, and any multiple of ``FIT_ROWS``
+rows. An expert's rows are divided into tiles of equal height, of ``tile_m`` rows at most. wgmma's N
+is part of the instruction, so there is a main loop for each height.
 
 The accumulator is the transposed tile: a thread has two columns of every 64, and in each block of
 eight rows a pair of neighbours. ``stmatrix`` transposes back. What goes through shared memory at a
@@ -19,7 +19,7 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
-from kernels_sm90.tiles import FIT_ROWS
+from kernels_sm90.tiles import FIT_COLUMNS, FIT_ROWS
 from sonic.device.blocks import BLOCK
 from sonic.device.ptx import (
     elect_one_lane,
@@ -54,12 +54,16 @@ class SwappedMixin:
             height = self.config.tile_m
         return height
 
+    def _first_column(self, col, group):
+        """Of this warpgroup's columns of the tile at ``col``: half of them, or all in turns."""
+        return col if self.pingpong else col + group * FIT_COLUMNS
+
     @cute.jit
     def height_of_share(self, context, group: Int32):
         """Rows of the tile that this warpgroup multiplies: none where its columns do not exist."""
         cursor, _, col, sizes = context
         height = self.tile_height(cursor, self.tile_counts(sizes))
-        if col + group * (self.config.tile_n // 2) >= sizes[1]:
+        if self._first_column(col, group) >= sizes[1]:
             height = Int32(0)
         return height
 
@@ -74,9 +78,8 @@ class SwappedMixin:
     def make_swapped_mma(self, smem, group):
         """``(operands as of ``_make_mma`` for each height, accumulator of the greatest)``."""
         config, plan = self.config, self.smem
-        columns = config.tile_n // self.math_groups
-        weights = smem + plan.b + group * (columns * _ROW_BYTES)
-        swizzle, layout = self.smem_layout(columns, config.tile_n, self.b_is_k_major)
+        weights = smem + plan.b + self._first_column(0, group) * _ROW_BYTES
+        swizzle, layout = self.smem_layout(FIT_COLUMNS, config.tile_n, self.b_is_k_major)
         weights = cute.make_tensor(cute.recast_ptr(weights, swizzle, dtype=self.dtype), layout)
         operands = []
         for height in range(FIT_ROWS, config.tile_m + 1, FIT_ROWS):
@@ -96,15 +99,15 @@ class SwappedMixin:
                     mma.make_fragment_B(thread_mma.partition_B(rows)),
                 )
             )
-        shape = thread_mma.partition_shape_C((columns, config.tile_m))
+        shape = thread_mma.partition_shape_C((FIT_COLUMNS, config.tile_m))
         return tuple(operands), cute.make_rmem_tensor(shape, Float32)
 
     @cute.jit
     def multiply_rows(
         self, operands, accumulator, k_tiles: Int32, position, smem, context, group: Int32
     ):
-        """The main loop of the tile's height; where nothing is stored the lowest one, which costs
-        fewer registers than none.
+        """The main loop of the tile's height, to its end, and the turn passed; where nothing is
+        stored the lowest one, which costs fewer registers than none.
         """
         height = cutlass.max(self.height_of_share(context, group), FIT_ROWS)
         for i in cutlass.range_constexpr(len(operands)):
@@ -113,6 +116,9 @@ class SwappedMixin:
                 used = self._first_rows(accumulator, rows)
                 used.fill(0.0)
                 self._multiply(operands[i], used, k_tiles, self._start_ring(position), smem)
+                if cutlass.const_expr(self.pingpong):
+                    self._pass_turn(group)
+                # Where branches meet, wgmma still in flight would make all of them run one by one.
                 warpgroup.wait_group(0)
 
     def _first_rows(self, accumulator, rows):
@@ -159,7 +165,7 @@ class SwappedMixin:
         :param blocks: per unit, of the tensor.
         """
         cursor, row, col, _ = context
-        column = (col + group * (self.config.tile_n // 2)) * blocks // self.epilogue.acc_blocks
+        column = self._first_column(col, group) * blocks // self.epilogue.acc_blocks
         column = column + store * COLUMNS_PER_STORE
         return ragged_coordinates(column, row + index * FIT_ROWS, cursor[3], cursor[4])
 
@@ -216,7 +222,7 @@ class SwappedMixin:
             self._store_sums(vectors[2], context, smem, warp, group, index, now)
 
     def _store_slot(self, tensor_map, context, group, index, slot, blocks):
-        columns = self.config.tile_n // 2 * blocks // self.epilogue.acc_blocks
+        columns = FIT_COLUMNS * blocks // self.epilogue.acc_blocks
         for i in range(columns // COLUMNS_PER_STORE):
             coordinates = self._store_coordinates(context, group, index, i, blocks)
             tma_store(tensor_map, slot + i * _STORE_BYTES, coordinates)
@@ -232,8 +238,7 @@ class SwappedMixin:
         units = 2 // epilogue.acc_blocks  # of 16 columns
         sums = [[Float32(0.0)] * 2 for _ in range(_ROW_BLOCKS)]
         d_words, d_places, aux_words, aux_places = [], [], [], []
-        groups_of_16 = self.config.tile_n // 2 // 16
-        for m, unit in itertools.product(range(groups_of_16 // 4), range(units)):
+        for m, unit in itertools.product(range(FIT_COLUMNS // _COLUMNS_PER_MMA), range(units)):
             place = (m * 4 + warp % 4) * units + unit
             c_words = []
             for i in range(0, epilogue.c_blocks, 2):
@@ -292,10 +297,9 @@ class SwappedMixin:
         cursor, _, col, sizes = context
         base = cutlass.Int64(cursor[0]) * bias.stride[0]
         values = []
-        columns = self.config.tile_n // 2
         lane_row = cute.arch.lane_idx() // 4
-        for first in range(0, columns, _COLUMNS_PER_MMA):
-            first = col + group * columns + first + warp % 4 * 16
+        for first in range(0, FIT_COLUMNS, _COLUMNS_PER_MMA):
+            first = self._first_column(col, group) + first + warp % 4 * 16
             for half in range(2):
                 column = first + half * BLOCK + lane_row
                 offset = column
@@ -343,8 +347,7 @@ class SwappedMixin:
     ):  # fmt: skip
         """Adds the four warps' sums and writes the chunk's partial sums."""
         cursor, row, col, sizes = context
-        columns = self.config.row_sum_columns
-        first = col + group * columns
+        first = self._first_column(col, group)
         lane = cute.arch.lane_idx()
         r = cursor[3] + row + index * FIT_ROWS + lane
         if warp % 4 == 1 and lane < FIT_ROWS and r < cursor[4] and first < sizes[1]:
@@ -352,4 +355,4 @@ class SwappedMixin:
             total = slot[0, lane]
             for i in cutlass.range_constexpr(1, 4):
                 total = total + slot[i, lane]
-            row_sum[first // columns, r] = total
+            row_sum[first // FIT_COLUMNS, r] = total

@@ -23,6 +23,7 @@ _MAX_STAGES = 8
 FIT_ROWS = (
     16  # a tile that fits its expert has a multiple of as many rows, and stores as many at a time
 )
+FIT_COLUMNS = 128  # that a math warpgroup multiplies there
 TILE_SLOTS = 8  # tiles taken ahead of the slowest warp, with a dynamic tile order
 
 
@@ -34,7 +35,7 @@ class SharedMemoryPlan:
         self.b_bytes = config.tile_n * BLOCK_K * _ELEMENT_BYTES
         d_element_bytes = 4 if epilogue.accumulates else _ELEMENT_BYTES
         if config.swap_ab:
-            units = config.tile_n // 2 // epilogue.acc_blocks  # of a row of one warpgroup
+            units = FIT_COLUMNS // epilogue.acc_blocks  # of a row of one warpgroup
             self.d_bytes = FIT_ROWS * units * epilogue.d_blocks * d_element_bytes
             self.aux_bytes = FIT_ROWS * units * epilogue.aux_blocks * _ELEMENT_BYTES
         else:
@@ -153,14 +154,17 @@ def _refuse_swapped(problem: Problem, config: TileConfig, remedy: str) -> Unsupp
     """What only holds for tiles of which the rows are wgmma's N."""
     if problem.ragged is not Ragged.ROWS:
         return Unsupported("swap_ab of a weight gradient, whose tiles have no ragged rows", remedy)
-    if config.schedule is not Schedule.COOPERATIVE:
-        return Unsupported(
-            f"swap_ab with schedule={config.schedule.value}: cooperative is built", remedy
-        )
+    if config.schedule is Schedule.OVERLAPPED:
+        return Unsupported("swap_ab with an overlapped schedule: copies are not built", remedy)
     if config.cluster_n > 1:
         return Unsupported("swap_ab with cluster_n=2: 1x1 and 2x1 are built", remedy)
-    if config.tile_n != 256:
-        return Unsupported(f"tile_n={config.tile_n} with swap_ab: 256 is built", remedy)
+    columns = FIT_COLUMNS * (1 if config.schedule is Schedule.PINGPONG else 2)
+    if config.tile_n != columns:
+        return Unsupported(
+            f"tile_n={config.tile_n} with swap_ab and a {config.schedule.value} schedule: "
+            f"{columns} is built",
+            remedy,
+        )
     if config.tile_m % FIT_ROWS or not 0 < config.tile_m <= 256:
         return Unsupported(
             f"tile_m={config.tile_m}: a multiple of {FIT_ROWS} up to 256 with swap_ab", remedy

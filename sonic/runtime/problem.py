@@ -138,7 +138,7 @@ class TileConfig(_HashedOnce):
     @property
     def row_sum_columns(self) -> int:
         """Columns whose sum is one partial row sum."""
-        return self.tile_n // 2 if self.swap_ab else self.tile_n
+        return min(self.tile_n, 128) if self.swap_ab else self.tile_n
 
     @property
     def name(self) -> str:

@@ -123,7 +123,10 @@ FITTED_SIZES = Sizes(40, 264, 72, (130, 0, 7, 33))
 FITTED = [
     (DOWN, TileConfig(48, 256, epilogue_stages=1, swap_ab=True)),
     (down_problem("float16", True), TileConfig(64, 256, 2, swap_ab=True)),
-    (up_backward_act_problem("bfloat16", True), TileConfig(64, 256, dynamic=True, swap_ab=True)),
+    (
+        up_backward_act_problem("bfloat16", True),
+        TileConfig(64, 128, 1, 1, PINGPONG, dynamic=True, swap_ab=True),
+    ),
     (
         up_problem(ActivationType.SWIGLU, "bfloat16", True, True),
         TileConfig(48, 256, 2, epilogue_stages=1, raster_along_m=False, swap_ab=True),
@@ -139,14 +142,14 @@ FITTED = [
     ),
     (
         down_backward_act_problem(ActivationType.RELU_SQ, "float16"),
-        TileConfig(32, 256, 2, swap_ab=True),
+        TileConfig(32, 128, 2, 1, PINGPONG, 3, swap_ab=True),
     ),
 ]
 
 
 @pytest.mark.parametrize(("problem", "config"), FITTED, ids=lambda v: v.name)
 def test_tiles_that_fit_their_expert(emulated_gemm, problem, config):  # noqa: F811
-    """Every epilogue, single CTAs and pairs that share weights."""
+    """Every epilogue, single CTAs and pairs that share weights, both schedules."""
     emulated_gemm(GroupedGemm(problem, FITTED_SIZES), config)
 
 

@@ -92,8 +92,11 @@ CONFIGS = {
     ),
     "rows of a tile that fits": (DOWN, FITTED, {"tile_m": 120}, "tile_m=120: a multiple of 16"),
     "columns of a tile that fits": (DOWN, FITTED, {"tile_n": 128}, "256 is built"),
+    "columns of a tile by turns": (
+        DOWN, FITTED, {"schedule": Schedule.PINGPONG}, "a pingpong schedule: 128 is built",
+    ),
     "schedule of a tile that fits": (
-        DOWN, FITTED, {"schedule": Schedule.OVERLAPPED}, "schedule=overlapped: cooperative",
+        DOWN, FITTED, {"schedule": Schedule.OVERLAPPED}, "an overlapped schedule",
     ),
     "cluster of a tile that fits": (DOWN, FITTED, {"cluster_n": 2}, "1x1 and 2x1 are built"),
     "accumulators of a tile that fits": (DOWN, FITTED, {"tile_m": 208}, "208 accumulators"),

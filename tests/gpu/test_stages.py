@@ -22,8 +22,10 @@ ROW_TILES = [
     TileConfig(64, 256, 1, 1, PINGPONG),
     TileConfig(128, 192, 2, 1),
     TileConfig(160, 256, swap_ab=True),
-    TileConfig(128, 256, 2, dynamic=False, raster_along_m=False, swap_ab=True),
+    TileConfig(128, 256, 2, raster_along_m=False, swap_ab=True),
     TileConfig(176, 256, dynamic=True, swap_ab=True),
+    TileConfig(160, 128, 2, 1, PINGPONG, raster_along_m=False, swap_ab=True),
+    TileConfig(128, 128, 1, 1, PINGPONG, dynamic=True, swap_ab=True),
 ]
 REDUCTION_TILES = [
     TileConfig(128, 256),
