@@ -258,6 +258,7 @@ class MainloopMixin:
             row, col = self.locate(tile, cursor, counts)
             context = (cursor, row, col, sizes)
             if cutlass.const_expr(self.swapped):
+                context = self.only_own_rows(context, group)
                 self.prefetch_rows_of_c(maps[0], context, smem, warp, group, chunk)
             else:
                 self.prefetch_c(maps[0], context, smem, warp, group, chunk)

@@ -2,9 +2,9 @@
 
 wgmma's M comes in 64s, so that the rows of a tile of 256 columns come in 128s, and the last tile of
 each expert is half padding on average. Here the weights are wgmma's A and the rows its B: a tile
-has ``FIT_COLUMNS`` columns for each math warpgroup that shares it, and any multiple of ``FIT_ROWS``
-rows. An expert's rows are divided into tiles of equal height, of ``tile_m`` rows at most. wgmma's N
-is part of the instruction, so there is a main loop for each height.
+has ``FIT_COLUMNS`` columns for each math warpgroup that shares it, and an expert's rows are divided
+into as few tiles as ``tile_m`` allows, of equal height. wgmma's N, a multiple of eight, is part of
+the instruction, so there is a main loop for each height.
 
 The accumulator is the transposed tile: a thread has two columns of every 64, and in each block of
 eight rows a pair of neighbours. ``stmatrix`` transposes back. What goes through shared memory at a
@@ -45,11 +45,11 @@ class SwappedMixin:
 
     @cute.jit
     def tile_height(self, cursor, counts):
-        """Rows of each tile of the cursor's expert."""
+        """Rows of each tile of the cursor's expert, of the last one at most."""
         if cutlass.const_expr(self.swapped):
             _, _, tiles, begin, end = cursor
             tiles_m = cutlass.max(tiles // counts[1], 1) * self.config.cluster_m
-            height = cute.ceil_div(cute.ceil_div(end - begin, tiles_m), FIT_ROWS) * FIT_ROWS
+            height = cute.ceil_div(end - begin, tiles_m)
         else:
             height = self.config.tile_m
         return height
@@ -59,13 +59,29 @@ class SwappedMixin:
         return col if self.pingpong else col + group * FIT_COLUMNS
 
     @cute.jit
-    def height_of_share(self, context, group: Int32):
-        """Rows of the tile that this warpgroup multiplies: none where its columns do not exist."""
-        cursor, _, col, sizes = context
+    def only_own_rows(self, context, group: Int32):
+        """The tile's context with the segment's end at that of this warpgroup's rows.
+
+        Where its columns do not exist it has none. What is loaded and stored through a ragged
+        descriptor then ends there.
+        """
+        cursor, row, col, sizes = context
+        expert, first, tiles, begin, end = cursor
         height = self.tile_height(cursor, self.tile_counts(sizes))
         if self._first_column(col, group) >= sizes[1]:
             height = Int32(0)
-        return height
+        end = cutlass.min(end, begin + row + height)
+        return (expert, first, tiles, begin, end), row, col, sizes
+
+    def _own_rows(self, context):
+        """Number of rows of :meth:`only_own_rows`, or less than none."""
+        cursor, row, _, _ = context
+        return cursor[4] - cursor[3] - row
+
+    def _heights(self) -> list[int]:
+        """Of the main loops. Only the tiles of experts with few rows are less than half as high."""
+        most = self.config.tile_m
+        return [h for h in range(BLOCK, most + 1, BLOCK) if h % FIT_ROWS == 0 or 2 * h > most]
 
     @cute.jit
     def load_rows(self, a_map, base, full, first, k, height: Int32):
@@ -82,7 +98,7 @@ class SwappedMixin:
         swizzle, layout = self.smem_layout(FIT_COLUMNS, config.tile_n, self.b_is_k_major)
         weights = cute.make_tensor(cute.recast_ptr(weights, swizzle, dtype=self.dtype), layout)
         operands = []
-        for height in range(FIT_ROWS, config.tile_m + 1, FIT_ROWS):
+        for height in self._heights():
             mma = sm90.make_trivial_tiled_mma(
                 self.dtype, self.dtype, self.major(self.b_is_k_major), self.major(True),
                 Float32, (1, 1, 1), (_COLUMNS_PER_MMA, height),
@@ -106,14 +122,15 @@ class SwappedMixin:
     def multiply_rows(
         self, operands, accumulator, k_tiles: Int32, position, smem, context, group: Int32
     ):
-        """The main loop of the tile's height, to its end, and the turn passed; where nothing is
-        stored the lowest one, which costs fewer registers than none.
+        """The main loop of the least height that has the rows, to its end, and the turn passed;
+        where there are none the lowest one, which costs fewer registers than no loop.
         """
-        height = cutlass.max(self.height_of_share(context, group), FIT_ROWS)
-        for i in cutlass.range_constexpr(len(operands)):
-            rows = (i + 1) * FIT_ROWS
-            if height == rows:
-                used = self._first_rows(accumulator, rows)
+        heights = self._heights()
+        rows = cutlass.max(self._own_rows(context), 1)
+        for i in cutlass.range_constexpr(len(heights)):
+            lower = heights[i - 1] if i > 0 else 0
+            if rows > lower and rows <= heights[i]:
+                used = self._first_rows(accumulator, heights[i])
                 used.fill(0.0)
                 self._multiply(operands[i], used, k_tiles, self._start_ring(position), smem)
                 if cutlass.const_expr(self.pingpong):
@@ -133,8 +150,7 @@ class SwappedMixin:
         if cutlass.const_expr(self.epilogue.c_blocks > 0):
             if warp % 4 == 0:
                 if elect_one_lane():
-                    height = self.height_of_share(context, group)
-                    chunks = height // FIT_ROWS
+                    chunks = self._chunks_of_rows(context)
                     for i in cutlass.range(self.smem.epilogue_stages, chunks, unroll=1):
                         for store in cutlass.range_constexpr(self.smem.d_bytes // _STORE_BYTES):
                             tma_prefetch(c_map, self._c_place(context, group, i, store))
@@ -148,13 +164,17 @@ class SwappedMixin:
         self, c_map, context, smem, group: Int32, chunk: Int32, index: cutlass.Constexpr
     ):
         """Loads C of the tile's chunk ``index``, if it has so many."""
-        if index * FIT_ROWS < self.height_of_share(context, group):
+        if index * FIT_ROWS < self._own_rows(context):
             full = self._c_barrier(smem, group, chunk)
             cute.arch.mbarrier_arrive_and_expect_tx(full, self.smem.d_bytes)
             slot, _ = self._slot(smem, group, chunk)
             for i in cutlass.range_constexpr(self.smem.d_bytes // _STORE_BYTES):
                 place = self._c_place(context, group, index, i)
                 tma_load(slot + i * _STORE_BYTES, c_map, place, full)
+
+    def _chunks_of_rows(self, context):
+        """Number of chunks of this warpgroup's rows."""
+        return cutlass.max(self._own_rows(context) + FIT_ROWS - 1, 0) // FIT_ROWS
 
     def _c_place(self, context, group, index, store):
         return self._store_coordinates(context, group, index, store, self.epilogue.c_blocks)
@@ -175,18 +195,17 @@ class SwappedMixin:
         warp: Int32, group: Int32, chunk: Int32,
     ) -> Int32:  # fmt: skip
         """Runs the epilogue over the tile; returns the number of chunks stored so far."""
-        height = self.height_of_share(context, group)
         bias = self._bias_of_columns(vectors[0], context, bias_strides, warp, group)
         scores = None
         if cutlass.const_expr(self.epilogue.has_row_sum):
             scores = cute.make_rmem_tensor(2 * _ROW_BLOCKS, Float32)
         for index in cutlass.range_constexpr(self.config.tile_m // FIT_ROWS):
-            if index * FIT_ROWS < height:
+            if index * FIT_ROWS < self._own_rows(context):
                 self._store_chunk_of_rows(
                     accumulator, index, maps, vectors, context, (bias, scores), smem, warp, group,
                     chunk + index,
                 )  # fmt: skip
-        return chunk + height // FIT_ROWS
+        return chunk + self._chunks_of_rows(context)
 
     @cute.jit
     def _store_chunk_of_rows(

@@ -20,10 +20,9 @@ SHARED_MEMORY_BYTES = 232_448  # 227 KB per CTA on sm_90
 _ELEMENT_BYTES = 2
 _BARRIER_BYTES = 1024
 _MAX_STAGES = 8
-FIT_ROWS = (
-    16  # a tile that fits its expert has a multiple of as many rows, and stores as many at a time
-)
-FIT_COLUMNS = 128  # that a math warpgroup multiplies there
+# Of tiles that fit their expert: rows that are stored at a time, and columns of a math warpgroup.
+FIT_ROWS = 16
+FIT_COLUMNS = 128
 TILE_SLOTS = 8  # tiles taken ahead of the slowest warp, with a dynamic tile order
 
 
