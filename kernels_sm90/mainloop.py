@@ -263,6 +263,11 @@ class MainloopMixin:
             else:
                 self.prefetch_c(maps[0], context, smem, warp, group, chunk)
             k_tiles = self.k_tiles(cursor, sizes)
+            seek_early = self.swapped and not self.pingpong
+            if cutlass.const_expr(seek_early):
+                tile, turn, following, consumed = self._seek_next(
+                    (tile, turn, cursor), tile_step, k_tiles, offset_by_expert, sizes, smem
+                )
             if cutlass.const_expr(self.pingpong):
                 # A stage's barrier tells even from odd fills only, so a warpgroup may wait on one
                 # no earlier than the other has seen all fills before its own.
@@ -274,16 +279,10 @@ class MainloopMixin:
                 self._multiply(operands, accumulator, k_tiles, self._start_ring(position), smem)
                 if cutlass.const_expr(self.pingpong):
                     self._pass_turn(group)
-            # Decoding the next tile reads memory: here it hides behind the last wgmma group.
-            tile, turn = self.next_tile(tile, tile_step, turn, smem)
-            following = self.seek(tile, cursor, offset_by_expert, sizes)
-            consumed = k_tiles
-            if cutlass.const_expr(self.pingpong):
-                # That one belongs to the other warpgroup.
-                consumed = k_tiles + self.k_tiles(following, sizes)
-                if following[0] < num_experts:
-                    tile, turn = self.next_tile(tile, tile_step, turn, smem)
-                    following = self.seek(tile, following, offset_by_expert, sizes)
+            if cutlass.const_expr(not seek_early):
+                tile, turn, following, consumed = self._seek_next(
+                    (tile, turn, cursor), tile_step, k_tiles, offset_by_expert, sizes, smem
+                )
             self._finish_multiply(k_tiles, position, smem)
             position = position + consumed
             if cutlass.const_expr(self.swapped):
@@ -295,6 +294,30 @@ class MainloopMixin:
                     accumulator, maps, vectors, context, bias_strides, smem, warp, group, chunk
                 )
             cursor = following
+
+    @cute.jit
+    def _seek_next(
+        self, queue, tile_step: Int32, k_tiles: Int32, offset_by_expert: cute.Tensor, sizes, smem
+    ):
+        """What this warpgroup multiplies next: ``(tile, turn, cursor, stages until then)``.
+
+        Decoding a tile reads memory. It hides behind the last wgmma group or, in turns, behind the
+        other warpgroup; where a main loop ends with none in flight, it comes before that loop. In
+        turns that would be too early: the next tile but one is taken while this one is multiplied.
+
+        :param queue: ``(tile, turn, cursor)`` of the current one, which has ``k_tiles`` stages.
+        """
+        tile, turn, cursor = queue
+        tile, turn = self.next_tile(tile, tile_step, turn, smem)
+        following = self.seek(tile, cursor, offset_by_expert, sizes)
+        consumed = k_tiles
+        if cutlass.const_expr(self.pingpong):
+            # That one belongs to the other warpgroup.
+            consumed = k_tiles + self.k_tiles(following, sizes)
+            if following[0] < Int32(offset_by_expert.shape[0] - 1):
+                tile, turn = self.next_tile(tile, tile_step, turn, smem)
+                following = self.seek(tile, following, offset_by_expert, sizes)
+        return tile, turn, following, consumed
 
     @cute.jit
     def _consume_overlapped(
