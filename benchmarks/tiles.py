@@ -103,7 +103,7 @@ def small_tilings(backend: Backend, problem: Problem) -> list[TileConfig]:
     return list(dict.fromkeys(single + legal))
 
 
-def fitted_tilings(backend: Backend, problem: Problem) -> list[TileConfig]:
+def swapped_tilings(backend: Backend, problem: Problem) -> list[TileConfig]:
     """Tiles that fit their expert, beside what the choice by sizes may choose."""
     fitted = [config for config in tilings(backend, problem) if config.swap_ab]
     return list(dict.fromkeys(fitted + SPACES["choice"](backend, problem)))
@@ -113,7 +113,7 @@ SPACES: dict[str, Callable[[Backend, Problem], list[TileConfig]]] = {
     "all": tilings,
     "choice": lambda backend, problem: [c for c in backend.candidates(problem) if not c.split],
     "small": small_tilings,
-    "fitted": fitted_tilings,
+    "swapped": swapped_tilings,
 }
 
 

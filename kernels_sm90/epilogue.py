@@ -1,9 +1,9 @@
 """Register-to-memory side of the Hopper grouped GEMM (mixin of ``GroupedGemmSm90``).
 
-A warpgroup owns ``rows_per_group`` rows of a tile and stores them chunk by chunk: registers ->
-stmatrix -> swizzled shared memory -> TMA store. Each warpgroup has its own slots and its own named
-barrier, so the two never wait for each other. A loaded tile C shares its slot with D: the same
-warps read and then overwrite the same 8x8 matrices.
+A warpgroup owns ``rows_per_group`` rows of a tile (of swapped operands columns: ``SwappedMixin``)
+and stores them chunk by chunk: registers -> stmatrix -> swizzled shared memory -> TMA store. Each
+warpgroup has its own slots and its own named barrier, so the two never wait for each other. A
+loaded tile C shares its slot with D: the same warps read and then overwrite the same 8x8 matrices.
 """
 
 import itertools
@@ -149,13 +149,7 @@ class EpilogueMixin:
                 vectors[0], context, bias_strides, rows, warp,
             )  # fmt: skip
         if cutlass.const_expr(part == per_chunk - 1):
-            # Makes this thread's shared-memory writes visible to the TMA store.
-            cute.arch.fence_view_async_shared()
-            if cutlass.const_expr(self._has_spare_slot()):
-                self._await_stores(warp)
-            # Orders all threads' writes of the chunk before the TMA store that one of them issues,
-            # and, with a spare slot, that slot's earlier store before the next chunk's writes.
-            self._sync_group(group)
+            self._end_chunk(warp, group)
             if warp % 4 == 0:
                 if elect_one_lane():
                     self._store_chunk(d_map, aux_map, context, group, index, d_slot, aux_slot)
@@ -172,6 +166,17 @@ class EpilogueMixin:
         if cutlass.const_expr(self.epilogue.c_blocks > 0):
             full = self._c_barrier(smem, group, now)
             cute.arch.mbarrier_wait(full, (now // self.smem.epilogue_stages) & 1)
+
+    @cute.jit
+    def _end_chunk(self, warp: Int32, group: Int32):
+        """Between a chunk's last write to shared memory and its TMA store."""
+        # Makes this thread's shared-memory writes visible to the TMA store.
+        cute.arch.fence_view_async_shared()
+        if cutlass.const_expr(self._has_spare_slot()):
+            self._await_stores(warp)
+        # Orders all threads' writes of the chunk before the TMA store that one of them issues,
+        # and, with a spare slot, that slot's earlier store before the next chunk's writes.
+        self._sync_group(group)
 
     @cute.jit
     def _await_stores(self, warp: Int32):

@@ -11,6 +11,9 @@ happens to the accumulator.
     tile -> TMA / cp.async -> [ A | B ] x stages -> wgmma -> registers -> epilogue -> smem -> TMA
                                                      C tile (pre-activation) -> smem ^
 
+``swap_ab`` exchanges wgmma's operands, so that a tile has as many rows as its expert needs
+(``kernels_sm90.swapped``); roles and barriers are the same.
+
 Nothing is padded: rows past an expert's end are clipped by the store descriptor (``ragged_map``),
 columns past the matrix by its bounds, and a ragged reduction reads zeros past its end.
 """
@@ -25,7 +28,7 @@ from kernels_sm90.epilogue import EpilogueMixin
 from kernels_sm90.mainloop import MainloopMixin
 from kernels_sm90.swapped import COLUMNS_PER_STORE, SwappedMixin
 from kernels_sm90.tile_queue import TileQueueMixin
-from kernels_sm90.tiles import BLOCK_K, FIT_ROWS, TILE_SLOTS, WARPGROUP, SharedMemoryPlan
+from kernels_sm90.tiles import BLOCK_K, SWAP_ROWS, TILE_SLOTS, WARPGROUP, SharedMemoryPlan
 from sonic.device import tensormap
 from sonic.device.epilogue import make_epilogue
 from sonic.device.scheduler import (
@@ -127,7 +130,7 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, SwappedMixin, EpilogueMixin
         :param c: ``(R, N)`` pre-activation that the epilogue
         reads.
         :param bias: ``(E, rows of the weight)``. :param score: ``(R,)`` float32.
-        :param row_sum: ``(ceil(N / tile_n), R)`` float32 partial sums.
+        :param row_sum: ``(ceil(N / row_sum_columns), R)`` float32 partial sums.
         :param gather: ``(R,)`` int32. :param offset_by_expert: ``(E + 1,)`` int32.
         :param pair_stride, unit_stride: element strides of gate -> up and of unit -> next unit.
         :param num_ctas: grid size, a multiple of the cluster size.
@@ -188,7 +191,7 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, SwappedMixin, EpilogueMixin
     def _output_boxes(self):
         """Rows, columns of D and columns of Aux that one TMA instruction stores."""
         if self.swapped:
-            return FIT_ROWS, COLUMNS_PER_STORE, COLUMNS_PER_STORE
+            return SWAP_ROWS, COLUMNS_PER_STORE, COLUMNS_PER_STORE
         return self.rows_per_group, self.epilogue.d_chunk, self.epilogue.aux_chunk
 
     @cute.kernel

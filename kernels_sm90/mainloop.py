@@ -7,7 +7,7 @@ from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
 from kernels_sm90.accumulator import saved_accumulator
-from kernels_sm90.tiles import BLOCK_K, FIT_ROWS, WARPGROUP
+from kernels_sm90.tiles import BLOCK_K, SWAP_ROWS, WARPGROUP
 from sonic.device.gather import GatherMajorColumns, GatherMajorRows
 from sonic.device.ptx import elect_one_lane, tma_load
 from sonic.device.scheduler import start_cursor
@@ -303,7 +303,8 @@ class MainloopMixin:
 
         Decoding a tile reads memory. It hides behind the last wgmma group or, in turns, behind the
         other warpgroup; where a main loop ends with none in flight, it comes before that loop. In
-        turns that would be too early: the next tile but one is taken while this one is multiplied.
+        turns it must not: the next tile but one is handed on when the next one's first stage is
+        loaded, and that may wait for a stage that this tile frees.
 
         :param queue: ``(tile, turn, cursor)`` of the current one, which has ``k_tiles`` stages.
         """
@@ -409,7 +410,7 @@ class MainloopMixin:
     def rows_per_load(self) -> int:
         """Rows of A, one of several CTAs' share, that a TMA instruction loads."""
         if self.swapped:
-            return 2 * FIT_ROWS if self.config.tile_m % (2 * FIT_ROWS) == 0 else FIT_ROWS
+            return 2 * SWAP_ROWS if self.config.tile_m % (2 * SWAP_ROWS) == 0 else SWAP_ROWS
         return self.config.tile_m // self.config.cluster_n
 
     def _start_ring(self, position):

@@ -2,13 +2,13 @@
 
 wgmma's M comes in 64s, so that the rows of a tile of 256 columns come in 128s, and the last tile of
 each expert is half padding on average. Here the weights are wgmma's A and the rows its B: a tile
-has ``FIT_COLUMNS`` columns for each math warpgroup that shares it, and an expert's rows are divided
-into as few tiles as ``tile_m`` allows, of equal height. wgmma's N, a multiple of eight, is part of
-the instruction, so there is a main loop for each height.
+has ``SWAP_COLUMNS`` columns for each math warpgroup that shares it, and an expert's rows are
+divided into as few tiles as ``tile_m`` allows, of equal height. wgmma's N, a multiple of eight, is
+part of the instruction, so there is a main loop for each height.
 
 The accumulator is the transposed tile: a thread has two columns of every 64, and in each block of
 eight rows a pair of neighbours. ``stmatrix`` transposes back. What goes through shared memory at a
-time is ``FIT_ROWS`` rows of one warpgroup's columns.
+time is ``SWAP_ROWS`` rows of one warpgroup's columns.
 """
 
 import itertools
@@ -19,7 +19,7 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
-from kernels_sm90.tiles import FIT_COLUMNS, FIT_ROWS
+from kernels_sm90.tiles import SWAP_COLUMNS, SWAP_ROWS
 from sonic.device.blocks import BLOCK
 from sonic.device.ptx import (
     elect_one_lane,
@@ -36,8 +36,8 @@ from sonic.device.tensormap import ragged_coordinates
 COLUMNS_PER_STORE = 64  # one 128-byte swizzle span
 _COLUMNS_PER_MMA = 64  # of one wgmma; 16 per warp, 8 per half
 _ROW_BYTES = 128
-_STORE_BYTES = FIT_ROWS * _ROW_BYTES
-_ROW_BLOCKS = FIT_ROWS // BLOCK
+_STORE_BYTES = SWAP_ROWS * _ROW_BYTES
+_ROW_BLOCKS = SWAP_ROWS // BLOCK
 
 
 class SwappedMixin:
@@ -56,7 +56,7 @@ class SwappedMixin:
 
     def _first_column(self, col, group):
         """Of this warpgroup's columns of the tile at ``col``: half of them, or all in turns."""
-        return col if self.pingpong else col + group * FIT_COLUMNS
+        return col if self.pingpong else col + group * SWAP_COLUMNS
 
     @cute.jit
     def only_own_rows(self, context, group: Int32):
@@ -79,9 +79,11 @@ class SwappedMixin:
         return cursor[4] - cursor[3] - row
 
     def _heights(self) -> list[int]:
-        """Of the main loops. Only the tiles of experts with few rows are less than half as high."""
+        """Of the main loops: eights, but sixteens up to half the greatest height, as no tile of an
+        expert that has several is so low.
+        """
         most = self.config.tile_m
-        return [h for h in range(BLOCK, most + 1, BLOCK) if h % FIT_ROWS == 0 or 2 * h > most]
+        return [h for h in range(BLOCK, most + 1, BLOCK) if h % SWAP_ROWS == 0 or 2 * h > most]
 
     @cute.jit
     def load_rows(self, a_map, base, full, first, k, height: Int32):
@@ -95,7 +97,7 @@ class SwappedMixin:
         """``(operands as of ``_make_mma`` for each height, accumulator of the greatest)``."""
         config, plan = self.config, self.smem
         weights = smem + plan.b + self._first_column(0, group) * _ROW_BYTES
-        swizzle, layout = self.smem_layout(FIT_COLUMNS, config.tile_n, self.b_is_k_major)
+        swizzle, layout = self.smem_layout(SWAP_COLUMNS, config.tile_n, self.b_is_k_major)
         weights = cute.make_tensor(cute.recast_ptr(weights, swizzle, dtype=self.dtype), layout)
         operands = []
         for height in self._heights():
@@ -115,7 +117,7 @@ class SwappedMixin:
                     mma.make_fragment_B(thread_mma.partition_B(rows)),
                 )
             )
-        shape = thread_mma.partition_shape_C((FIT_COLUMNS, config.tile_m))
+        shape = ((2, 2, config.tile_m // BLOCK), SWAP_COLUMNS // _COLUMNS_PER_MMA, 1)
         return tuple(operands), cute.make_rmem_tensor(shape, Float32)
 
     @cute.jit
@@ -164,7 +166,7 @@ class SwappedMixin:
         self, c_map, context, smem, group: Int32, chunk: Int32, index: cutlass.Constexpr
     ):
         """Loads C of the tile's chunk ``index``, if it has so many."""
-        if index * FIT_ROWS < self._own_rows(context):
+        if index * SWAP_ROWS < self._own_rows(context):
             full = self._c_barrier(smem, group, chunk)
             cute.arch.mbarrier_arrive_and_expect_tx(full, self.smem.d_bytes)
             slot, _ = self._slot(smem, group, chunk)
@@ -174,7 +176,7 @@ class SwappedMixin:
 
     def _chunks_of_rows(self, context):
         """Number of chunks of this warpgroup's rows."""
-        return cutlass.max(self._own_rows(context) + FIT_ROWS - 1, 0) // FIT_ROWS
+        return cutlass.max(self._own_rows(context) + SWAP_ROWS - 1, 0) // SWAP_ROWS
 
     def _c_place(self, context, group, index, store):
         return self._store_coordinates(context, group, index, store, self.epilogue.c_blocks)
@@ -187,7 +189,7 @@ class SwappedMixin:
         cursor, row, col, _ = context
         column = self._first_column(col, group) * blocks // self.epilogue.acc_blocks
         column = column + store * COLUMNS_PER_STORE
-        return ragged_coordinates(column, row + index * FIT_ROWS, cursor[3], cursor[4])
+        return ragged_coordinates(column, row + index * SWAP_ROWS, cursor[3], cursor[4])
 
     @cute.jit
     def store_rows(
@@ -199,8 +201,8 @@ class SwappedMixin:
         scores = None
         if cutlass.const_expr(self.epilogue.has_row_sum):
             scores = cute.make_rmem_tensor(2 * _ROW_BLOCKS, Float32)
-        for index in cutlass.range_constexpr(self.config.tile_m // FIT_ROWS):
-            if index * FIT_ROWS < self._own_rows(context):
+        for index in cutlass.range_constexpr(self.config.tile_m // SWAP_ROWS):
+            if index * SWAP_ROWS < self._own_rows(context):
                 self._store_chunk_of_rows(
                     accumulator, index, maps, vectors, context, (bias, scores), smem, warp, group,
                     chunk + index,
@@ -212,7 +214,7 @@ class SwappedMixin:
         self, accumulator, index: cutlass.Constexpr, maps, vectors, context, registers, smem,
         warp: Int32, group: Int32, now: Int32,
     ):  # fmt: skip
-        """Epilogue of ``FIT_ROWS`` rows, the tile's number ``index``."""
+        """Epilogue of ``SWAP_ROWS`` rows, the tile's number ``index``."""
         c_map, d_map, aux_map = maps
         d_slot, aux_slot = self._slot(smem, group, now)
         if cutlass.const_expr(self.epilogue.has_row_sum):
@@ -222,11 +224,7 @@ class SwappedMixin:
         sums = self._store_columns(accumulator, index, registers, d_slot, aux_slot, warp)
         if cutlass.const_expr(self.epilogue.has_row_sum):
             self._share_sums(sums, smem, warp, group, now)
-        # See ``EpilogueMixin.store_piece``: the same order of writes, fence, barrier and stores.
-        cute.arch.fence_view_async_shared()
-        if cutlass.const_expr(self._has_spare_slot()):
-            self._await_stores(warp)
-        self._sync_group(group)
+        self._end_chunk(warp, group)
         if warp % 4 == 0:
             if elect_one_lane():
                 self._store_slot(d_map, context, group, index, d_slot, self.epilogue.d_blocks)
@@ -234,14 +232,14 @@ class SwappedMixin:
                 cute.arch.cp_async_bulk_commit_group()
                 if cutlass.const_expr(self.epilogue.c_blocks > 0 and index > 0):
                     load = index - 1 + self.smem.epilogue_stages
-                    if cutlass.const_expr(load * FIT_ROWS < self.config.tile_m):
+                    if cutlass.const_expr(load * SWAP_ROWS < self.config.tile_m):
                         later = now - 1 + self.smem.epilogue_stages
                         self._load_rows_of_c(c_map, context, smem, group, later, load)
         if cutlass.const_expr(self.epilogue.has_row_sum):
             self._store_sums(vectors[2], context, smem, warp, group, index, now)
 
     def _store_slot(self, tensor_map, context, group, index, slot, blocks):
-        columns = FIT_COLUMNS * blocks // self.epilogue.acc_blocks
+        columns = SWAP_COLUMNS * blocks // self.epilogue.acc_blocks
         for i in range(columns // COLUMNS_PER_STORE):
             coordinates = self._store_coordinates(context, group, index, i, blocks)
             tma_store(tensor_map, slot + i * _STORE_BYTES, coordinates)
@@ -257,7 +255,7 @@ class SwappedMixin:
         units = 2 // epilogue.acc_blocks  # of 16 columns
         sums = [[Float32(0.0)] * 2 for _ in range(_ROW_BLOCKS)]
         d_words, d_places, aux_words, aux_places = [], [], [], []
-        for m, unit in itertools.product(range(FIT_COLUMNS // _COLUMNS_PER_MMA), range(units)):
+        for m, unit in itertools.product(range(SWAP_COLUMNS // _COLUMNS_PER_MMA), range(units)):
             place = (m * 4 + warp % 4) * units + unit
             c_words = []
             for i in range(0, epilogue.c_blocks, 2):
@@ -296,7 +294,7 @@ class SwappedMixin:
         return sums
 
     def _store_blocks(self, slot, words, places):
-        """Pairs of blocks of eight columns by ``FIT_ROWS`` rows."""
+        """Pairs of blocks of eight columns by ``SWAP_ROWS`` rows."""
         for i in range(0, len(words), 2):
             pointer = self._block_pointer(slot, places[i], places[i + 1])
             store_transposed_x4(pointer, words[i] + words[i + 1])
@@ -317,7 +315,7 @@ class SwappedMixin:
         base = cutlass.Int64(cursor[0]) * bias.stride[0]
         values = []
         lane_row = cute.arch.lane_idx() // 4
-        for first in range(0, FIT_COLUMNS, _COLUMNS_PER_MMA):
+        for first in range(0, SWAP_COLUMNS, _COLUMNS_PER_MMA):
             first = self._first_column(col, group) + first + warp % 4 * 16
             for half in range(2):
                 column = first + half * BLOCK + lane_row
@@ -332,7 +330,7 @@ class SwappedMixin:
         """Scores of this thread's rows of a chunk, 0 past the segment's end."""
         cursor, row, _, _ = context
         for i in cutlass.range_constexpr(2 * _ROW_BLOCKS):
-            r = cursor[3] + row + index * FIT_ROWS + self._row_of_pair(i // 2) + i % 2
+            r = cursor[3] + row + index * SWAP_ROWS + self._row_of_pair(i // 2) + i % 2
             value = Float32(0.0)
             if r < cursor[4]:
                 value = score[r]
@@ -343,10 +341,10 @@ class SwappedMixin:
         return block * BLOCK + cute.arch.lane_idx() % 4 * 2
 
     def _sum_slot(self, smem, group, now):
-        """``(warps, FIT_ROWS)`` sums of a warpgroup; even and odd chunks alternate."""
+        """``(warps, SWAP_ROWS)`` sums of a warpgroup; even and odd chunks alternate."""
         offset = self.smem.sums + group * self.smem.sum_bytes + now % 2 * (self.smem.sum_bytes // 2)
         pointer = cute.recast_ptr(smem + offset, dtype=Float32)
-        return cute.make_tensor(pointer, cute.make_layout((4, FIT_ROWS), stride=(FIT_ROWS, 1)))
+        return cute.make_tensor(pointer, cute.make_layout((4, SWAP_ROWS), stride=(SWAP_ROWS, 1)))
 
     @cute.jit
     def _share_sums(self, sums, smem, warp: Int32, group: Int32, now: Int32):
@@ -365,13 +363,13 @@ class SwappedMixin:
         now: Int32,
     ):  # fmt: skip
         """Adds the four warps' sums and writes the chunk's partial sums."""
-        cursor, row, col, sizes = context
+        cursor, row, col, _ = context
         first = self._first_column(col, group)
         lane = cute.arch.lane_idx()
-        r = cursor[3] + row + index * FIT_ROWS + lane
-        if warp % 4 == 1 and lane < FIT_ROWS and r < cursor[4] and first < sizes[1]:
+        r = cursor[3] + row + index * SWAP_ROWS + lane
+        if warp % 4 == 1 and lane < SWAP_ROWS and r < cursor[4]:
             slot = self._sum_slot(smem, group, now)
             total = slot[0, lane]
             for i in cutlass.range_constexpr(1, 4):
                 total = total + slot[i, lane]
-            row_sum[first // FIT_COLUMNS, r] = total
+            row_sum[first // SWAP_COLUMNS, r] = total

@@ -21,8 +21,10 @@ _ELEMENT_BYTES = 2
 _BARRIER_BYTES = 1024
 _MAX_STAGES = 8
 # Of tiles that fit their expert: rows that are stored at a time, and columns of a math warpgroup.
-FIT_ROWS = 16
-FIT_COLUMNS = 128
+SWAP_ROWS = 16
+SWAP_COLUMNS = 128
+_MOST_ACCUMULATORS = 192  # of a thread
+_MOST_SWAPPED_WITH_C = 160  # there the loaded values and row sums are alive too, and more spill
 TILE_SLOTS = 8  # tiles taken ahead of the slowest warp, with a dynamic tile order
 
 
@@ -34,9 +36,9 @@ class SharedMemoryPlan:
         self.b_bytes = config.tile_n * BLOCK_K * _ELEMENT_BYTES
         d_element_bytes = 4 if epilogue.accumulates else _ELEMENT_BYTES
         if config.swap_ab:
-            units = FIT_COLUMNS // epilogue.acc_blocks  # of a row of one warpgroup
-            self.d_bytes = FIT_ROWS * units * epilogue.d_blocks * d_element_bytes
-            self.aux_bytes = FIT_ROWS * units * epilogue.aux_blocks * _ELEMENT_BYTES
+            columns = SWAP_COLUMNS // epilogue.acc_blocks  # of a tensor with one block a unit
+            self.d_bytes = SWAP_ROWS * columns * epilogue.d_blocks * _ELEMENT_BYTES
+            self.aux_bytes = SWAP_ROWS * columns * epilogue.aux_blocks * _ELEMENT_BYTES
         else:
             rows = config.tile_m if config.schedule is Schedule.PINGPONG else config.tile_m // 2
             self.d_bytes = rows * epilogue.d_chunk * d_element_bytes
@@ -46,8 +48,8 @@ class SharedMemoryPlan:
         self.aux_stages = min(self.epilogue_stages, 2)
         self.group_bytes = self.epilogue_stages * self.d_bytes + self.aux_stages * self.aux_bytes
         self.c_slots = 2 * self.epilogue_stages if epilogue.c_blocks else 0
-        # Of row sums, by warpgroup, chunk and warp.
-        self.sum_bytes = 2 * 4 * FIT_ROWS * 4 if config.swap_ab and epilogue.has_row_sum else 0
+        # Row sums of a warpgroup, by even and odd chunks, warp and row.
+        self.sum_bytes = 2 * 4 * SWAP_ROWS * 4 if config.swap_ab and epilogue.has_row_sum else 0
         epilogue_bytes = 2 * (self.group_bytes + self.sum_bytes)
         free = SHARED_MEMORY_BYTES - _BARRIER_BYTES - epilogue_bytes
         self.stages = min(free // (self.a_bytes + self.b_bytes), _MAX_STAGES)
@@ -157,16 +159,16 @@ def _refuse_swapped(problem: Problem, config: TileConfig, remedy: str) -> Unsupp
         return Unsupported("swap_ab with an overlapped schedule: copies are not built", remedy)
     if config.cluster_n > 1:
         return Unsupported("swap_ab with cluster_n=2: 1x1 and 2x1 are built", remedy)
-    columns = FIT_COLUMNS * (1 if config.schedule is Schedule.PINGPONG else 2)
+    columns = SWAP_COLUMNS * (1 if config.schedule is Schedule.PINGPONG else 2)
     if config.tile_n != columns:
         return Unsupported(
             f"tile_n={config.tile_n} with swap_ab and a {config.schedule.value} schedule: "
             f"{columns} is built",
             remedy,
         )
-    if config.tile_m % FIT_ROWS or not 0 < config.tile_m <= 256:
+    if config.tile_m % SWAP_ROWS or not 0 < config.tile_m <= 256:
         return Unsupported(
-            f"tile_m={config.tile_m}: a multiple of {FIT_ROWS} up to 256 with swap_ab", remedy
+            f"tile_m={config.tile_m}: a multiple of {SWAP_ROWS} up to 256 with swap_ab", remedy
         )
     return None
 
@@ -177,8 +179,9 @@ def _refuse_sizes(
     """What registers and shared memory do not hold."""
     pingpong = config.schedule is Schedule.PINGPONG
     accumulators = config.tile_m * config.tile_n // WARPGROUP // (1 if pingpong else 2)
-    if accumulators > 192:
-        return Unsupported(f"{accumulators} accumulators per thread: at most 192", remedy)
+    most = _MOST_SWAPPED_WITH_C if config.swap_ab and epilogue.c_blocks else _MOST_ACCUMULATORS
+    if accumulators > most:
+        return Unsupported(f"{accumulators} accumulators per thread: at most {most}", remedy)
     if config.epilogue_stages < (2 if epilogue.c_blocks else 1):
         return Unsupported(
             f"epilogue_stages={config.epilogue_stages}: at least 2 where a tile is loaded, else 1",

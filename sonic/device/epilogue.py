@@ -1,9 +1,10 @@
 """Epilogues: functions from accumulator values to the values that are stored.
 
-A matrix-multiply accumulator, whatever the architecture, gives each thread pairs of neighbouring
-columns in blocks of eight. An epilogue therefore works on *units*: one or two such blocks of the
-accumulator, the blocks of a loaded tile C that belong to them, and the blocks of D and Aux that
-come out. A thread holds one pair per block; :meth:`Epilogue.unit` maps the pairs of one row.
+A matrix-multiply accumulator, whatever the architecture, gives each thread pairs of neighbours in
+blocks of eight columns: two columns of a row, or, of a transposed tile, two rows of a column. An
+epilogue therefore works on *units*: one or two such blocks of the accumulator, the blocks of a
+loaded tile C that belong to them, and the blocks of D and Aux that come out. A thread holds one
+pair per block; :meth:`Epilogue.unit` maps the pairs of one unit.
 
 Gated tensors keep eight gate columns and the eight up columns that belong to them side by side, so
 a unit has gate and up of the same columns in the same thread and needs no data from its neighbours.

@@ -121,7 +121,10 @@ class GatherMajorRows:
 
     @cute.jit
     def load(self, state, destination, k: Int32, rows):
-        """Issues the copies of rows ``[k, k + depth)`` of the segment, and of all its columns."""
+        """Issues the copies of rows ``[k, k + depth)`` of the segment.
+
+        ``rows`` is the other loader's: the extent here is the same for all tiles.
+        """
         _, _, first, tokens, _ = state
         step = self.threads // _PIECES_PER_ROW
         piece = self.thread % _PIECES_PER_ROW

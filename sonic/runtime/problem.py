@@ -109,7 +109,7 @@ class Problem(_HashedOnce):
 class Schedule(str, Enum):
     """How the math warpgroups of a CTA share the work."""
 
-    COOPERATIVE = "cooperative"  # both take half the rows of one tile
+    COOPERATIVE = "cooperative"  # both take half of one tile
     PINGPONG = "pingpong"  # each takes a whole tile, in turns
     OVERLAPPED = "overlapped"  # cooperative, and a tile is stored during the next one's main loop
 
@@ -137,8 +137,8 @@ class TileConfig(_HashedOnce):
 
     @property
     def row_sum_columns(self) -> int:
-        """Columns whose sum is one partial row sum."""
-        return min(self.tile_n, 128) if self.swap_ab else self.tile_n
+        """Columns whose sum is one partial row sum: with ``swap_ab`` those of a warpgroup."""
+        return 128 if self.swap_ab else self.tile_n
 
     @property
     def name(self) -> str:

@@ -124,7 +124,7 @@ class TimedGemm:
         """Which result of ``other`` is not that of ``config``, or ``None`` if all are."""
         expected, found = self._results(config), self._results(other)
         for name, right in expected.items():
-            if not self._agree(name, found[name], right):
+            if not self._agree(name, found[name], right, config.swap_ab == other.swap_ab):
                 return f"{name} differs from that of {config.name}"
         return None
 
@@ -142,10 +142,14 @@ class TimedGemm:
             results["row_sum"] = self._row_sums[:parts].sum(0)
         return results
 
-    def _agree(self, name: str, found: torch.Tensor, expected: torch.Tensor) -> bool:
-        """Bit for bit where an accumulator is only stored or added. An activation may see it
-        rounded to half precision, or not: ``_COPY`` of a value, which its derivative passes on."""
-        if self.problem.epilogue in (EpilogueKind.LINEAR, EpilogueKind.ACCUMULATE):
+    def _agree(
+        self, name: str, found: torch.Tensor, expected: torch.Tensor, same_order: bool
+    ) -> bool:
+        """Bit for bit where an accumulator is only stored or added, and summed in the same order.
+        An activation may see it rounded to half precision, or not: ``_COPY`` of a value, which its
+        derivative passes on."""
+        stored = self.problem.epilogue in (EpilogueKind.LINEAR, EpilogueKind.ACCUMULATE)
+        if stored and same_order:
             return torch.equal(found, expected)
         largest = expected.abs().amax().float() if expected.numel() else 0.0
         if name == "row_sum":

@@ -3,11 +3,11 @@
 import sys
 from dataclasses import replace
 
+from kernels_sm90.search import swapped_space
 from sonic.enums import ActivationType
 from sonic.runtime.backend import load_backend
 from sonic.runtime.problem import (
     Arch,
-    EpilogueKind,
     Operand,
     Problem,
     TileConfig,
@@ -52,12 +52,10 @@ def kernels(arch: Arch) -> list[tuple[Problem, TileConfig]]:
         for problem in layer_problems(activation, "bfloat16", has_bias=True):
             for config in _one_order_of_each(backend.candidates(problem)):
                 pairs[problem, config] = None
-    for problem in layer_problems(ActivationType.SWIGLU, "bfloat16", has_bias=True):
-        fitted = TileConfig(160, 256, epilogue_stages=1, swap_ab=True)
-        if problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
-            fitted = replace(fitted, epilogue_stages=3)
-        if backend.supports_config(problem, fitted) is None:
-            pairs[problem, fitted] = None
+    for problem in layer_problems(ActivationType.SWIGLU_OAI, "bfloat16", has_bias=True):
+        # The highest one of each schedule.
+        by_schedule = {config.schedule: config for config in swapped_space(problem)}
+        pairs |= {(problem, config): None for config in by_schedule.values()}
     return list(pairs)
 
 

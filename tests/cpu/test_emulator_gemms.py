@@ -118,9 +118,10 @@ def test_tiles(emulated_gemm, problem, config):  # noqa: F811
     emulated_gemm(GroupedGemm(problem, SIZES), config)
 
 
-# Tiles of three heights, in two columns of which the second is less than a warpgroup's share.
-FITTED_SIZES = Sizes(40, 264, 72, (130, 0, 7, 33))
-FITTED = [
+# Three heights, an expert that leaves the second CTA of a pair nothing, and outputs of one, two or
+# three warpgroups' shares of columns, the last one partial.
+SWAPPED_SIZES = Sizes(40, 264, 136, (130, 0, 1, 33))
+SWAPPED = [
     (DOWN, TileConfig(48, 256, epilogue_stages=1, swap_ab=True)),
     (down_problem("float16", True), TileConfig(64, 256, 2, swap_ab=True)),
     (
@@ -147,10 +148,17 @@ FITTED = [
 ]
 
 
-@pytest.mark.parametrize(("problem", "config"), FITTED, ids=lambda v: v.name)
+@pytest.mark.parametrize(("problem", "config"), SWAPPED, ids=lambda v: v.name)
 def test_tiles_that_fit_their_expert(emulated_gemm, problem, config):  # noqa: F811
     """Every epilogue, single CTAs and pairs that share weights, both schedules."""
-    emulated_gemm(GroupedGemm(problem, FITTED_SIZES), config)
+    layout = (GateUpLayout.INTERLEAVED, GateUpLayout.CONCATENATED)[config.tile_m % 64 == 0]
+    emulated_gemm(GroupedGemm(problem, SWAPPED_SIZES, layout), config)
+
+
+def test_a_tile_of_the_greatest_height(emulated_gemm):  # noqa: F811
+    """Rows of one tile and a bit, and of a tile that is as high as may be."""
+    config = TileConfig(176, 256, epilogue_stages=1, dynamic=True, swap_ab=True)
+    emulated_gemm(GroupedGemm(DOWN, Sizes(40, 136, 72, (176, 180))), config, runs=((0, EXACT),))
 
 
 @pytest.mark.parametrize("counts", [(1,), (64, 0, 128)], ids=str)

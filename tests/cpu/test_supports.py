@@ -31,7 +31,7 @@ DX = up_backward_act_problem("bfloat16", gated=False)
 DH = down_backward_act_problem(SWIGLU, "bfloat16")
 COOPERATIVE = TileConfig(128, 128)
 PINGPONG = TileConfig(128, 128, schedule=Schedule.PINGPONG)
-FITTED = TileConfig(160, 256, swap_ab=True)
+SWAPPED = TileConfig(160, 256, swap_ab=True)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
@@ -90,18 +90,18 @@ CONFIGS = {
     "a dynamic order of clusters": (
         DOWN, COOPERATIVE, {"dynamic": True, "cluster_m": 2}, "a dynamic tile order of clusters",
     ),
-    "rows of a tile that fits": (DOWN, FITTED, {"tile_m": 120}, "tile_m=120: a multiple of 16"),
-    "columns of a tile that fits": (DOWN, FITTED, {"tile_n": 128}, "256 is built"),
+    "rows of a tile that fits": (DOWN, SWAPPED, {"tile_m": 120}, "tile_m=120: a multiple of 16"),
+    "columns of a tile that fits": (DOWN, SWAPPED, {"tile_n": 128}, "256 is built"),
     "columns of a tile by turns": (
-        DOWN, FITTED, {"schedule": Schedule.PINGPONG}, "a pingpong schedule: 128 is built",
+        DOWN, SWAPPED, {"schedule": Schedule.PINGPONG}, "a pingpong schedule: 128 is built",
     ),
     "schedule of a tile that fits": (
-        DOWN, FITTED, {"schedule": Schedule.OVERLAPPED}, "an overlapped schedule",
+        DOWN, SWAPPED, {"schedule": Schedule.OVERLAPPED}, "an overlapped schedule",
     ),
-    "cluster of a tile that fits": (DOWN, FITTED, {"cluster_n": 2}, "1x1 and 2x1 are built"),
-    "accumulators of a tile that fits": (DOWN, FITTED, {"tile_m": 208}, "208 accumulators"),
+    "cluster of a tile that fits": (DOWN, SWAPPED, {"cluster_n": 2}, "1x1 and 2x1 are built"),
+    "accumulators of a tile that fits": (DOWN, SWAPPED, {"tile_m": 208}, "208 accumulators"),
     "a weight gradient that fits": (DW, COOPERATIVE, {"swap_ab": True}, "no ragged rows"),
-    "split rows": (DOWN, FITTED, {"split": True}, "a split reduction of anything but"),
+    "split rows": (DOWN, SWAPPED, {"split": True}, "a split reduction of anything but"),
     "cluster": (DOWN, COOPERATIVE, {"cluster_m": 2, "cluster_n": 2}, "cluster 2x2"),
     "shared gathered rows": (GATHERED, COOPERATIVE, {"cluster_n": 2}, "multicast of the gathered"),
     "shared gathered columns": (

@@ -15,14 +15,16 @@ from benchmarks.tiles import (
     asked_shapes,
     asked_spaces,
     drawn_shapes,
-    fitted_tilings,
     launches,
     seconds,
     small_tilings,
+    swapped_tilings,
     tilings,
 )
 from kernels_sm90 import BACKEND
-from kernels_sm90.tiles import supports_config
+from kernels_sm90.search import swapped_space
+from kernels_sm90.tiles import SWAP_COLUMNS, SharedMemoryPlan, supports_config
+from sonic.device.blocks import EpilogueBlocks
 from sonic.enums import ActivationType
 from sonic.runtime.problem import Problem, Ragged, TileConfig, layer_problems
 from tests.refusals import as_typed, refusal
@@ -59,13 +61,29 @@ def test_small_tilings_are_single_legal_and_in_one_order() -> None:
         assert len(set(space)) == len(space) < 20
 
 
-def test_fitted_tilings_stand_beside_the_candidates() -> None:
+def test_swapped_tilings_stand_beside_the_candidates() -> None:
     for problem in layer_problems(ActivationType.SWIGLU, "bfloat16", False):
-        space = fitted_tilings(BACKEND, problem)
+        space = swapped_tilings(BACKEND, problem)
         fitted = {config for config in space if config.swap_ab}
         assert bool(fitted) == (problem.ragged is Ragged.ROWS)
-        assert set(space) - fitted <= set(BACKEND.candidates(problem))
-        assert all(supports_config(problem, config) is None for config in fitted)
+        assert set(space) - fitted == {c for c in BACKEND.candidates(problem) if not c.split}
+
+
+def test_swapped_tilings_leave_the_main_loop_its_stages() -> None:
+    for problem in layer_problems(ActivationType.SWIGLU, "bfloat16", False):
+        epilogue = EpilogueBlocks.of(problem)
+        for config in swapped_space(problem):
+            stages = SharedMemoryPlan(problem, config, epilogue).stages
+            more = replace(config, epilogue_stages=config.epilogue_stages + 1)
+            least = replace(config, epilogue_stages=2 if epilogue.c_blocks else 1)
+            fewer = SharedMemoryPlan(problem, more, epilogue).stages
+            assert config.epilogue_stages in (2, 3) or fewer < stages
+            if config.epilogue_stages > 2:
+                assert stages == SharedMemoryPlan(problem, least, epilogue).stages
+
+
+def test_the_partial_sums_of_swapped_tiles_are_of_a_warpgroup() -> None:
+    assert TileConfig(128, 256, swap_ab=True).row_sum_columns == SWAP_COLUMNS
 
 
 def test_a_sweep_of_given_layers_has_what_the_choice_takes_there() -> None:
