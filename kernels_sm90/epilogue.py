@@ -51,6 +51,10 @@ class EpilogueMixin:
         plan = self.smem
         return (plan.aux_stages if self.epilogue.aux_blocks else plan.epilogue_stages) > 1
 
+    def output_boxes(self):
+        """Rows, columns of D and columns of Aux that one TMA instruction stores."""
+        return self.rows_per_group, self.epilogue.d_chunk, self.epilogue.aux_chunk
+
     def _chunks(self) -> int:
         return self.config.tile_n // self.epilogue.acc_chunk
 

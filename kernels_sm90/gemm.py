@@ -26,9 +26,9 @@ from cutlass.experimental.cuda import TensorMap
 
 from kernels_sm90.epilogue import EpilogueMixin
 from kernels_sm90.mainloop import MainloopMixin
-from kernels_sm90.swapped import COLUMNS_PER_STORE, SwappedMixin
+from kernels_sm90.swapped import SwappedMixin
 from kernels_sm90.tile_queue import TileQueueMixin
-from kernels_sm90.tiles import BLOCK_K, SWAP_ROWS, TILE_SLOTS, WARPGROUP, SharedMemoryPlan
+from kernels_sm90.tiles import BLOCK_K, TILE_SLOTS, WARPGROUP, SharedMemoryPlan
 from sonic.device import tensormap
 from sonic.device.epilogue import make_epilogue
 from sonic.device.scheduler import (
@@ -42,7 +42,7 @@ from sonic.runtime.problem import EpilogueKind, Operand, Problem, Ragged, Schedu
 _DTYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 
 
-class GroupedGemmSm90(TileQueueMixin, MainloopMixin, SwappedMixin, EpilogueMixin):
+class GroupedGemmSm90(SwappedMixin, TileQueueMixin, MainloopMixin, EpilogueMixin):
     """One grouped GEMM, specialised by ``Problem`` and ``TileConfig``; sizes are run-time values.
 
     Roles: warpgroup 0 loads (warp 0 issues TMA; if it gathers, all four warps issue cp.async);
@@ -89,6 +89,7 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, SwappedMixin, EpilogueMixin
         self.cluster_size = config.cluster_size
         self.dynamic = config.dynamic
         self.swapped = config.swap_ab
+        self.seeks_early = self.swapped and not self.pingpong
         self.smem = SharedMemoryPlan(problem, config, self.epilogue)
         self.stages = self.smem.stages
         self.threads = (1 + self.math_groups) * WARPGROUP
@@ -137,7 +138,7 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, SwappedMixin, EpilogueMixin
         """
         config, problem = self.config, self.problem
         gated = problem.gated_rows
-        rows_box, d_box, aux_box = self._output_boxes()
+        rows_box, d_box, aux_box = self.output_boxes()
         a_map, b_map, c_map, d_map, aux_map = None, None, None, None, None
         if cutlass.const_expr(self.ragged_rows):
             if cutlass.const_expr(not self.gather_a):
@@ -187,12 +188,6 @@ class GroupedGemmSm90(TileQueueMixin, MainloopMixin, SwappedMixin, EpilogueMixin
             min_blocks_per_mp=1,
             stream=stream,
         )  # fmt: skip
-
-    def _output_boxes(self):
-        """Rows, columns of D and columns of Aux that one TMA instruction stores."""
-        if self.swapped:
-            return SWAP_ROWS, COLUMNS_PER_STORE, COLUMNS_PER_STORE
-        return self.rows_per_group, self.epilogue.d_chunk, self.epilogue.aux_chunk
 
     @cute.kernel
     def kernel(

@@ -7,7 +7,7 @@ from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
 from kernels_sm90.accumulator import saved_accumulator
-from kernels_sm90.tiles import BLOCK_K, SWAP_ROWS, WARPGROUP
+from kernels_sm90.tiles import BLOCK_K, WARPGROUP
 from sonic.device.gather import GatherMajorColumns, GatherMajorRows
 from sonic.device.ptx import elect_one_lane, tma_load
 from sonic.device.scheduler import start_cursor
@@ -77,7 +77,7 @@ class MainloopMixin:
                 if warp == 0:
                     if elect_one_lane():
                         cute.arch.mbarrier_arrive_and_expect_tx(full, self._tma_bytes(height))
-                        self._load_a(a_map, smem, stage, full, begin, end, row, k, height)
+                        self.load_a(a_map, smem, stage, full, begin, end, row, k, height)
                         self._load_b(b_map, smem, stage, full, expert, begin, end, col, k)
                 if cutlass.const_expr(loader is not None):
                     destination = smem + self._gathered_offset(stage)
@@ -138,14 +138,21 @@ class MainloopMixin:
 
     def _tma_bytes(self, height):
         """Bytes that TMA brings to this CTA per stage, its peers' shares included."""
-        a_bytes = self.smem.a_bytes
-        if self.gather_a:
-            a_bytes = 0
-        elif self.swapped:
-            rows = self.rows_per_load()
-            a_bytes = (height + rows - 1) // rows * (rows * SWIZZLE_ROW_BYTES)
+        a_bytes = 0 if self.gather_a else self.a_bytes(height)
         b_bytes = 0 if self.gather_b else self.smem.b_bytes
         return a_bytes + b_bytes
+
+    def a_bytes(self, height):
+        """Bytes of a stage of A, however many rows the tile has."""
+        return self.smem.a_bytes
+
+    def tile_height(self, cursor, counts):
+        """Rows of a tile of the cursor's expert, of the last one at most."""
+        return self.config.tile_m
+
+    def rows_per_load(self) -> int:
+        """Rows of A, one of several CTAs' share, that a TMA instruction loads."""
+        return self.config.tile_m // self.config.cluster_n
 
     def _share(self, ctas: int):
         """``(this CTA's share of a multicast operand, CTA mask)`` for ``ctas`` receivers."""
@@ -154,14 +161,12 @@ class MainloopMixin:
         return cute.arch.block_idx_in_cluster(), cutlass.Int16((1 << ctas) - 1)
 
     @cute.jit
-    def _load_a(self, a_map, smem, stage, full, begin, end, row, k, height):
+    def load_a(self, a_map, smem, stage, full, begin, end, row, k, height):
         if cutlass.const_expr(not self.gather_a):
             config = self.config
             share, mask = self._share(config.cluster_n)
             base = smem + (self.smem.a + stage * self.smem.a_bytes)
-            if cutlass.const_expr(self.swapped):
-                self.load_rows(a_map, base, full, begin + row, k, height)
-            elif cutlass.const_expr(self.ragged_rows):
+            if cutlass.const_expr(self.ragged_rows):
                 rows = self.rows_per_load()
                 tma_load(
                     base + share * (rows * SWIZZLE_ROW_BYTES),
@@ -241,9 +246,7 @@ class MainloopMixin:
         counts = self.tile_counts(sizes)
         num_experts = Int32(offset_by_expert.shape[0] - 1)
         tile, tile_step = self.cluster_position()
-        operands, accumulator = (
-            self.make_swapped_mma(smem, group) if self.swapped else self._make_mma(smem, group)
-        )
+        operands, accumulator = self.make_mma(smem, group)
         position = Int32(0)  # stages that earlier tiles consumed, the other warpgroup's too
         chunk, turn = Int32(0), Int32(0)
         cursor = self.seek(tile, start_cursor(), offset_by_expert, sizes)
@@ -256,15 +259,10 @@ class MainloopMixin:
                     cursor = self.seek(tile, cursor, offset_by_expert, sizes)
         while cursor[0] < num_experts:
             row, col = self.locate(tile, cursor, counts)
-            context = (cursor, row, col, sizes)
-            if cutlass.const_expr(self.swapped):
-                context = self.only_own_rows(context, group)
-                self.prefetch_rows_of_c(maps[0], context, smem, warp, group, chunk)
-            else:
-                self.prefetch_c(maps[0], context, smem, warp, group, chunk)
+            context = self.own_share((cursor, row, col, sizes), group)
+            self.prefetch_c(maps[0], context, smem, warp, group, chunk)
             k_tiles = self.k_tiles(cursor, sizes)
-            seek_early = self.swapped and not self.pingpong
-            if cutlass.const_expr(seek_early):
+            if cutlass.const_expr(self.seeks_early):
                 tile, turn, following, consumed = self._seek_next(
                     (tile, turn, cursor), tile_step, k_tiles, offset_by_expert, sizes, smem
                 )
@@ -272,27 +270,16 @@ class MainloopMixin:
                 # A stage's barrier tells even from odd fills only, so a warpgroup may wait on one
                 # no earlier than the other has seen all fills before its own.
                 self._take_turn(group)
-            if cutlass.const_expr(self.swapped):
-                self.multiply_rows(operands, accumulator, k_tiles, position, smem, context, group)
-            else:
-                accumulator.fill(0.0)
-                self._multiply(operands, accumulator, k_tiles, self._start_ring(position), smem)
-                if cutlass.const_expr(self.pingpong):
-                    self._pass_turn(group)
-            if cutlass.const_expr(not seek_early):
+            self.multiply_tile(operands, accumulator, k_tiles, position, smem, context, group)
+            if cutlass.const_expr(not self.seeks_early):
                 tile, turn, following, consumed = self._seek_next(
                     (tile, turn, cursor), tile_step, k_tiles, offset_by_expert, sizes, smem
                 )
             self._finish_multiply(k_tiles, position, smem)
             position = position + consumed
-            if cutlass.const_expr(self.swapped):
-                chunk = self.store_rows(
-                    accumulator, maps, vectors, context, bias_strides, smem, warp, group, chunk
-                )
-            else:
-                chunk = self.store_tile(
-                    accumulator, maps, vectors, context, bias_strides, smem, warp, group, chunk
-                )
+            chunk = self.store_tile(
+                accumulator, maps, vectors, context, bias_strides, smem, warp, group, chunk
+            )
             cursor = following
 
     @cute.jit
@@ -329,7 +316,7 @@ class MainloopMixin:
         counts = self.tile_counts(sizes)
         num_experts = Int32(offset_by_expert.shape[0] - 1)
         tile, tile_step = self.cluster_position()
-        operands, accumulator = self._make_mma(smem, group)
+        operands, accumulator = self.make_mma(smem, group)
         saved = saved_accumulator(self.rows_per_group, self.config.tile_n, self.stored_unchanged())
         rows = self.make_row_state()
         chunk, turn = Int32(0), Int32(0)
@@ -383,8 +370,22 @@ class MainloopMixin:
                 saved, accumulator, vectors[0], (cursor, row, col, sizes), bias_strides
             )
 
+    def own_share(self, context, group):
+        """What of a tile's context this warpgroup multiplies and stores."""
+        return context
+
     @cute.jit
-    def _make_mma(self, smem, group: Int32):
+    def multiply_tile(
+        self, operands, accumulator, k_tiles: Int32, position, smem, context, group: Int32
+    ):
+        """The tile's main loop, issued but for its end, and the turn passed."""
+        accumulator.fill(0.0)
+        self._multiply(operands, accumulator, k_tiles, self._start_ring(position), smem)
+        if cutlass.const_expr(self.pingpong):
+            self._pass_turn(group)
+
+    @cute.jit
+    def make_mma(self, smem, group: Int32):
         """``((tiled MMA, A and B descriptors of all stages), accumulator)`` of one warpgroup."""
         config, plan = self.config, self.smem
         mma = sm90.make_trivial_tiled_mma(
@@ -406,12 +407,6 @@ class MainloopMixin:
         shape = thread_mma.partition_shape_C((rows, config.tile_n))
         mma.set(warpgroup.Field.ACCUMULATE, True)
         return (mma, a_fragments, b_fragments), cute.make_rmem_tensor(shape, Float32)
-
-    def rows_per_load(self) -> int:
-        """Rows of A, one of several CTAs' share, that a TMA instruction loads."""
-        if self.swapped:
-            return 2 * SWAP_ROWS if self.config.tile_m % (2 * SWAP_ROWS) == 0 else SWAP_ROWS
-        return self.config.tile_m // self.config.cluster_n
 
     def _start_ring(self, position):
         """Consumer state at the start of a tile: stage, phase, stage before it, steps so far."""

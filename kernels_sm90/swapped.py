@@ -33,7 +33,7 @@ from sonic.device.ptx import (
 )
 from sonic.device.tensormap import ragged_coordinates
 
-COLUMNS_PER_STORE = 64  # one 128-byte swizzle span
+_COLUMNS_PER_STORE = 64  # one 128-byte swizzle span
 _COLUMNS_PER_MMA = 64  # of one wgmma; 16 per warp, 8 per half
 _ROW_BYTES = 128
 _STORE_BYTES = SWAP_ROWS * _ROW_BYTES
@@ -41,25 +41,71 @@ _ROW_BLOCKS = SWAP_ROWS // BLOCK
 
 
 class SwappedMixin:
-    """Main loop and epilogue of tiles that fit the rows of their expert."""
+    """Main loop and epilogue of tiles that fit the rows of their expert.
 
-    @cute.jit
+    Comes before the mixins that it overrides, and is theirs where operands are not swapped.
+    """
+
+    def output_boxes(self):
+        if not self.swapped:
+            return super().output_boxes()
+        return SWAP_ROWS, _COLUMNS_PER_STORE, _COLUMNS_PER_STORE
+
+    def rows_per_load(self) -> int:
+        if not self.swapped:
+            return super().rows_per_load()
+        return 2 * SWAP_ROWS if self.config.tile_m % (2 * SWAP_ROWS) == 0 else SWAP_ROWS
+
+    def a_bytes(self, height):
+        if not self.swapped:
+            return super().a_bytes(height)
+        rows = self.rows_per_load()
+        return (height + rows - 1) // rows * (rows * _ROW_BYTES)
+
     def tile_height(self, cursor, counts):
-        """Rows of each tile of the cursor's expert, of the last one at most."""
-        if cutlass.const_expr(self.swapped):
-            _, _, tiles, begin, end = cursor
-            tiles_m = cutlass.max(tiles // counts[1], 1) * self.config.cluster_m
-            height = cute.ceil_div(end - begin, tiles_m)
+        if not self.swapped:
+            return super().tile_height(cursor, counts)
+        _, _, tiles, begin, end = cursor
+        tiles_m = cutlass.max(tiles // counts[1], 1) * self.config.cluster_m
+        return cute.ceil_div(end - begin, tiles_m)
+
+    def load_a(self, a_map, smem, stage, full, begin, end, row, k, height):
+        if self.gather_a or not self.swapped:
+            super().load_a(a_map, smem, stage, full, begin, end, row, k, height)
         else:
-            height = self.config.tile_m
-        return height
+            base = smem + (self.smem.a + stage * self.smem.a_bytes)
+            self._load_rows(a_map, base, full, begin + row, k, height)
+
+    def own_share(self, context, group):
+        if not self.swapped:
+            return super().own_share(context, group)
+        return self._only_own_rows(context, group)
+
+    def prefetch_c(self, c_map, context, smem, warp, group, chunk):
+        prefetch = self._prefetch_rows_of_c if self.swapped else super().prefetch_c
+        prefetch(c_map, context, smem, warp, group, chunk)
+
+    def make_mma(self, smem, group):
+        return (
+            self._make_swapped_mma(smem, group) if self.swapped else super().make_mma(smem, group)
+        )
+
+    def multiply_tile(self, operands, accumulator, k_tiles, position, smem, context, group):
+        multiply = self._multiply_rows if self.swapped else super().multiply_tile
+        multiply(operands, accumulator, k_tiles, position, smem, context, group)
+
+    def store_tile(
+        self, accumulator, maps, vectors, context, bias_strides, smem, warp, group, chunk
+    ):
+        store = self._store_rows if self.swapped else super().store_tile
+        return store(accumulator, maps, vectors, context, bias_strides, smem, warp, group, chunk)
 
     def _first_column(self, col, group):
         """Of this warpgroup's columns of the tile at ``col``: half of them, or all in turns."""
         return col if self.pingpong else col + group * SWAP_COLUMNS
 
     @cute.jit
-    def only_own_rows(self, context, group: Int32):
+    def _only_own_rows(self, context, group: Int32):
         """The tile's context with the segment's end at that of this warpgroup's rows.
 
         Where its columns do not exist it has none. What is loaded and stored through a ragged
@@ -74,7 +120,7 @@ class SwappedMixin:
         return (expert, first, tiles, begin, end), row, col, sizes
 
     def _own_rows(self, context):
-        """Number of rows of :meth:`only_own_rows`, or less than none."""
+        """Number of rows of :meth:`_only_own_rows`, or less than none."""
         cursor, row, _, _ = context
         return cursor[4] - cursor[3] - row
 
@@ -86,15 +132,15 @@ class SwappedMixin:
         return [h for h in range(BLOCK, most + 1, BLOCK) if h % SWAP_ROWS == 0 or 2 * h > most]
 
     @cute.jit
-    def load_rows(self, a_map, base, full, first, k, height: Int32):
+    def _load_rows(self, a_map, base, full, first, k, height: Int32):
         """TMA loads of a stage of the rows, and of a few more where they do not divide."""
         rows = self.rows_per_load()
         for i in cutlass.range_constexpr(self.config.tile_m // rows):
             if i * rows < height:
                 tma_load(base + i * rows * _ROW_BYTES, a_map, [k, first + i * rows], full)
 
-    def make_swapped_mma(self, smem, group):
-        """``(operands as of ``_make_mma`` for each height, accumulator of the greatest)``."""
+    def _make_swapped_mma(self, smem, group):
+        """``(operands as of ``make_mma`` for each height, accumulator of the greatest)``."""
         config, plan = self.config, self.smem
         weights = smem + plan.b + self._first_column(0, group) * _ROW_BYTES
         swizzle, layout = self.smem_layout(SWAP_COLUMNS, config.tile_n, self.b_is_k_major)
@@ -121,7 +167,7 @@ class SwappedMixin:
         return tuple(operands), cute.make_rmem_tensor(shape, Float32)
 
     @cute.jit
-    def multiply_rows(
+    def _multiply_rows(
         self, operands, accumulator, k_tiles: Int32, position, smem, context, group: Int32
     ):
         """The main loop of the least height that has the rows, to its end, and the turn passed;
@@ -147,7 +193,7 @@ class SwappedMixin:
         return cute.make_tensor(accumulator.iterator, layout)
 
     @cute.jit
-    def prefetch_rows_of_c(self, c_map, context, smem, warp: Int32, group: Int32, chunk: Int32):
+    def _prefetch_rows_of_c(self, c_map, context, smem, warp: Int32, group: Int32, chunk: Int32):
         """Starts the loads of the tile's first C chunks before the main loop, the rest up to L2."""
         if cutlass.const_expr(self.epilogue.c_blocks > 0):
             if warp % 4 == 0:
@@ -188,11 +234,11 @@ class SwappedMixin:
         """
         cursor, row, col, _ = context
         column = self._first_column(col, group) * blocks // self.epilogue.acc_blocks
-        column = column + store * COLUMNS_PER_STORE
+        column = column + store * _COLUMNS_PER_STORE
         return ragged_coordinates(column, row + index * SWAP_ROWS, cursor[3], cursor[4])
 
     @cute.jit
-    def store_rows(
+    def _store_rows(
         self, accumulator, maps, vectors, context, bias_strides, smem,
         warp: Int32, group: Int32, chunk: Int32,
     ) -> Int32:  # fmt: skip
@@ -240,7 +286,7 @@ class SwappedMixin:
 
     def _store_slot(self, tensor_map, context, group, index, slot, blocks):
         columns = SWAP_COLUMNS * blocks // self.epilogue.acc_blocks
-        for i in range(columns // COLUMNS_PER_STORE):
+        for i in range(columns // _COLUMNS_PER_STORE):
             coordinates = self._store_coordinates(context, group, index, i, blocks)
             tma_store(tensor_map, slot + i * _STORE_BYTES, coordinates)
 
