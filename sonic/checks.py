@@ -270,6 +270,16 @@ def check_tensor(op: str, name: str, value: Any, axes: tuple[str, ...], todo: st
         )
 
 
+def check_table(op: str, name: str, value: Any, allowed: str = "(T, E)") -> None:
+    """``value`` is a strided tensor with two axes, tokens and experts."""
+    check_is_tensor(op, name, value)
+    if value.dim() != 2:
+        todo = f"Flatten the leading axes: {name}.flatten(0, -2)."
+        if value.dim() < 2:
+            todo = f"Pass one row of {name} per token."
+        raise ShapeError(message(op, f"{name} has shape {tuple(value.shape)}", allowed, todo))
+
+
 def check_shape(op: str, name: str, value: Tensor, expected: dict[str, Any], todo: str) -> None:
     """``value.shape`` equals ``expected``, a mapping from axis name to size."""
     if tuple(value.shape) != tuple(expected.values()):

@@ -144,11 +144,7 @@ def _check(
     ids: Tensor | None,
     route: Route,
 ) -> None:
-    if logits.dim() != 2:
-        todo = "Flatten the leading axes: logits.flatten(0, -2)."
-        if logits.dim() < 2:
-            todo = "Pass one row of logits per token."
-        raise _shape_error("logits", logits, "(T, E)", todo)
+    checks.check_table("route", "logits", logits)
     num_tokens, num_columns = logits.shape
     if not 1 <= num_columns <= MAX_EXPERTS:
         raise _shape_error("logits", logits, f"1 to {MAX_EXPERTS} columns", "Pass (T, E) logits.")

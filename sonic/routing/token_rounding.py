@@ -332,12 +332,7 @@ def resolve_tile(op: str, tile: int | str) -> int:
 
 
 def _check_table(op: str, name: str, table: Tensor, top_k: int) -> None:
-    checks.check_is_tensor(op, name, table)
-    if table.dim() != 2:
-        todo = f"Flatten the leading axes: {name}.flatten(0, -2)."
-        if table.dim() < 2:
-            todo = f"Pass one row of {name} per token."
-        raise ShapeError(message(op, f"{name} has shape {tuple(table.shape)}", "(T, E)", todo))
+    checks.check_table(op, name, table)
     num_experts = table.shape[1]
     if not 1 <= num_experts <= MAX_EXPERTS:
         todo = f"Give one column of {name} per expert."

@@ -76,13 +76,7 @@ def topk_routing(
 def _checked(logits: Tensor, top_k: int, order: ScoreOrder | str) -> str:
     """The order's value, if the arguments are right."""
     op = "topk_routing"
-    checks.check_is_tensor(op, "logits", logits)
-    if logits.dim() != 2:
-        todo = "Flatten the leading axes: logits.flatten(0, -2)."
-        if logits.dim() < 2:
-            todo = "Pass one row of logits per token."
-        came = f"logits has shape {tuple(logits.shape)}"
-        raise ShapeError(message(op, came, "2 axes, (T, E)", todo))
+    checks.check_table(op, "logits", logits, "2 axes, (T, E)")
     num_experts = logits.shape[1]
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise ShapeError(
