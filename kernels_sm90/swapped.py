@@ -19,6 +19,7 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
+from kernels_sm90.mainloop import SWIZZLE_ROW_BYTES
 from kernels_sm90.tiles import SWAP_COLUMNS, SWAP_ROWS
 from sonic.device.blocks import BLOCK
 from sonic.device.ptx import (
@@ -35,8 +36,7 @@ from sonic.device.tensormap import ragged_coordinates
 
 _COLUMNS_PER_STORE = 64  # one 128-byte swizzle span
 _COLUMNS_PER_MMA = 64  # of one wgmma; 16 per warp, 8 per half
-_ROW_BYTES = 128
-_STORE_BYTES = SWAP_ROWS * _ROW_BYTES
+_STORE_BYTES = SWAP_ROWS * SWIZZLE_ROW_BYTES
 _ROW_BLOCKS = SWAP_ROWS // BLOCK
 
 
@@ -60,7 +60,7 @@ class SwappedMixin:
         if not self.swapped:
             return super().a_bytes(height)
         rows = self.rows_per_load()
-        return (height + rows - 1) // rows * (rows * _ROW_BYTES)
+        return (height + rows - 1) // rows * (rows * SWIZZLE_ROW_BYTES)
 
     def tile_height(self, cursor, counts):
         if not self.swapped:
@@ -137,12 +137,12 @@ class SwappedMixin:
         rows = self.rows_per_load()
         for i in cutlass.range_constexpr(self.config.tile_m // rows):
             if i * rows < height:
-                tma_load(base + i * rows * _ROW_BYTES, a_map, [k, first + i * rows], full)
+                tma_load(base + i * rows * SWIZZLE_ROW_BYTES, a_map, [k, first + i * rows], full)
 
     def _make_swapped_mma(self, smem, group):
         """``(operands as of ``make_mma`` for each height, accumulator of the greatest)``."""
         config, plan = self.config, self.smem
-        weights = smem + plan.b + self._first_column(0, group) * _ROW_BYTES
+        weights = smem + plan.b + self._first_column(0, group) * SWIZZLE_ROW_BYTES
         swizzle, layout = self.smem_layout(SWAP_COLUMNS, config.tile_n, self.b_is_k_major)
         weights = cute.make_tensor(cute.recast_ptr(weights, swizzle, dtype=self.dtype), layout)
         operands = []
@@ -349,9 +349,9 @@ class SwappedMixin:
         """This lane's row of two blocks: lanes 0-15 that of the first one, 16-31 of the second."""
         lane = cute.arch.lane_idx()
         place = first + lane // 16 * (second - first)
-        per_row = _ROW_BYTES // 16
+        per_row = SWIZZLE_ROW_BYTES // 16
         piece = (place % per_row) ^ (lane % per_row)
-        return slot + (place // per_row * _STORE_BYTES + lane % 16 * _ROW_BYTES + piece * 16)
+        return slot + (place // per_row * _STORE_BYTES + lane % 16 * SWIZZLE_ROW_BYTES + piece * 16)
 
     def _bias_of_columns(self, bias, context, bias_strides, warp, group):
         """Bias of this thread's columns, two of every 64, or ``None``; zero past the last one."""
