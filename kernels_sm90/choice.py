@@ -82,10 +82,18 @@ class _Tiling(NamedTuple):
     epilogue_stages: int
     step: float  # of the main loop: BLOCK_K of the reduction
     rest: float  # of a tile: its start, and of its epilogue what nothing hides
+    fits: bool = False  # as high as its expert needs; ``step`` and ``rest`` are of a full one
 
     def config(self, order: _Order) -> TileConfig:
         return TileConfig(
-            self.tile_m, self.tile_n, self.cluster_m, 1, self.schedule, self.epilogue_stages, *order
+            self.tile_m,
+            self.tile_n,
+            self.cluster_m,
+            1,
+            self.schedule,
+            self.epilogue_stages,
+            *order,
+            swap_ab=self.fits,
         )
 
 
@@ -104,6 +112,8 @@ _UP = (
     _Tiling(128, 192, 1, _OVERLAPPED, 1, step=0.647, rest=0.98),
     _Tiling(128, 128, 1, _OVERLAPPED, 1, step=0.462, rest=0.76),
     _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.769, rest=0.90),
+    _Tiling(160, 256, 1, _COOPERATIVE, 1, step=1.0, rest=4.0, fits=True),
+    _Tiling(160, 256, 2, _COOPERATIVE, 1, step=1.0, rest=4.0, fits=True),
 )
 # Where SMs are idle there is no next tile to hide an epilogue behind, and a copy only costs: of the
 # time of 128x128 overlapped this took 0.93 to 0.95 in three such layers.
@@ -114,6 +124,9 @@ _DOWN = (
     _Tiling(128, 128, 1, _PINGPONG, 2, step=0.369, rest=0.87),
     _Tiling(128, 192, 2, _PINGPONG, 2, step=0.500, rest=0.55),
     _Tiling(128, 192, 2, _OVERLAPPED, 1, step=0.480, rest=1.10),
+    _Tiling(176, 256, 1, _COOPERATIVE, 1, step=1.0, rest=3.0, fits=True),
+    _Tiling(160, 128, 1, _PINGPONG, 1, step=0.5, rest=1.0, fits=True),
+    _Tiling(160, 128, 2, _PINGPONG, 1, step=0.5, rest=1.0, fits=True),
 )
 # Over few waves it was 3 to 11% behind 128x128 ping-pong in four layers of few experts.
 _DOWN_OF_MANY_WAVES = _Tiling(128, 128, 1, _OVERLAPPED, 1, step=0.345, rest=1.93)
@@ -130,6 +143,8 @@ _UP_BACKWARD = (
     _Tiling(128, 128, 1, _PINGPONG, 2, step=0.385, rest=1.60),
     _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.767, rest=1.05),
     _Tiling(128, 128, 2, _PINGPONG, 2, step=0.353, rest=1.12),
+    _Tiling(176, 256, 1, _COOPERATIVE, 1, step=1.0, rest=3.0, fits=True),
+    _Tiling(176, 256, 2, _COOPERATIVE, 1, step=1.0, rest=3.0, fits=True),
 )
 _DOWN_WEIGHT = (
     _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.873, rest=1.03),
@@ -518,7 +533,12 @@ def candidates(problem: Problem) -> list[TileConfig]:
     if problem.ragged is Ragged.REDUCTION:
         few = []
     orders = [_Order(*flags) for flags in itertools.product((False, True), repeat=2)]
-    ordered = [tiling.config(order) for tiling in _tilings(problem) for order in orders]
+    ordered = [
+        tiling.config(order)
+        for tiling in _tilings(problem)
+        for order in orders
+        if order.dynamic or not tiling.fits or tiling.cluster_m > 1
+    ]
     if problem.epilogue is EpilogueKind.ACTIVATION:
         ordered.append(_UP_ALONE.config(_FIXED_ALONG_N))
     ordered += [replace(config, split=True) for config in ordered]
