@@ -49,6 +49,7 @@ _SHARPNESS = 7  # of the greater of the times for multiplying and for traffic: a
 _KERNELS = 4  # of one GEMM, for all numbers of rows: each costs seconds when a layer is first used
 _KERNELS_OF_TWINS = 3  # where others of its kind are compiled too, see _limit
 _TOLERANCE = 1.025  # further kernels are not worth compiling
+_ROUNDED_ROWS = 3.5  # by which the height of a tile that fits exceeds its rows: to eights
 _HOPELESS = 2.0  # times the best, or more: as bad as any
 _WRONG_ORDER = 1.03  # what it costs, about, to take tiles in the order of other numbers of rows
 _FEW_WAVES, _MANY_WAVES = 10, 32
@@ -82,7 +83,13 @@ class _Tiling(NamedTuple):
     epilogue_stages: int
     step: float  # of the main loop: BLOCK_K of the reduction
     rest: float  # of a tile: its start, and of its epilogue what nothing hides
-    fits: bool = False  # as high as its expert needs; ``step`` and ``rest`` are of a full one
+    # Of tiles as high as their expert needs, for which ``step`` and ``rest`` are those of a full
+    # one: the share of ``step`` that all heights have.
+    fixed: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.fixed is not None
 
     def config(self, order: _Order) -> TileConfig:
         return TileConfig(
@@ -112,8 +119,8 @@ _UP = (
     _Tiling(128, 192, 1, _OVERLAPPED, 1, step=0.647, rest=0.98),
     _Tiling(128, 128, 1, _OVERLAPPED, 1, step=0.462, rest=0.76),
     _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.769, rest=0.90),
-    _Tiling(160, 256, 1, _COOPERATIVE, 1, step=1.0, rest=4.0, fits=True),
-    _Tiling(160, 256, 2, _COOPERATIVE, 1, step=1.0, rest=4.0, fits=True),
+    _Tiling(160, 256, 1, _COOPERATIVE, 1, step=1.096, rest=7.87, fixed=0.22),
+    _Tiling(160, 256, 2, _COOPERATIVE, 1, step=1.010, rest=9.81, fixed=0.41),
 )
 # Where SMs are idle there is no next tile to hide an epilogue behind, and a copy only costs: of the
 # time of 128x128 overlapped this took 0.93 to 0.95 in three such layers.
@@ -124,9 +131,7 @@ _DOWN = (
     _Tiling(128, 128, 1, _PINGPONG, 2, step=0.369, rest=0.87),
     _Tiling(128, 192, 2, _PINGPONG, 2, step=0.500, rest=0.55),
     _Tiling(128, 192, 2, _OVERLAPPED, 1, step=0.480, rest=1.10),
-    _Tiling(176, 256, 1, _COOPERATIVE, 1, step=1.0, rest=3.0, fits=True),
-    _Tiling(160, 128, 1, _PINGPONG, 1, step=0.5, rest=1.0, fits=True),
-    _Tiling(160, 128, 2, _PINGPONG, 1, step=0.5, rest=1.0, fits=True),
+    _Tiling(160, 128, 2, _PINGPONG, 1, step=0.381, rest=2.14, fixed=0.73),
 )
 # Over few waves it was 3 to 11% behind 128x128 ping-pong in four layers of few experts.
 _DOWN_OF_MANY_WAVES = _Tiling(128, 128, 1, _OVERLAPPED, 1, step=0.345, rest=1.93)
@@ -143,8 +148,8 @@ _UP_BACKWARD = (
     _Tiling(128, 128, 1, _PINGPONG, 2, step=0.385, rest=1.60),
     _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.767, rest=1.05),
     _Tiling(128, 128, 2, _PINGPONG, 2, step=0.353, rest=1.12),
-    _Tiling(176, 256, 1, _COOPERATIVE, 1, step=1.0, rest=3.0, fits=True),
-    _Tiling(176, 256, 2, _COOPERATIVE, 1, step=1.0, rest=3.0, fits=True),
+    _Tiling(176, 256, 1, _COOPERATIVE, 1, step=1.052, rest=5.31, fixed=0.19),
+    _Tiling(176, 256, 2, _COOPERATIVE, 1, step=0.955, rest=7.78, fixed=0.38),
 )
 _DOWN_WEIGHT = (
     _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.873, rest=1.03),
@@ -204,12 +209,14 @@ class _Grid(NamedTuple):
     steps: float  # of a tile's main loop
     waves: float
     stored: float  # share of the tiles that hold output: a cluster may have an idle CTA
+    filled: float  # rows of a tile that fits its expert, over those of a full one
     padding: float  # area of the tiles over that of the output, as far as extents are known
 
     @classmethod
     def of(cls, problem: Problem, tiling: _Tiling, size: _Size) -> _Grid:
         along_n = -(-size.n // tiling.tile_n)
         padding = along_n * tiling.tile_n / size.n
+        filled = 1.0
         if problem.ragged is Ragged.REDUCTION:
             along_m = float(-(-size.k // (tiling.tile_m * tiling.cluster_m)) * tiling.cluster_m)
             padding *= along_m * tiling.tile_m / size.k
@@ -219,8 +226,11 @@ class _Grid(NamedTuple):
             along_m = clusters * tiling.cluster_m
             steps = float(-(-size.k // BLOCK_K))
             stored = _expected_tiles(size.rows, tiling.tile_m) / along_m
+            if tiling.fits:
+                stored = 1.0
+                filled = min((size.rows / along_m + _ROUNDED_ROWS) / tiling.tile_m, 1.0)
         waves = size.experts * along_m * along_n / _SMS
-        return cls(along_m, along_n, steps, waves, stored, padding)
+        return cls(along_m, along_n, steps, waves, stored, filled, padding)
 
 
 def _traffic(problem: Problem, size: _Size) -> float:
@@ -245,7 +255,10 @@ def _microseconds(
 ) -> float:
     begun = max(grid.waves, 1.0)  # less than a wave takes as long as its tiles
     waves = begun + _STARTED_WAVE * (math.ceil(begun) - begun) + _RAMP
-    multiplying = waves * (grid.steps * tiling.step + grid.stored * tiling.rest)
+    fixed = 1.0 if tiling.fixed is None else tiling.fixed
+    step = tiling.step * (fixed + (1.0 - fixed) * grid.filled)
+    rest = tiling.rest * grid.stored * grid.filled
+    multiplying = waves * (grid.steps * step + rest)
     moving = _traffic(problem, size) / _BYTES_PER_MICROSECOND
     moving *= waves / begun * grid.padding**_PADDED
     if problem.ragged is Ragged.ROWS and not order.dynamic and grid.waves >= _MANY_WAVES:
@@ -262,10 +275,14 @@ def _order(problem: Problem, tiling: _Tiling, size: _Size, grid: _Grid) -> _Orde
     """
     if problem.ragged is Ragged.REDUCTION:
         return _order_of_weight_gradient(problem, tiling, size, grid)
-    if tiling.cluster_m > 1 or grid.waves < _FEW_WAVES:
-        return _FIXED_ALONG_N
     tiles = grid.along_m * grid.along_n  # of an expert
     weights = _ELEMENT_BYTES * size.n * size.k * max(1.0, _SMS / tiles)  # that one wave reads
+    if tiling.fits:
+        single = tiling.cluster_m == 1
+        along_m = single or not problem.transposed_weight or weights > _CACHE_BYTES
+        return _Order(along_m, dynamic=single)
+    if tiling.cluster_m > 1 or grid.waves < _FEW_WAVES:
+        return _FIXED_ALONG_N
     exceed = weights > _CACHE_BYTES  # then they are best read by neighbours, at once
     many_waves = grid.waves >= _MANY_WAVES
     if problem.epilogue is EpilogueKind.ACTIVATION:
