@@ -324,6 +324,13 @@ def times_beside(path: Path) -> Path:
     return Path(f"{path}.times.gz")
 
 
+def gpu_of(path: Path) -> str:
+    """The GPU of the times in ``path``, by the result file beside it; the H200 without one."""
+    beside = Path(str(path).removesuffix(".times.gz"))
+    known = beside != path and beside.is_file()
+    return str(Result.read(beside).head["device"]) if known else "H200"
+
+
 def _values(config: TileConfig) -> list[object]:
     return [getattr(value, "value", value) for value in astuple(config)]
 
@@ -334,7 +341,7 @@ def review(path: Path, json_file: Path | None) -> None:
 
     :raises ValueError: one of the files is not what it has to be.
     """
-    sweep = Sweep.read_times(path, load_backend(Arch.SM90))
+    sweep = Sweep.read_times(path, load_backend(Arch.SM90).for_gpu(gpu_of(path)))
     if json_file is not None and not json_file.is_file():
         raise ValueError(f"there is no {json_file}, whose ratios --json would bring up to date")
     head = None if json_file is None else Result.read(json_file).head

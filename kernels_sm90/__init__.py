@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from kernels_sm90 import choice, search, tiles
@@ -10,6 +11,14 @@ from sonic.runtime.problem import Arch, Problem, TileConfig, Unsupported
 
 class _Backend:
     arch = Arch.SM90
+    gpus = tuple(choice.CARDS)
+
+    def __init__(self, gpu: str) -> None:
+        self.gpu = gpu
+        self._card = choice.CARDS[gpu]
+
+    def for_gpu(self, gpu: str) -> _Backend:
+        return _for_kind(choice.kind_of(gpu))
 
     def supports(self, problem: Problem) -> Unsupported | None:
         return tiles.supports(problem)
@@ -20,10 +29,10 @@ class _Backend:
     def default_config(
         self, problem: Problem, rows_per_expert: int, n: int, k: int, experts: int
     ) -> TileConfig:
-        return choice.default_config(problem, rows_per_expert, n, k, experts)
+        return choice.default_config(problem, rows_per_expert, n, k, experts, self._card)
 
     def default_configs(self, problem: Problem, n: int, k: int, experts: int) -> list[TileConfig]:
-        return choice.default_configs(problem, n, k, experts)
+        return choice.default_configs(problem, n, k, experts, self._card)
 
     def candidates(self, problem: Problem) -> list[TileConfig]:
         return choice.candidates(problem)
@@ -37,4 +46,9 @@ class _Backend:
         return compile_kernel(problem, config)
 
 
-BACKEND = _Backend()
+@functools.cache
+def _for_kind(gpu: str) -> _Backend:
+    return _Backend(gpu)
+
+
+BACKEND = _for_kind("H200")

@@ -39,7 +39,6 @@ from sonic.runtime.problem import (
 
 _SMS = 132
 _CACHE_BYTES = 40e6  # what weights can have of 50 MB of L2
-_BYTES_PER_MICROSECOND = 4.4e6  # from and to memory
 _ELEMENT_BYTES = 2
 _STARTED_WAVE = 0.5  # what the missing tiles of the last wave cost, beside those that are there
 _DRIFT = 1.04  # what a fixed stride costs over many waves
@@ -55,6 +54,7 @@ _WRONG_ORDER = 1.03  # what it costs, about, to take tiles in the order of other
 _FEW_WAVES, _MANY_WAVES = 10, 32
 _FEW_ROWS = 32  # of an expert: fewer only read its weights, see _few_rows
 _ROWS_OF_WIDE_HALVES = 8
+_ROWS_OF_ONE_TILE = 128  # then tiles that fit were up to 15% behind, and never ahead
 _HALF_TILE_ROWS = 40  # of an expert on average, where hardly any has more than 64
 _MOST_SMS = 0.9  # of a wave: enough to read weights at full bandwidth; assumed
 _FEW_TILES = _SMS // 4  # of a weight gradient
@@ -64,6 +64,23 @@ _MOST_ROWS = 4096  # more count as so many; with a few experts that is up to a f
 _COOPERATIVE, _PINGPONG, _OVERLAPPED = Schedule.COOPERATIVE, Schedule.PINGPONG, Schedule.OVERLAPPED
 
 
+class Card(NamedTuple):
+    """What tells one GPU from another here."""
+
+    bytes_per_microsecond: float  # from and to memory
+    drifts: bool  # what SMs that drift apart read again takes longer than multiplying
+    # Times over those on an H200, where a tile takes its two costs: of CTAs that share weights, and
+    # of gathers for two tiles at a time.
+    pairs: float = 1.0
+    gathers_by_turns: float = 1.0
+
+
+H200 = Card(4.4e6, drifts=False)
+# Also of any other Hopper card: a counter costs less than drifting where there is no need for it.
+H100 = Card(3.2e6, drifts=True, pairs=0.96, gathers_by_turns=1.05)
+CARDS = {"H100": H100, "H200": H200}
+
+
 class _Size(NamedTuple):
     """What tiles are chosen for; ``n`` and ``k`` as for :func:`default_config`."""
 
@@ -71,6 +88,7 @@ class _Size(NamedTuple):
     n: int
     k: int
     experts: int
+    card: Card = H200
 
 
 class _Tiling(NamedTuple):
@@ -112,6 +130,7 @@ class _Order(NamedTuple):
 
 
 _FIXED_ALONG_N = _Order(along_m=False, dynamic=False)
+_COUNTED_ALONG_M = _Order(along_m=True, dynamic=True)
 
 # The GEMMs of a layer, as ``sonic.runtime.problem`` names them. All tiles of ragged rows have 128.
 _UP = (
@@ -119,8 +138,8 @@ _UP = (
     _Tiling(128, 192, 1, _OVERLAPPED, 1, step=0.647, rest=0.98),
     _Tiling(128, 128, 1, _OVERLAPPED, 1, step=0.462, rest=0.76),
     _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.769, rest=0.90),
-    _Tiling(160, 256, 1, _COOPERATIVE, 1, step=1.096, rest=7.87, fixed=0.22),
-    _Tiling(160, 256, 2, _COOPERATIVE, 1, step=1.010, rest=9.81, fixed=0.41),
+    _Tiling(160, 256, 1, _COOPERATIVE, 1, step=1.063, rest=7.63, fixed=0.22),
+    _Tiling(160, 256, 2, _COOPERATIVE, 1, step=0.980, rest=9.52, fixed=0.41),
 )
 # Where SMs are idle there is no next tile to hide an epilogue behind, and a copy only costs: of the
 # time of 128x128 overlapped this took 0.93 to 0.95 in three such layers.
@@ -259,7 +278,11 @@ def _microseconds(
     step = tiling.step * (fixed + (1.0 - fixed) * grid.filled)
     rest = tiling.rest * grid.stored * grid.filled
     multiplying = waves * (grid.steps * step + rest)
-    moving = _traffic(problem, size) / _BYTES_PER_MICROSECOND
+    if tiling.cluster_m > 1:
+        multiplying *= size.card.pairs
+    if problem.gather is not None and tiling.schedule is _PINGPONG:
+        multiplying *= size.card.gathers_by_turns
+    moving = _traffic(problem, size) / size.card.bytes_per_microsecond
     moving *= waves / begun * grid.padding**_PADDED
     if problem.ragged is Ragged.ROWS and not order.dynamic and grid.waves >= _MANY_WAVES:
         waves_drift = _DRIFT
@@ -283,6 +306,8 @@ def _order(problem: Problem, tiling: _Tiling, size: _Size, grid: _Grid) -> _Orde
         return _Order(along_m, dynamic=single)
     if tiling.cluster_m > 1 or grid.waves < _FEW_WAVES:
         return _FIXED_ALONG_N
+    if size.card.drifts:
+        return _COUNTED_ALONG_M
     exceed = weights > _CACHE_BYTES  # then they are best read by neighbours, at once
     many_waves = grid.waves >= _MANY_WAVES
     if problem.epilogue is EpilogueKind.ACTIVATION:
@@ -302,7 +327,8 @@ def _order_of_linear(
 ) -> _Order:
     """Of the down-projection and of dX, whose rows lie in order: no gather slows their loads."""
     pingpong = tiling.schedule is _PINGPONG
-    counted = _Order(along_m=pingpong or weights > _CACHE_BYTES, dynamic=True)
+    most = _CACHE_BYTES if problem.transposed_weight else _CACHE_BYTES / 2
+    counted = _Order(along_m=pingpong or weights > most, dynamic=True)
     if problem.transposed_weight:
         fixed = size.k <= 512 if pingpong else size.rows >= 1024
         return _FIXED_ALONG_N if fixed else counted
@@ -324,6 +350,8 @@ def _order_of_weight_gradient(
     stores_only = grid.steps < (1.7 if tiling.tile_m == 256 else 1.1)
     if stores_only and grid.waves >= _FEW_WAVES:
         return _Order(along_m=False, dynamic=True)
+    if size.card.drifts and grid.waves >= _FEW_WAVES and not 128 <= size.rows < 512:
+        return _COUNTED_ALONG_M
     if problem.gather is not Operand.B:
         return _Order(along_m=True, dynamic=False)
     output = _ELEMENT_BYTES * size.n * size.k  # of an expert
@@ -426,11 +454,14 @@ def _rivals(problem: Problem, size: _Size) -> list[_Tiling]:
         least = min(tiling.tile_n for tiling in tilings)
         widest = max(size.n, least)
         alone = [_UP_ALONE] if problem.epilogue is EpilogueKind.ACTIVATION else []
-        return alone + [t for t in tilings if t.cluster_m == 1 and t.tile_n <= widest]
+        plain = [t for t in tilings if t.cluster_m == 1 and not t.fits]
+        return alone + [t for t in plain if t.tile_n <= widest]
     down = problem.epilogue is EpilogueKind.LINEAR and problem.is_forward
     most = 300 if down else 1024
     if problem.ragged is Ragged.ROWS and size.rows >= most:
-        return [t for t in tilings if t.cluster_m == 1]  # many row tiles share weights as it is
+        tilings = tuple(t for t in tilings if t.cluster_m == 1)  # many row tiles share as it is
+    if size.rows <= _ROWS_OF_ONE_TILE:
+        tilings = tuple(t for t in tilings if not t.fits)
     return list(tilings)
 
 
@@ -497,10 +528,10 @@ class _Cover:
 
 
 @functools.lru_cache(maxsize=1024)
-def _choices(problem: Problem, n: int, k: int, experts: int) -> dict[int, TileConfig]:
+def _choices(problem: Problem, n: int, k: int, experts: int, card: Card) -> dict[int, TileConfig]:
     """Tiles by class of rows: the best of the few that together serve all classes best, beside one
     for those with few rows, and one for those with idle SMs."""
-    sizes = {rows: _Size(rows, n, k, experts) for rows in _CLASSES_OF_ROWS}
+    sizes = {rows: _Size(rows, n, k, experts, card) for rows in _CLASSES_OF_ROWS}
     choices = {rows: _few_rows(problem, s) for rows, s in sizes.items() if _only_reads(problem, s)}
     modelled = {rows: size for rows, size in sizes.items() if rows not in choices}
     full = {rows: s for rows, s in modelled.items() if _fills_a_wave(problem, s)}
@@ -526,21 +557,28 @@ def _is_split(problem: Problem, config: TileConfig, n: int, k: int, experts: int
     return tiles <= _FEW_TILES and _LEAST_SPLIT_EXPERTS <= experts <= MAX_SPLIT_EXPERTS
 
 
+def kind_of(gpu: str) -> str:
+    """Which of ``CARDS`` has the tiles for ``gpu``, named as the driver does."""
+    return "H200" if "H200" in gpu.split() else "H100"
+
+
 def default_config(
-    problem: Problem, rows_per_expert: int, n: int, k: int, experts: int
+    problem: Problem, rows_per_expert: int, n: int, k: int, experts: int, card: Card = H200
 ) -> TileConfig:
     """The tiles of the least expected time for this size. Pure and deterministic.
 
     ``n``: columns of the output. ``k``: the weight's other axis, which is the reduction for ragged
     rows and the rows of the output for a ragged reduction.
     """
-    choices = _choices(problem, n, k, max(experts, 1))
+    choices = _choices(problem, n, k, max(experts, 1), card)
     return choices[_class_of_rows(rows_per_expert)]
 
 
-def default_configs(problem: Problem, n: int, k: int, experts: int) -> list[TileConfig]:
+def default_configs(
+    problem: Problem, n: int, k: int, experts: int, card: Card = H200
+) -> list[TileConfig]:
     """Every choice of :func:`default_config` for these, whatever the rows per expert."""
-    return list(dict.fromkeys(_choices(problem, n, k, max(experts, 1)).values()))
+    return list(dict.fromkeys(_choices(problem, n, k, max(experts, 1), card).values()))
 
 
 def candidates(problem: Problem) -> list[TileConfig]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import platform
@@ -32,6 +33,7 @@ from sonic.runtime.problem import (
 )
 
 if TYPE_CHECKING:
+    from sonic.runtime.backend import Backend
     from sonic.runtime.settings import CacheMode
 
 _ELEMENT_BYTES = 2  # of bfloat16 and float16
@@ -174,6 +176,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     compiling.set_defaults(run=_compile)
     compiling.add_argument("--arch", choices=[a.value for a in Arch], default=Arch.SM90.value)
+    compiling.add_argument(
+        "--gpu",
+        metavar="KIND",
+        action="append",
+        help="only the tiles of this kind of GPU, H100 or H200; may be repeated; default: of all",
+    )
     _add_layer_arguments(compiling, compiling)
     compiling.add_argument(
         "--these_tokens",
@@ -239,17 +247,33 @@ def _compile(parsed: argparse.Namespace) -> int:
     folder = folder_to_fill(arch)
     how = ActivationType(parsed.activation), parsed.dtype, parsed.add_bias
     kernels: dict[tuple[Problem, TileConfig], None] = {}
-    for size in parsed.thiek:
+    for chosen_for, size in itertools.product(_asked_gpus(backend, parsed.gpu), parsed.thiek):
         if parsed.these_tokens:
-            kernels |= dict.fromkeys(layer_kernels(backend.default_config, size, *how))
+            kernels |= dict.fromkeys(layer_kernels(chosen_for.default_config, size, *how))
         else:
-            configs = backend.default_configs
+            configs = chosen_for.default_configs
             kernels |= dict.fromkeys(layer_kernels_of_any_tokens(configs, size, *how))
     if parsed.inference:
         kernels = {kernel: None for kernel in kernels if kernel[0].is_of_inference}
     jobs = min(parsed.jobs, len(kernels))
     print(f"{len(kernels)} kernels for {arch.value} into {folder}, {jobs} at a time")
     return compile_kernels(arch, list(kernels), jobs)
+
+
+def _asked_gpus(backend: Backend, kinds: list[str] | None) -> list[Backend]:
+    """``backend`` for each kind of GPU that is asked for.
+
+    :raises ArgumentError: there is no such kind.
+    """
+    from sonic.runtime.errors import ArgumentError
+
+    for kind in kinds or ():
+        if kind not in backend.gpus:
+            raise ArgumentError(
+                f"--gpu {kind}: {backend.arch.value} kernels choose tiles for "
+                f"{' and '.join(backend.gpus)}; give one of these, or leave it out for all"
+            )
+    return [backend.for_gpu(kind) for kind in dict.fromkeys(kinds or backend.gpus)]
 
 
 def folder_to_fill(arch: Arch) -> Path:

@@ -23,9 +23,16 @@ class Backend(Protocol):
     """The one interface of a kernel package."""
 
     arch: Arch
+    gpus: tuple[str, ...]
+    """The kinds of GPU that tiles are chosen for."""
+    gpu: str
+    """The kind that this object chooses for."""
 
     def __hash__(self) -> int:
-        """A package's backend is one object, so identity will do."""
+        """A package has one object for each kind of GPU, so identity will do."""
+
+    def for_gpu(self, gpu: str) -> Backend:
+        """What chooses tiles for this GPU: one of ``gpus``, or a name as the driver has it."""
 
     def supports(self, problem: Problem) -> Unsupported | None:
         """Why ``problem`` cannot run, or ``None``."""
@@ -112,6 +119,11 @@ def _arch_of_device(index: int) -> Arch | None:
     return _ARCH_BY_MAJOR.get(torch.cuda.get_device_capability(index)[0])
 
 
+@functools.cache
+def _for_device(backend: Backend, index: int) -> Backend:
+    return backend.for_gpu(torch.cuda.get_device_name(index))
+
+
 def _check_device_exists(index: int | None, instead: str | None = _REFERENCE_HINT) -> None:
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else f": torch {torch.__version__} is built without CUDA"
@@ -152,7 +164,7 @@ def backend_for(device: torch.device, instead: str | None = _REFERENCE_HINT) -> 
             "exist for 9.0 (Hopper), and 10.x and 12.x follow. To go on, "
             f"{instead or 'choose one of these'}"
         )
-    return load_backend(arch, instead)
+    return _for_device(load_backend(arch, instead), index)
 
 
 def is_available(device: torch.device | str | int | None = None) -> Availability:

@@ -68,7 +68,8 @@ def fill_cache(
     """
     if up.activation is None:
         raise ValueError(f"{up.name} is no up-projection")
-    arch, cache = backend_for(device).arch, kernel_cache()
+    backend, cache = backend_for(device), kernel_cache()
+    arch = backend.arch
     key = KernelKey(arch, up, config)
     if cache.settings.compile is CompileMode.NEEDED or not cache.keeps(arch) or cache.holds(key):
         return
@@ -83,7 +84,8 @@ def fill_cache(
         return
     intermediate = width // 2 if up.activation.is_gated else width
     command = [
-        *(sys.executable, "-m", "sonic", "compile", "--arch", arch.value, "--jobs", str(jobs)),
+        *(sys.executable, "-m", "sonic", "compile", "--arch", arch.value, "--gpu", backend.gpu),
+        *("--jobs", str(jobs)),
         *("--thiek", f"1,{hidden},{intermediate},{experts},1"),
         *("--activation", up.activation.value, "--dtype", up.dtype),
         *(["--add_bias"] if up.has_bias else []),

@@ -60,13 +60,14 @@ def numbers_of_tokens(size: cli.LayerSize) -> list[int]:
 
 
 @pytest.mark.parametrize("size", sizes(), ids=str)
+@pytest.mark.parametrize("gpu", BACKEND.gpus)
 @pytest.mark.parametrize("activation", [ActivationType.SWIGLU, ActivationType.RELU_SQ])
-def test_any_number_of_tokens_chooses_from_what_is_compiled(size, activation):
-    how = activation, "bfloat16", True
-    compiled = cli.layer_kernels_of_any_tokens(BACKEND.default_configs, size, *how)
+def test_any_number_of_tokens_chooses_from_what_is_compiled(size, gpu, activation):
+    backend, how = BACKEND.for_gpu(gpu), (activation, "bfloat16", True)
+    compiled = cli.layer_kernels_of_any_tokens(backend.default_configs, size, *how)
     chosen = set()
     for tokens in numbers_of_tokens(size):
-        chosen |= set(cli.layer_kernels(BACKEND.default_config, replace(size, tokens=tokens), *how))
+        chosen |= set(cli.layer_kernels(backend.default_config, replace(size, tokens=tokens), *how))
     assert chosen <= set(compiled) and len(set(compiled)) == len(compiled)
     assert len(compiled) <= 34, "every one is seconds of a first call"
 

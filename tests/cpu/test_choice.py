@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.shapes import DECODE_SHAPE, NAMED_SHAPES, Shape
 from benchmarks.tiles import launches
-from kernels_sm90 import choice
+from kernels_sm90 import BACKEND, choice
 from kernels_sm90.tiles import supports_config
 from sonic.enums import ActivationType
 from sonic.runtime.launch import later_parts
@@ -82,6 +82,42 @@ def test_parts_are_a_sixteenth_of_the_share_of_an_sm(rows: int, experts: int) ->
     if parts > 1:
         size = rows_per_part(rows, parts)
         assert size >= max(rows * 12 / 132 / 16, 2 * rows / experts, 512)
+
+
+def test_cards_are_told_by_the_name_of_the_gpu() -> None:
+    for gpu, kind in (
+        ("NVIDIA H200", "H200"),
+        ("H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA GH200 480GB", "H100"),
+        ("NVIDIA H20", "H100"),
+    ):
+        assert BACKEND.for_gpu(gpu).gpu == kind
+        assert BACKEND.for_gpu(gpu) is BACKEND.for_gpu(kind)
+
+
+def test_an_h100_takes_tiles_from_a_counter_wherever_there_are_many() -> None:
+    """There SMs that drift apart lose up to 1.7 times in rows, as in the committed sweep."""
+    for named in NAMED_SHAPES:
+        for problem, n, k in launches(named.shape).values():
+            if problem.ragged is Ragged.ROWS:
+                rows = named.shape.rows // named.shape.E
+                config = BACKEND.for_gpu("H100").default_config(problem, rows, n, k, named.shape.E)
+                assert config.dynamic or config.cluster_m == 2, (named.letter, config.name)
+
+
+def test_tiles_fit_where_the_last_row_tile_is_a_large_part() -> None:
+    """Experts of 256 rows in tiles of 128 multiply 24% padding; of 2048 rows hardly any."""
+    for shape, fits in (
+        (Shape(8192, 2880, 2880, 128, 4), True),
+        (Shape(65536, 2880, 2880, 128, 4), False),
+    ):
+        for gemm in ("up", "down", "dx"):
+            problem, n, k = launches(shape)[gemm]
+            for gpu in BACKEND.gpus:
+                rows = shape.rows // shape.E
+                config = BACKEND.for_gpu(gpu).default_config(problem, rows, n, k, shape.E)
+                assert config.swap_ab is fits, (shape, gemm, gpu)
 
 
 def test_two_row_tiles_of_an_expert_share_its_weights() -> None:

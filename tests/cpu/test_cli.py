@@ -198,13 +198,27 @@ def test_every_number_of_tokens_is_compiled_unless_one_is_asked_for(directory, m
     every, one = filled
     how = ActivationType.SWIGLU, "bfloat16", True
     size = cli.LayerSize(64, 1024, 512, 64, 2)  # more than one wave, with many tokens
-    expected = cli.layer_kernels(backend.default_config, size, *how)
-    expected += cli.layer_kernels(backend.default_config, replace(size, tokens=9), *how)
-    assert set(one) == set(expected)
-    configs = backend.default_configs
-    assert set(every) == set(cli.layer_kernels_of_any_tokens(configs, size, *how))
+    expected, all_tokens = set(), {}
+    for gpu in backend.gpus:
+        chosen = backend.for_gpu(gpu)
+        expected |= set(cli.layer_kernels(chosen.default_config, size, *how))
+        expected |= set(cli.layer_kernels(chosen.default_config, replace(size, tokens=9), *how))
+        configs = chosen.default_configs
+        all_tokens[gpu] = set(cli.layer_kernels_of_any_tokens(configs, size, *how))
+    assert set(one) == expected
+    assert set(every) == set().union(*all_tokens.values())
     assert set(one) < set(every) and len(set(every)) == len(every)
     assert f"{len(every)} kernels for sm90" in capsys.readouterr().out
+    for gpu in backend.gpus:
+        filled.clear()
+        cli.main([*command, "--gpu", gpu])
+        assert set(filled[0]) == all_tokens[gpu] < set(every)
+
+
+def test_a_gpu_without_tiles_of_its_own_is_refused(directory, capsys):
+    assert cli.main(["compile", "--thiek", "64,1024,512,64,2", "--gpu", "A100"]) == 2
+    said = capsys.readouterr().err
+    assert "--gpu A100" in said and "H100 and H200" in said and "leave it out" in said
 
 
 # ------------------------------------------------------------------------------ end to end

@@ -82,7 +82,7 @@ def test_the_command_compiles_what_the_layer_launches(machine, activation, bias)
     (size,) = parsed.thiek
     told = ActivationType(parsed.activation), parsed.dtype, parsed.add_bias
     assert told == (activation, "float16", bias) and parsed.arch == "sm90"
-    assert not parsed.these_tokens
+    assert not parsed.these_tokens and parsed.gpu == [BACKEND.gpu]
     compiled = cli.layer_kernels_of_any_tokens(BACKEND.default_configs, size, *told)
     layer = cli.LayerSize(4096, HIDDEN, INTERMEDIATE, EXPERTS, 2)
     if bias:
@@ -106,6 +106,7 @@ def test_inference_compiles_a_part_and_training_the_rest(machine):
         cli, "compile_kernels", lambda arch, kernels, jobs: compiled.extend(kernels)
     )
     cli._compile(parsed)
+    assert parsed.gpu == ["H200"]
     every = cli.layer_kernels_of_any_tokens(
         BACKEND.default_configs, parsed.thiek[0], ActivationType.SWIGLU, "bfloat16", False
     )

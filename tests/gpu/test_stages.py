@@ -51,6 +51,8 @@ def check(stage, config, case, monkeypatch):
 @pytest.mark.parametrize("config", ROW_TILES, ids=lambda config: config.name)
 @pytest.mark.parametrize("stage", ROW_STAGES)
 def test_ragged_rows(stage, config, case, monkeypatch):
+    if config.swap_ab and config.tile_m > 160 and stage == "down_backward_act":
+        config = replace(config, tile_m=144)  # with rows of C in registers too, see tiles.py
     check(stage, config, case, monkeypatch)
 
 
