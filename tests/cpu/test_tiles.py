@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tiles
-from benchmarks.report import HEAD_KEYS, RESULTS, TILED_GEMMS, Figures, Result, tiles_table
+from benchmarks.report import HEAD_KEYS, RESULTS, TABLES, TILED_GEMMS, Figures, Result
 from benchmarks.shapes import BARS, Shape
 from benchmarks.tiles import (
     SEED,
@@ -148,7 +148,7 @@ def test_a_sweep_says_what_the_choice_costs(
         chosen = [sweep.chosen(gemm, shape) for shape in sweep.shapes]
         expected = [1.0 if config == space[1] else 1.25 for config in chosen]
         assert [sweep.ratio(gemm, index) for index in range(2)] == expected
-    monkeypatch.setattr(tiles, "environment", lambda device: dict.fromkeys(HEAD_KEYS, ""))
+    monkeypatch.setattr(tiles, "environment", lambda device: dict.fromkeys(HEAD_KEYS, "x"))
     result = tmp_path / "2026-01-01-tiles.json"
     sweep.write(result)
     capsys.readouterr()
@@ -156,7 +156,7 @@ def test_a_sweep_says_what_the_choice_costs(
     tiles.main()
     printed = capsys.readouterr().out
     assert sweep.summary() in printed and sweep.line("dw1", 1) in printed
-    table = tiles_table(Figures(tmp_path))
+    table = TABLES["tiles"](Figures(tmp_path))
     assert "| 64, 64, 64, 8, 2 | 1.250" in table and "| worst |" in table
     assert result.name in table
 
