@@ -27,6 +27,7 @@ from kernels_sm90.tiles import SWAP_COLUMNS, SharedMemoryPlan, supports_config
 from sonic.device.blocks import EpilogueBlocks
 from sonic.enums import ActivationType
 from sonic.runtime.problem import Problem, Ragged, TileConfig, layer_problems
+from sonic.runtime.tuning import Results
 from tests.refusals import as_typed, refusal
 
 
@@ -113,13 +114,18 @@ class _TimedGemm:
     wrong: frozenset[TileConfig] = frozenset()
 
     def __init__(self, problem: Problem, *_: object) -> None:
-        self.best = tilings(BACKEND, problem)[1]
+        self.best, self.computed = tilings(BACKEND, problem)[1], 0
 
     def warm_up(self, config: TileConfig) -> None:
         pass
 
-    def difference(self, config: TileConfig, other: TileConfig) -> str | None:
-        return f"d differs from that of {config.name}" if other in self.wrong else None
+    def results(self, config: TileConfig) -> Results:
+        self.computed += 1
+        assert self.computed == 1, "the choice was computed more than once"
+        return Results(config, {})
+
+    def difference(self, expected: Results, config: TileConfig) -> str | None:
+        return f"d differs from that of {expected.config.name}" if config in self.wrong else None
 
     def milliseconds(self, config: TileConfig, seconds: float) -> float:
         assert config not in self.wrong, "a wrong result was timed"
