@@ -1,6 +1,6 @@
 """``benchmarks/report.py``: which results the README's tables are made of."""
 
-import json
+import math
 from pathlib import Path
 
 import pytest
@@ -143,20 +143,28 @@ def _measured(
     result.write(path)
 
 
-def _on_another_card(directory: Path, factor: float = 1.0) -> None:
-    """The committed results, and each of the default card as a later one of an H100."""
+def _committed(directory: Path) -> Figures:
+    """The committed results but those of an H100."""
     for path in report.RESULTS.glob("*.svg"):
         (directory / path.name).touch()
     for path in report.RESULTS.glob("*.json"):
-        text = path.read_text()
-        (directory / path.name).write_text(text)
-        content = json.loads(text)
-        if content["device"] != DEFAULT_CARD:
+        if Result.read(path).card != H100:
+            (directory / path.name).write_text(path.read_text())
+    return Figures(directory)
+
+
+def _repeated(directory: Path, factor: float = 1.0) -> Figures:
+    """Those of the default card there once more, later, as of an H100."""
+    for path in sorted(directory.glob("*.json")):
+        result = Result.read(path)
+        if result.card != DEFAULT_CARD:
             continue
-        content |= {"device": H100, "date": "2099-01-01"}
-        for row in content["rows"]:
-            row["value"] = None if row["value"] is None else factor * row["value"]
-        (directory / f"2099-01-01-{path.name}").write_text(json.dumps(content))
+        again = Result(result.head | {"device": H100, "date": "2099-01-01"})
+        for row in result.rows:
+            value = math.nan if row.value is None else factor * row.value
+            again.add(row.metric, value, row.unit, row.problem, row.provider)
+        again.write(directory / f"2099-01-01-{path.name}")
+    return Figures(directory)
 
 
 @pytest.mark.parametrize("later", [DEFAULT_CARD, H100])
@@ -178,21 +186,20 @@ def test_the_same_figure_of_two_cards_is_two_figures(later: str, tmp_path: Path)
 
 
 def test_results_of_another_card_change_no_table_of_the_default_one(tmp_path: Path) -> None:
-    _on_another_card(tmp_path, factor=3.0)
-    alone, both = Figures(), Figures(tmp_path)
+    alone, both = _committed(tmp_path), _repeated(tmp_path, factor=3.0)
     for name, table in report.TABLES.items():
         if name != "support" and not name.endswith("on H100"):
             assert table(both) == table(alone), name
     seen = report.TABLES["support"](both)
-    assert f"executed on {H100}, {DEFAULT_CARD} |" in seen
+    assert "executed on " in seen and H100 in seen and DEFAULT_CARD in seen
 
 
 @pytest.mark.parametrize("name", ["peers", "tiles"])
 def test_the_tables_of_an_h100_are_those_of_the_h200_with_its_results(
     name: str, tmp_path: Path
 ) -> None:
-    _on_another_card(tmp_path)
-    figures = Figures(tmp_path)
+    _committed(tmp_path)
+    figures = _repeated(tmp_path)
     table = report.TABLES[f"{name} on H100"](figures)
     assert DEFAULT_CARD not in table and table.count("| A |") == 1
     ours = [line for line in report.TABLES[name](figures).splitlines() if line.startswith("|")]
