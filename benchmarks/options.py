@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.shapes import NamedShape, Shape
 from benchmarks.shapes import named_shape as _named_shape
+from sonic.runtime import devices
 
 # Of a layer's size as an option: the name of its value, and what to say of it.
 THIEK = "T,H,I,E,K"
@@ -75,17 +76,8 @@ def device(text: str) -> torch.device:
 
 
 def missing_gpu(chosen: torch.device) -> str | None:
-    """If torch sees no such device: what was asked, what there is and what to do."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if chosen.type != "cuda" or (chosen.index or 0) < count:
-        return None
-    if count == 0:
-        return (
-            f"no {chosen}: torch sees no CUDA device. Allowed: cpu. Check the driver and "
-            "CUDA_VISIBLE_DEVICES, or pass cpu"
-        )
-    seen = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
-    return f"no {chosen}: torch sees {count}. Allowed: cuda, {seen}, cpu. Pass one of these"
+    """What to say if torch sees no such device."""
+    return devices.missing_gpu(chosen, "pass cpu")
 
 
 def output_file(text: str) -> Path:

@@ -2,6 +2,9 @@
 
 python benchmarks/report.py --write README.md    replace every generated block
 python benchmarks/report.py --check README.md    exit 1 if a block differs or is missing
+
+A table is of one card: of ``DEFAULT_CARD``, for which the bars are, or of the one its block names.
+What was measured on other cards only follows as tables of their own, under the names of these.
 """
 
 import argparse
@@ -13,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -35,8 +38,11 @@ TILED_GEMMS = ("up", "down", "dh", "dx", "dw2", "dw1")
 NARROW = "torch_rounded"  # torch with the same rounding points
 EAGER = "torch_eager"  # a router in torch's own kernels
 EMULATOR = "emulator"  # of PTX, tests/emulator
+DEFAULT_CARD, H100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"  # as their drivers call them
+NO_CARD = ""  # what ran on a CPU
 CEILING_UNIT = "% of cuBLAS"
 ERROR_UNIT = "relative L2"
+FOLDER = "benchmarks/results/"  # in links of the README
 _BEGIN, _END = "<!-- generated: {} -->", "<!-- end of generated part -->"
 
 
@@ -61,6 +67,11 @@ class Result:
     head: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     provider: str = OURS
+
+    @property
+    def card(self) -> str:
+        """The GPU that was measured, by its name, or ``NO_CARD``."""
+        return str(self.head["device"]) if self.head["driver"] else NO_CARD
 
     def add(
         self, metric: str, value: float, unit: str, problem: list[int], provider: str = ""
@@ -115,24 +126,61 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+class _Key(NamedTuple):
+    """What a figure is of."""
+
+    card: str
+    provider: str
+    problem: tuple[int, ...]
+    metric: str
+    unit: str
+
+
 class Figures:
-    """All committed rows; of two that name the same figure, the one of the later file counts."""
+    """All committed rows; of two that name the same figure of the same card, the one of the later
+    file counts."""
 
     def __init__(self, directory: Path = RESULTS):
         files = [(path, Result.read(path)) for path in directory.glob("*.json")]
         files.sort(key=lambda item: (item[1].head["date"], item[0].name))
-        self._figures: dict[tuple[str, tuple[int, ...], str, str], tuple[float | None, Path]] = {}
         self.heads = {path: result.head for path, result in files}
+        self.rows: dict[_Key, tuple[float | None, Path]] = {}
         for path, result in files:
             for row in result.rows:
-                key = (row.provider, tuple(row.problem), row.metric, row.unit)
-                self._figures[key] = (row.value, path)
-        self.used: set[Path] = set()
+                of = row.provider, tuple(row.problem), row.metric, row.unit
+                self.rows[_Key(result.card, *of)] = (row.value, path)
+
+    def on(self, card: str, without: str | None = None) -> "CardFigures":
+        """The figures of ``card``, or only those whose metric has none of the card ``without``."""
+        known = {key.metric for key in self.rows if key.card == without}
+        rows = {
+            key: found
+            for key, found in self.rows.items()
+            if key.card == card and key.metric not in known
+        }
+        return CardFigures(card, rows, self.heads)
+
+    def cards(self, metric: str | None = None) -> list[str]:
+        """GPUs with a committed row, or with one of this metric of ours, in order."""
+        keys = [key for key in self.rows if key.card != NO_CARD]
+        if metric is not None:
+            keys = [key for key in keys if (key.provider, key.metric) == (OURS, metric)]
+        return sorted({key.card for key in keys})
+
+
+@dataclass
+class CardFigures:
+    """What a table is made of: figures of one card, so that what is taken of two is of it too."""
+
+    card: str
+    rows: dict[_Key, tuple[float | None, Path]]
+    heads: dict[Path, dict[str, Any]]
+    used: set[Path] = field(default_factory=set)
 
     def get(
         self, metric: str, unit: str, problem: Sequence[int] = (), provider: str = OURS
     ) -> float | None:
-        found = self._figures.get((provider, tuple(problem), metric, unit))
+        found = self.rows.get(_Key(self.card, provider, tuple(problem), metric, unit))
         if found is None:
             return None
         self.used.add(found[1])
@@ -140,18 +188,16 @@ class Figures:
 
     def problems(self, metric: str) -> list[tuple[int, ...]]:
         """The sizes of which this figure of ours is known, in order."""
-        return sorted({p for by, p, name, _ in self._figures if by == OURS and name == metric})
+        known = (key for key in self.rows if (key.provider, key.metric) == (OURS, metric))
+        return sorted({key.problem for key in known})
 
-    def devices(self, metric: str) -> set[str]:
-        """GPUs with a committed row of this metric of ours."""
-        return {
-            str(self.heads[path]["device"])
-            for (provider, _, name, _), (_, path) in self._figures.items()
-            if provider == OURS and name == metric and self.heads[path]["driver"]
-        }
+    def pictures(self, what: str) -> list[str]:
+        """The pictures that lie beside the files of the figures that were asked for."""
+        paths = [path.with_suffix(".svg") for path in sorted(self.used)]
+        return [f"![{what}]({FOLDER}{path.name})" for path in paths if path.is_file()]
 
     def sources(self) -> str:
-        """Where the figures asked for since the last call came from."""
+        """Where the figures that were asked for came from."""
         lines = []
         for path in sorted(self.used):
             head = self.heads[path]
@@ -159,9 +205,8 @@ class Figures:
             driver = f", driver {head['driver']}" if head["driver"] else ""
             lines.append(
                 f"{head['device']}{driver}, commit `{commit}`, {head['date']}: "
-                f"[{path.name}](benchmarks/results/{path.name})"
+                f"[{path.name}]({FOLDER}{path.name})"
             )
-        self.used.clear()
         return "  \n".join(lines)
 
 
@@ -173,7 +218,7 @@ def _named() -> tuple[NamedShape, ...]:
     return (*NAMED_SHAPES, *EXTRA_SHAPES)
 
 
-def performance_table(figures: Figures) -> str:
+def performance_table(figures: CardFigures) -> str:
     """Times of the experts from given ids and weights, at every named shape."""
     rows = []
     for named in _named():
@@ -188,30 +233,30 @@ def performance_table(figures: Figures) -> str:
             size = ", ".join(map(str, problem))
             rows.append([named.letter, named.model, size, *cells])
     if not rows:
-        return "No times have been committed yet."
+        return ""
     header = ["", "model", "T, H, I, E, top_k"]
     for name in ("inference fwd", "training fwd", "fwd + bwd", "bwd"):
         header += [f"{name} ms", "TFLOPS (of cuBLAS)"]
-    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+    return markdown_table(header, rows)
 
 
 _PASSES = ("inference", "forward", "backward", "forward + backward")
 
 
-def peers_table(figures: Figures) -> str:
+def peers_table(figures: CardFigures) -> str:
     """Times of ours, and how many times as long SonicMoE and the balanced-GEMM bound take."""
     shapes = [(letter, tuple(shape.problem)) for letter, shape in BARS.items()]
     return _beside_peers(figures, shapes)
 
 
-def random_peers_table(figures: Figures) -> str:
+def random_peers_table(figures: CardFigures) -> str:
     """The same of the other sizes that were compared, drawn at random."""
     bars = {tuple(shape.problem) for shape in BARS.values()}
     drawn = [p for p in figures.problems("compare/none/forward + backward") if p not in bars]
     return _beside_peers(figures, [("", problem) for problem in drawn])
 
 
-def _beside_peers(figures: Figures, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> str:
+def _beside_peers(figures: CardFigures, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> str:
     rows = []
     for letter, problem in shapes:
         cells: list[str] = []
@@ -223,14 +268,15 @@ def _beside_peers(figures: Figures, shapes: Sequence[tuple[str, tuple[int, ...]]
         if any(cell != "–" for cell in cells):
             rows.append([letter, ", ".join(map(str, problem)), *cells])
     if not rows:
-        return "No comparison has been committed yet."
+        return ""
     header = ["", "T, H, I, E, top_k"]
     for name in _PASSES:
         header += [f"{name} ms", "SonicMoE ×", "bound ×"]
-    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+    what = f"TFLOPS of sonic, its peers and the bound on {figures.card}"
+    return "\n\n".join([*figures.pictures(what), markdown_table(header, rows)])
 
 
-def skew_table(figures: Figures) -> str:
+def skew_table(figures: CardFigures) -> str:
     """Times with skewed routing over those with uniform routing."""
     rows = []
     for letter, shape in BARS.items():
@@ -242,13 +288,13 @@ def skew_table(figures: Figures) -> str:
         if any(cell != "–" for cell in cells):
             rows.append([letter, ", ".join(map(str, shape.problem)), *cells])
     if not rows:
-        return "No skewed routing has been committed yet."
+        return ""
     header = ["", "T, H, I, E, top_k"]
     header += [f"{skew}: {name}" for skew in ("Zipf", "hot expert") for name in _PASSES]
-    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+    return markdown_table(header, rows)
 
 
-def tiles_table(figures: Figures) -> str:
+def tiles_table(figures: CardFigures) -> str:
     """What the tiles that follow from the sizes cost, beside the best of a sweep over all."""
     bars = {tuple(shape.problem): letter for letter, shape in BARS.items()}
     problems = figures.problems("tiles/up")
@@ -258,15 +304,15 @@ def tiles_table(figures: Figures) -> str:
         size = ", ".join(map(str, problem))
         rows.append([bars.get(problem, ""), size, *(_cell(ratio, ".3f") for ratio in ratios)])
     if not rows:
-        return "No sweep of tiles has been committed yet."
+        return ""
     for what, of in (("mean", statistics.mean), ("worst", max)):
         columns = zip(*(row[2:] for row in rows), strict=True)
         known = [[float(cell) for cell in column if cell != "–"] for column in columns]
         rows.append(["", what, *(_cell(of(values) if values else None, ".3f") for values in known)])
-    return f"{markdown_table(['', 'T, H, I, E, top_k', *TILED_GEMMS], rows)}\n\n{figures.sources()}"
+    return markdown_table(["", "T, H, I, E, top_k", *TILED_GEMMS], rows)
 
 
-def small_table(figures: Figures) -> str:
+def small_table(figures: CardFigures) -> str:
     """Few tokens: one forward inference in a CUDA graph, from given ids."""
     rows = []
     for tokens in DECODE_TOKENS:
@@ -279,17 +325,17 @@ def small_table(figures: Figures) -> str:
         if ours != "–":
             rows.append([str(tokens), ours, *others, floor])
     if not rows:
-        return "No figures of small batches have been committed yet."
+        return ""
     header = ["T", "sonic µs", "SonicMoE µs", "torch grouped_mm µs", "weights read once µs"]
-    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+    return markdown_table(header, rows)
 
 
-def rounding_table(figures: Figures) -> str:
+def rounding_table(figures: CardFigures) -> str:
     """Token rounding beside plain top-k, router GEMM and routing included; where that was measured,
     also as CUDA graphs."""
     problems = figures.problems("token rounding/nr/q128/forward")
     if not problems:
-        return "No figures of token rounding have been committed yet."
+        return ""
     suffixes, names = ("",), ("nr / top-k ms",)
     if figures.problems("token rounding/nr/q128/forward/graph"):
         suffixes, names = ("/graph", ""), ("nr / top-k ms as graphs", "eager ms")
@@ -314,10 +360,10 @@ def rounding_table(figures: Figures) -> str:
     for name in ("forward", "forward + backward"):
         header += [f"{name}: {names[0]}", *names[1:], "SonicMoE top-k ms"]
     header.append("routing, % of forward")
-    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+    return markdown_table(header, rows)
 
 
-def router_table(figures: Figures) -> str:
+def router_table(figures: CardFigures) -> str:
     """What lies between router GEMM and experts, beside torch's eager kernels, and the launches."""
     rows = []
     for letter, shape in BARS.items():
@@ -335,11 +381,11 @@ def router_table(figures: Figures) -> str:
             if cells[3] != "–":
                 rows.append(cells)
     if not rows:
-        return "No figures of routers have been committed yet."
+        return ""
     header = ["", "T, H, I, E, top_k", "router"]
     for name in ("forward", "backward"):
         header += [f"{name}: sonic / torch µs", "launches"]
-    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+    return markdown_table(header, rows)
 
 
 def _beside(pair: Sequence[float | None], factor: float) -> str:
@@ -348,7 +394,7 @@ def _beside(pair: Sequence[float | None], factor: float) -> str:
     return " / ".join(f"{factor * v:.0f}" for v in known) if len(known) == len(pair) else "–"
 
 
-def accuracy_table(figures: Figures) -> str:
+def accuracy_table(figures: CardFigures) -> str:
     """Relative L2 errors at full size, ours beside torch with the same rounding points."""
     tensors = ("out", "dx", "dw1", "dw2", "db1", "db2", "dtopk_weights", "drouter_w")
     rows = []
@@ -365,11 +411,11 @@ def accuracy_table(figures: Figures) -> str:
             if any(cell != "–" for cell in cells):
                 rows.append([named.letter, layout, *cells])
     if not rows:
-        return "No errors have been committed yet."
-    return f"{markdown_table(['', 'layout', *tensors], rows)}\n\n{figures.sources()}"
+        return ""
+    return markdown_table(["", "layout", *tensors], rows)
 
 
-def memory_table(figures: Figures) -> str:
+def memory_table(figures: CardFigures) -> str:
     """Bytes saved for backward beside the formula."""
     rows = []
     for named in _named():
@@ -380,12 +426,12 @@ def memory_table(figures: Figures) -> str:
             cells = [f"{value / 1e6:.1f}" for value in (total, formula, total - formula)]
             rows.append([named.letter, named.model, ", ".join(map(str, problem)), *cells])
     if not rows:
-        return "No sizes have been committed yet."
+        return ""
     header = ["", "model", "T, H, I, E, top_k", "saved MB", "2TH + 4RI MB", "metadata MB"]
-    return f"{markdown_table(header, rows)}\n\n{figures.sources()}"
+    return markdown_table(header, rows)
 
 
-def robustness_table(figures: Figures) -> str:
+def robustness_table(figures: CardFigures) -> str:
     """Counts of the randomised and repeated checks."""
     rows = []
     for metric, what in (
@@ -398,13 +444,13 @@ def robustness_table(figures: Figures) -> str:
         if run is not None:
             rows.append([what, _cell(run, ".0f"), _cell(failed, ".0f")])
     if not rows:
-        return "No counts have been committed yet."
-    return f"{markdown_table(['check', 'run', 'failed'], rows)}\n\n{figures.sources()}"
+        return ""
+    return markdown_table(["check", "run", "failed"], rows)
 
 
 def support_table(figures: Figures) -> str:
     """What has been seen of each architecture, from committed correctness results."""
-    hopper = sorted(figures.devices("correctness/run"))
+    hopper = figures.cards("correctness/run")
     seen = f"executed on {', '.join(hopper)}" if hopper else "compiled; no executed run committed"
     header = ["GPU", "kernels", "evidence"]
     rows = [
@@ -416,7 +462,7 @@ def support_table(figures: Figures) -> str:
     return markdown_table(header, rows)
 
 
-def emulator_table(figures: Figures) -> str:
+def emulator_table(figures: CardFigures) -> str:
     """What speaks for the emulator that CPU tests run kernels in, by architecture."""
     architectures = ("sm_90a", "sm_100a", "sm_120a")
 
@@ -470,12 +516,12 @@ def emulator_table(figures: Figures) -> str:
     ]
     known = [row for row in rows if any(cell.strip(" %") != "–" for cell in row[1:])]
     if not known:
-        return "No runs of the emulator have been committed yet."
+        return ""
     table = markdown_table(["", *architectures], known)
-    return "\n\n".join([table, *sampled(figures, architectures), figures.sources()])
+    return "\n\n".join([table, *sampled(figures, architectures)])
 
 
-def sampled(figures: Figures, architectures: Sequence[str]) -> list[str]:
+def sampled(figures: CardFigures, architectures: Sequence[str]) -> list[str]:
     """A sentence that says how large samples the planted mistakes are.
 
     Raises ``ValueError`` if the size of one is not known.
@@ -508,20 +554,58 @@ def sampled(figures: Figures, architectures: Sequence[str]) -> list[str]:
     ]
 
 
+Table = Callable[[CardFigures], str]  # "" of a card of which nothing is known
+
+
+def _on(card: str, table: Table, what: str) -> Callable[[Figures], str]:
+    """The table of ``card``. Until it has figures, a sentence says that there are no ``what``."""
+
+    def block(figures: Figures) -> str:
+        return _sourced(table, figures.on(card)) or _nothing(card, what)
+
+    return block
+
+
+def _on_default_card(table: Table, what: str) -> Callable[[Figures], str]:
+    """The table of ``DEFAULT_CARD``, then one of each other card for the metrics that have no
+    figure of that one."""
+
+    def block(figures: Figures) -> str:
+        parts = [_sourced(table, figures.on(DEFAULT_CARD))]
+        for card in figures.cards():
+            other = _sourced(table, figures.on(card, without=DEFAULT_CARD))
+            if other:
+                parts.append(f"Measured on {card}, not on {DEFAULT_CARD}:\n\n{other}")
+        return "\n\n".join(filter(None, parts)) or _nothing(DEFAULT_CARD, what)
+
+    return block
+
+
+def _sourced(table: Table, figures: CardFigures) -> str:
+    text = table(figures)
+    return f"{text}\n\n{figures.sources()}" if text else ""
+
+
+def _nothing(card: str, what: str) -> str:
+    return f"No {what}{card and ' on '}{card} have been committed yet."
+
+
 TABLES: dict[str, Callable[[Figures], str]] = {
     "support": support_table,
-    "performance": performance_table,
-    "peers": peers_table,
-    "random peers": random_peers_table,
-    "skew": skew_table,
-    "tiles": tiles_table,
-    "small": small_table,
-    "rounding": rounding_table,
-    "routers": router_table,
-    "accuracy": accuracy_table,
-    "memory": memory_table,
-    "robustness": robustness_table,
-    "emulator": emulator_table,
+    "performance": _on_default_card(performance_table, "times"),
+    "peers": _on_default_card(peers_table, "comparisons"),
+    "peers on H100": _on(H100, peers_table, "comparisons"),
+    "random peers": _on_default_card(random_peers_table, "comparisons of random sizes"),
+    "skew": _on_default_card(skew_table, "times with skewed routing"),
+    "tiles": _on_default_card(tiles_table, "sweeps of tiles"),
+    "tiles on H100": _on(H100, tiles_table, "sweeps of tiles"),
+    "small": _on_default_card(small_table, "figures of small batches"),
+    "rounding": _on_default_card(rounding_table, "figures of token rounding"),
+    "routers": _on_default_card(router_table, "figures of routers"),
+    "accuracy": _on_default_card(accuracy_table, "errors"),
+    "memory": _on_default_card(memory_table, "sizes"),
+    "robustness": _on_default_card(robustness_table, "counts"),
+    "emulator": _on(NO_CARD, emulator_table, "runs of the emulator"),
 }
 
 

@@ -299,7 +299,8 @@ def differences(
     timed: TimedGemm, chosen: TileConfig, others: list[TileConfig]
 ) -> dict[TileConfig, str]:
     """Which result of a tiling is not that of the choice, for those of which one is."""
-    found = {config: timed.difference(chosen, config) for config in others if config != chosen}
+    expected = timed.results(chosen)
+    found = {config: timed.difference(expected, config) for config in others if config != chosen}
     return {config: difference for config, difference in found.items() if difference is not None}
 
 

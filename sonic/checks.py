@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sonic.enums import ActivationType, GateUpLayout, KernelBackendMoE, ScoreOrder
+from sonic.runtime.devices import missing_gpu
 from sonic.runtime.eager import needs_dispatcher
 from sonic.runtime.errors import (
     ArgumentError,
@@ -192,8 +193,11 @@ def check_device_option(op: str, device: Any) -> None:
                 "Pass one of these.",
             )
         ) from None
-    if made_on.type == "cuda" and torch._C._len_torch_dispatch_stack() == 0:  # else may be fake
-        _check_gpu_is_seen(op, made_on)
+    if torch._C._len_torch_dispatch_stack():
+        return  # it may be a fake one
+    missing = missing_gpu(made_on, 'build it on the CPU or with device="meta"')
+    if missing is not None:
+        raise DeviceError(f"{op}: device: {missing}.")
 
 
 def _check_default_device(op: str) -> None:
@@ -210,22 +214,6 @@ def _check_default_device(op: str) -> None:
                 "Choose another default, or pass device=.",
             )
         ) from error
-
-
-def _check_gpu_is_seen(op: str, device: torch.device) -> None:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (device.index or 0) < count:
-        return
-    came = f"device={str(device)!r}, of which torch sees {count or 'none'}"
-    allowed = f'"cpu", "meta" and "cuda:0" to "cuda:{count - 1}"'
-    todo = "Choose one of these."
-    if count == 0:
-        allowed = '"cpu" and "meta" without a GPU that torch sees'
-        todo = "Check the driver and CUDA_VISIBLE_DEVICES, or build it on the CPU."
-        if not torch.version.cuda and not torch.version.hip:
-            came += f": torch {torch.__version__} is built without CUDA"
-            todo = "Install a torch with CUDA, or build it on the CPU."
-    raise DeviceError(message(op, came, allowed, todo))
 
 
 def check_num_experts(op: str, name: str, value: Any) -> None:

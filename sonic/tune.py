@@ -125,8 +125,9 @@ def _fastest_right(
     gemm: TimedGemm, size: TunedSize, default: TileConfig, times: dict[TileConfig, float]
 ) -> TileConfig:
     """The fastest tiles that compute what the default ones do; the others are logged."""
+    expected = gemm.results(default)
     for config in sorted(times, key=times.__getitem__):
-        difference = None if config == default else gemm.difference(default, config)
+        difference = None if config == default else gemm.difference(expected, config)
         if difference is None:
             return config
         _log.warning(

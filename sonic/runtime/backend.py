@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sonic.runtime.devices import missing_gpu
 from sonic.runtime.errors import (
     ArgumentError,
     DeviceError,
@@ -115,7 +116,7 @@ def load_backend(arch: Arch, instead: str | None = _REFERENCE_HINT) -> Backend:
 
 @functools.cache
 def _arch_of_device(index: int) -> Arch | None:
-    _check_device_exists(index)
+    _check_device_exists(torch.device("cuda", index))
     return _ARCH_BY_MAJOR.get(torch.cuda.get_device_capability(index)[0])
 
 
@@ -124,21 +125,14 @@ def _for_device(backend: Backend, index: int) -> Backend:
     return backend.for_gpu(torch.cuda.get_device_name(index))
 
 
-def _check_device_exists(index: int | None, instead: str | None = _REFERENCE_HINT) -> None:
-    if not torch.cuda.is_available():
-        built = "" if torch.version.cuda else f": torch {torch.__version__} is built without CUDA"
-        todo = instead or "run it where there is one"
-        raise DeviceError(f"torch sees no CUDA device{built}; {todo}")
-    count = torch.cuda.device_count()
-    if index is not None and index >= count:
-        raise DeviceError(
-            f"torch sees {count} CUDA devices, cuda:0 to cuda:{count - 1}, and no "
-            f"cuda:{index}: choose one of these"
-        )
+def _check_device_exists(device: torch.device, instead: str | None = _REFERENCE_HINT) -> None:
+    missing = missing_gpu(device, instead or "run it where there is one")
+    if missing is not None:
+        raise DeviceError(missing)
 
 
 def _current_index(instead: str | None = _REFERENCE_HINT) -> int:
-    _check_device_exists(None, instead)
+    _check_device_exists(torch.device("cuda"), instead)
     return torch.cuda.current_device()
 
 

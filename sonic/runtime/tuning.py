@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ _LEAST_TILE = 64
 _COPY = 2.0**-11  # unit roundoff of half precision, in which a schedule may keep an accumulator
 
 Measure = Callable[[TileConfig, float], float]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a GEMM computes with these tiles, by name."""
+
+    config: TileConfig
+    tensors: dict[str, torch.Tensor]
 
 
 class TimedGemm:
@@ -120,27 +129,27 @@ class TimedGemm:
             operands = operands | {"aux": d.new_empty(gemm.parts, *d.shape[1:])}
         gemm(**operands)
 
-    def difference(self, config: TileConfig, other: TileConfig) -> str | None:
-        """Which result of ``other`` is not that of ``config``, or ``None`` if all are."""
-        expected, found = self._results(config), self._results(other)
-        for name, right in expected.items():
-            if not self._agree(name, found[name], right, config.swap_ab == other.swap_ab):
-                return f"{name} differs from that of {config.name}"
+    def difference(self, expected: Results, config: TileConfig) -> str | None:
+        """Which result of ``config`` is not the ``expected`` one, or ``None`` if all are."""
+        found, same_order = self.results(config), expected.config.swap_ab == config.swap_ab
+        for name, right in expected.tensors.items():
+            if not self._agree(name, found.tensors[name], right, same_order):
+                return f"{name} differs from that of {expected.config.name}"
         return None
 
-    def _results(self, config: TileConfig) -> dict[str, torch.Tensor]:
-        """What one launch writes, of memory that held NaN before."""
+    def results(self, config: TileConfig) -> Results:
+        """What one launch writes, of memory that held NaN before; a copy, which stays."""
         names = [name for name in self._operands if name in ("d", "aux")]
         outputs = {name: self._operands[name] for name in names}
         accumulates = self.problem.epilogue is EpilogueKind.ACCUMULATE
         for tensor in (*outputs.values(), self._row_sums):
             tensor.fill_(0.0 if accumulates else float("nan"))
         self.run(config)
-        results = {name: tensor.clone() for name, tensor in outputs.items()}
+        tensors = {name: tensor.clone() for name, tensor in outputs.items()}
         if self.problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
             parts = -(-self._columns // config.row_sum_columns)
-            results["row_sum"] = self._row_sums[:parts].sum(0)
-        return results
+            tensors["row_sum"] = self._row_sums[:parts].sum(0)
+        return Results(config, tensors)
 
     def _agree(
         self, name: str, found: torch.Tensor, expected: torch.Tensor, same_order: bool

@@ -210,7 +210,7 @@ def planted(monkeypatch, tmp_path, *options):
 
 
 def test_the_table_shows_each_draw_and_its_sizes(monkeypatch, tmp_path):
-    table = report.emulator_table(planted(monkeypatch, tmp_path))
+    table = report.TABLES["emulator"](planted(monkeypatch, tmp_path))
     assert "found | 3 of 4; 1 without effect | – | – |" in table
     assert "of these, draw 1 | 2 of 3; 1 without effect |" in table
     assert "of these, draw 2 | 1 of 1 |" in table
@@ -218,7 +218,7 @@ def test_the_table_shows_each_draw_and_its_sizes(monkeypatch, tmp_path):
 
 
 def test_the_table_of_one_draw(monkeypatch, tmp_path):
-    table = report.emulator_table(planted(monkeypatch, tmp_path, "--draws", "1"))
+    table = report.TABLES["emulator"](planted(monkeypatch, tmp_path, "--draws", "1"))
     assert "found | 2 of 3; 1 without effect |" in table and "draw 1" not in table
     assert "3 of 4 places on sm_90a (3 kinds, up to 1 of each)." in table
 
@@ -229,7 +229,7 @@ def test_samples_of_unknown_size_are_refused(monkeypatch, tmp_path):
     content["rows"] = [r for r in content["rows"] if r["metric"] != "mutations/sm_90a/places"]
     (tmp_path / "x.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="sm_90a have no figure for places;.*--explain"):
-        report.emulator_table(report.Figures(tmp_path))
+        report.TABLES["emulator"](report.Figures(tmp_path))
 
 
 def committed():

@@ -721,7 +721,7 @@ def test_routing_with_a_broken_triton(monkeypatch):
 def test_availability_without_a_gpu(device):
     answer = sonic.is_available(device)
     assert not answer and "torch sees no CUDA device" in answer.reason
-    assert 'impl="reference"' in answer.reason
+    assert ', or pass impl="reference"' in answer.reason
 
 
 @pytest.mark.parametrize("device", ["banana", -1, 1.5, True, "cuda:x", [0]])
@@ -734,7 +734,8 @@ def test_availability_of_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     answer = sonic.is_available("cuda:5")
-    assert not answer and "2 CUDA devices, cuda:0 to cuda:1, and no cuda:5" in answer.reason
+    says = "no cuda:5: torch sees 2. Allowed: cuda:0 to cuda:1. Choose one of these"
+    assert not answer and says in answer.reason
 
 
 def test_device_that_no_implementation_knows():

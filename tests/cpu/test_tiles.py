@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tiles
-from benchmarks.report import HEAD_KEYS, RESULTS, TILED_GEMMS, Figures, Result, tiles_table
+from benchmarks.report import HEAD_KEYS, RESULTS, TABLES, TILED_GEMMS, Figures, Result
 from benchmarks.shapes import BARS, Shape
 from benchmarks.tiles import (
     SEED,
@@ -28,6 +28,7 @@ from kernels_sm90.tiles import SWAP_COLUMNS, SharedMemoryPlan, supports_config
 from sonic.device.blocks import EpilogueBlocks
 from sonic.enums import ActivationType
 from sonic.runtime.problem import Problem, Ragged, TileConfig, layer_problems
+from sonic.runtime.tuning import Results
 from tests.refusals import as_typed, refusal
 
 
@@ -115,13 +116,18 @@ class _TimedGemm:
     wrong: frozenset[TileConfig] = frozenset()
 
     def __init__(self, problem: Problem, *_: object) -> None:
-        self.best = tilings(BACKEND, problem)[1]
+        self.best, self.computed = tilings(BACKEND, problem)[1], 0
 
     def warm_up(self, config: TileConfig) -> None:
         pass
 
-    def difference(self, config: TileConfig, other: TileConfig) -> str | None:
-        return f"d differs from that of {config.name}" if other in self.wrong else None
+    def results(self, config: TileConfig) -> Results:
+        self.computed += 1
+        assert self.computed == 1, "the choice was computed more than once"
+        return Results(config, {})
+
+    def difference(self, expected: Results, config: TileConfig) -> str | None:
+        return f"d differs from that of {expected.config.name}" if config in self.wrong else None
 
     def milliseconds(self, config: TileConfig, seconds: float) -> float:
         assert config not in self.wrong, "a wrong result was timed"
@@ -150,7 +156,7 @@ def test_a_sweep_says_what_the_choice_costs(
         chosen = [sweep.chosen(gemm, shape) for shape in sweep.shapes]
         expected = [1.0 if config == space[1] else 1.25 for config in chosen]
         assert [sweep.ratio(gemm, index) for index in range(2)] == expected
-    monkeypatch.setattr(tiles, "environment", lambda device: dict.fromkeys(HEAD_KEYS, ""))
+    monkeypatch.setattr(tiles, "environment", lambda device: dict.fromkeys(HEAD_KEYS, "x"))
     result = tmp_path / "2026-01-01-tiles.json"
     sweep.write(result)
     capsys.readouterr()
@@ -158,7 +164,7 @@ def test_a_sweep_says_what_the_choice_costs(
     tiles.main()
     printed = capsys.readouterr().out
     assert sweep.summary() in printed and sweep.line("dw1", 1) in printed
-    table = tiles_table(Figures(tmp_path))
+    table = TABLES["tiles"](Figures(tmp_path))
     assert "| 64, 64, 64, 8, 2 | 1.250" in table and "| worst |" in table
     assert result.name in table
 

@@ -22,7 +22,7 @@ from sonic.runtime.problem import (
     weight_grad_problem,
 )
 from sonic.runtime.tuned import TunedSize, keep_tuned, tuned_file, tuned_tiles
-from sonic.runtime.tuning import TimedGemm, search
+from sonic.runtime.tuning import Results, TimedGemm, search
 from tests.refusals import refusal
 
 pytest.importorskip("cutlass")
@@ -57,9 +57,12 @@ class _TimedGemm:
     def __del__(self):
         self.times.alive -= 1
 
-    def difference(self, config, other):
+    def results(self, config):
         assert config not in self.times.wrong
-        return "d differs" if other in self.times.wrong else None
+        return Results(config, {})
+
+    def difference(self, expected, config):
+        return "d differs" if config in self.times.wrong else None
 
     def warm_up(self, config):
         pass
@@ -412,8 +415,10 @@ def test_results_are_compared(monkeypatch, problem, harm):
     rows, offsets = torch.arange(24).int() % 8, torch.tensor([0, 10, 24]).int()
     gemm = TimedGemm(problem, rows, offsets, 8, 128, 32)
     has = {"d", "unwritten"} | ({"aux", "row_sum"} if gradient else set())
-    found = gemm.difference(NARROW, WIDE)
+    expected = gemm.results(NARROW)
+    found = gemm.difference(expected, WIDE)
     assert (found is not None) == (harm in has), found
+    assert gemm.difference(expected, NARROW) is None, "it is still what NARROW computes"
 
 
 # --- how it is timed ------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    says = "--device cuda, one for each process: no cuda:2: torch sees 2. Allowed: cuda"
+    says = "--device cuda, one for each process: no cuda:2: torch sees 2. Allowed: cuda:0 to"
     assert says in refusal(global_batch.main, [], capsys)
 
 
