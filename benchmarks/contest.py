@@ -22,6 +22,7 @@ from benchmarks.measure import LOAD_SECONDS, TIMED_SECONDS, synchronize
 from benchmarks.peers import FORWARD_ONLY, OTHER_FUNCTION, OURS, Contender, TorchGroupedMM
 
 MIN_ROUNDS = 5
+_ROOM = 2.0  # times the results of a layer that another one takes, its transients included
 PASSES = ("inference", "forward", "backward", "forward + backward")
 GRADIENTS = ("dx", "dw1", "dw2", "dtopk_weights")
 # bf16 layers of the same rounding points differ by about 0.005; a wrong one by about 1.
@@ -191,9 +192,20 @@ def _relative_l2(value: torch.Tensor, expected: torch.Tensor) -> float:
     if value.dim() == 3:
         parts = zip(value.unbind(0), expected.unbind(0), strict=True)
     for ours, theirs in parts:
-        error += float((ours.float() - theirs.float()).square().sum())
-        norm += float(theirs.float().square().sum())
+        wide = theirs.to(ours.device).float()
+        error += float((ours.float() - wide).square().sum())
+        norm += float(wide.square().sum())
     return math.sqrt(error / norm) if norm else math.sqrt(error)
+
+
+def _kept(results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """``results`` beside those of another contender: on the host if the GPU cannot hold both."""
+    if results[0].is_cuda:
+        free, _ = torch.cuda.mem_get_info(results[0].device)
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        if free < _ROOM * sum(tensor.nbytes for tensor in results):
+            return tuple(tensor.cpu() for tensor in results)
+    return results
 
 
 def disagreements(contenders: Mapping[str, Contender]) -> dict[str, dict[str, float]]:
@@ -202,7 +214,8 @@ def disagreements(contenders: Mapping[str, Contender]) -> dict[str, dict[str, fl
     if OURS not in contenders or not compared:
         return {}
     out = contenders[OURS].forward()
-    ours = (out.detach(), *contenders[OURS].backward(out))
+    ours = _kept((out.detach(), *contenders[OURS].backward(out)))
+    del out
     found = {}
     for name in compared:
         contender = contenders[name]
@@ -212,4 +225,5 @@ def disagreements(contenders: Mapping[str, Contender]) -> dict[str, dict[str, fl
             results[2] = contender.interleaved(results[2])
         pairs = zip(("out", *GRADIENTS), results, ours, strict=True)
         found[name] = {tensor: _relative_l2(a.detach(), b.detach()) for tensor, a, b in pairs}
+        del out, results, pairs
     return found
