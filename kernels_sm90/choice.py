@@ -470,7 +470,7 @@ def _times(problem: Problem, size: _Size) -> dict[_Tiling, tuple[_Order, float]]
     times = {}
     for tiling in _rivals(problem, size):
         grid = _Grid.of(problem, tiling, size)
-        if tiling is _DOWN_OF_MANY_WAVES and grid.waves < _FEW_WAVES:
+        if (tiling is _DOWN_OF_MANY_WAVES or tiling.fits) and grid.waves < _FEW_WAVES:
             continue
         order = _order(problem, tiling, size, grid)
         times[tiling] = order, _microseconds(problem, tiling, order, size, grid)
