@@ -7,8 +7,12 @@ number of row tiles. ``_order`` says how CTAs come to their tiles.
 
 The constants were fitted to sweeps over all tilings (``benchmarks/tiles.py``, H200, 2026-11-27):
 the six GEMMs of 26 layers, 55 to 84 tilings each, bf16 and SwiGLU; the thresholds of the orders lie
-between layers that an order helped and others that it did not. Other activations, biases and fp16
+between layers that an order helped and others that it did not. Those of tiles that fit their expert
+and of the H100 are from sweeps of the candidates (2026-11-28). Other activations, biases and fp16
 take what these take. ``kernels_sm90/README.md`` says what came of it.
+
+Tiles that fit are taken where they are ahead with uniform routing and not behind with a skewed one:
+of single CTAs, on cards where reading weights for each of them costs less than the padding.
 
 Few rows and less than one wave are another regime, of which a sweep of 18 layers says how the
 forward GEMMs do: few rows get half tiles (``_few_rows``), and for less than one wave the model is
@@ -54,7 +58,8 @@ _WRONG_ORDER = 1.03  # what it costs, about, to take tiles in the order of other
 _FEW_WAVES, _MANY_WAVES = 10, 32
 _FEW_ROWS = 32  # of an expert: fewer only read its weights, see _few_rows
 _ROWS_OF_WIDE_HALVES = 8
-_ROWS_OF_ONE_TILE = 128  # then tiles that fit were up to 15% behind, and never ahead
+_ROWS_OF_ONE_TILE = 128  # or less: there tiles that fit were up to 15% behind, and never ahead
+_MOST_ROWS_THAT_FIT = 640  # more have little padding
 _HALF_TILE_ROWS = 40  # of an expert on average, where hardly any has more than 64
 _MOST_SMS = 0.9  # of a wave: enough to read weights at full bandwidth; assumed
 _FEW_TILES = _SMS // 4  # of a weight gradient
@@ -132,14 +137,13 @@ class _Order(NamedTuple):
 _FIXED_ALONG_N = _Order(along_m=False, dynamic=False)
 _COUNTED_ALONG_M = _Order(along_m=True, dynamic=True)
 
-# The GEMMs of a layer, as ``sonic.runtime.problem`` names them. All tiles of ragged rows have 128.
+# The GEMMs of a layer, as ``sonic.runtime.problem`` names them. Tiles of ragged rows have 128, or as
+# many as their expert needs.
 _UP = (
     _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.803, rest=2.04),
     _Tiling(128, 192, 1, _OVERLAPPED, 1, step=0.647, rest=0.98),
     _Tiling(128, 128, 1, _OVERLAPPED, 1, step=0.462, rest=0.76),
     _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.769, rest=0.90),
-    _Tiling(160, 256, 1, _COOPERATIVE, 1, step=1.063, rest=7.63, fixed=0.22),
-    _Tiling(160, 256, 2, _COOPERATIVE, 1, step=0.980, rest=9.52, fixed=0.41),
 )
 # Where SMs are idle there is no next tile to hide an epilogue behind, and a copy only costs: of the
 # time of 128x128 overlapped this took 0.93 to 0.95 in three such layers.
@@ -150,7 +154,7 @@ _DOWN = (
     _Tiling(128, 128, 1, _PINGPONG, 2, step=0.369, rest=0.87),
     _Tiling(128, 192, 2, _PINGPONG, 2, step=0.500, rest=0.55),
     _Tiling(128, 192, 2, _OVERLAPPED, 1, step=0.480, rest=1.10),
-    _Tiling(160, 128, 2, _PINGPONG, 1, step=0.381, rest=2.14, fixed=0.73),
+    _Tiling(160, 128, 1, _PINGPONG, 1, step=0.395, rest=2.10, fixed=0.97),
 )
 # Over few waves it was 3 to 11% behind 128x128 ping-pong in four layers of few experts.
 _DOWN_OF_MANY_WAVES = _Tiling(128, 128, 1, _OVERLAPPED, 1, step=0.345, rest=1.93)
@@ -168,7 +172,6 @@ _UP_BACKWARD = (
     _Tiling(128, 256, 2, _OVERLAPPED, 1, step=0.767, rest=1.05),
     _Tiling(128, 128, 2, _PINGPONG, 2, step=0.353, rest=1.12),
     _Tiling(176, 256, 1, _COOPERATIVE, 1, step=1.052, rest=5.31, fixed=0.19),
-    _Tiling(176, 256, 2, _COOPERATIVE, 1, step=0.955, rest=7.78, fixed=0.38),
 )
 _DOWN_WEIGHT = (
     _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.873, rest=1.03),
@@ -298,16 +301,12 @@ def _order(problem: Problem, tiling: _Tiling, size: _Size, grid: _Grid) -> _Orde
     """
     if problem.ragged is Ragged.REDUCTION:
         return _order_of_weight_gradient(problem, tiling, size, grid)
-    tiles = grid.along_m * grid.along_n  # of an expert
-    weights = _ELEMENT_BYTES * size.n * size.k * max(1.0, _SMS / tiles)  # that one wave reads
-    if tiling.fits:
-        single = tiling.cluster_m == 1
-        along_m = single or not problem.transposed_weight or weights > _CACHE_BYTES
-        return _Order(along_m, dynamic=single)
     if tiling.cluster_m > 1 or grid.waves < _FEW_WAVES:
         return _FIXED_ALONG_N
-    if size.card.drifts:
+    if tiling.fits or size.card.drifts:
         return _COUNTED_ALONG_M
+    tiles = grid.along_m * grid.along_n  # of an expert
+    weights = _ELEMENT_BYTES * size.n * size.k * max(1.0, _SMS / tiles)  # that one wave reads
     exceed = weights > _CACHE_BYTES  # then they are best read by neighbours, at once
     many_waves = grid.waves >= _MANY_WAVES
     if problem.epilogue is EpilogueKind.ACTIVATION:
@@ -460,7 +459,8 @@ def _rivals(problem: Problem, size: _Size) -> list[_Tiling]:
     most = 300 if down else 1024
     if problem.ragged is Ragged.ROWS and size.rows >= most:
         tilings = tuple(t for t in tilings if t.cluster_m == 1)  # many row tiles share as it is
-    if size.rows <= _ROWS_OF_ONE_TILE:
+    fits = _ROWS_OF_ONE_TILE < size.rows <= _MOST_ROWS_THAT_FIT and not size.card.drifts
+    if not fits:
         tilings = tuple(t for t in tilings if not t.fits)
     return list(tilings)
 
@@ -592,7 +592,7 @@ def candidates(problem: Problem) -> list[TileConfig]:
         tiling.config(order)
         for tiling in _tilings(problem)
         for order in orders
-        if order.dynamic or not tiling.fits or tiling.cluster_m > 1
+        if order.dynamic or not tiling.fits
     ]
     if problem.epilogue is EpilogueKind.ACTIVATION:
         ordered.append(_UP_ALONE.config(_FIXED_ALONG_N))

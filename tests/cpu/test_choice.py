@@ -107,17 +107,15 @@ def test_an_h100_takes_tiles_from_a_counter_wherever_there_are_many() -> None:
 
 
 def test_tiles_fit_where_the_last_row_tile_is_a_large_part() -> None:
-    """Experts of 256 rows in tiles of 128 multiply 24% padding; of 2048 rows hardly any."""
-    for shape, fits in (
-        (Shape(8192, 2880, 2880, 128, 4), True),
-        (Shape(65536, 2880, 2880, 128, 4), False),
-    ):
-        for gemm in ("up", "down", "dx"):
+    """Experts of 256 rows in tiles of 128 multiply 24% padding; of 2048 rows hardly any. On an H100
+    such tiles, of single CTAs, read weights too often."""
+    for tokens, gpu, fits in ((8192, "H200", True), (65536, "H200", False), (8192, "H100", False)):
+        shape = Shape(tokens, 2880, 2880, 128, 4)
+        for gemm in ("down", "dx"):
             problem, n, k = launches(shape)[gemm]
-            for gpu in BACKEND.gpus:
-                rows = shape.rows // shape.E
-                config = BACKEND.for_gpu(gpu).default_config(problem, rows, n, k, shape.E)
-                assert config.swap_ab is fits, (shape, gemm, gpu)
+            rows = shape.rows // shape.E
+            config = BACKEND.for_gpu(gpu).default_config(problem, rows, n, k, shape.E)
+            assert config.swap_ab is fits and config.cluster_m == 1, (tokens, gemm, gpu)
 
 
 def test_two_row_tiles_of_an_expert_share_its_weights() -> None:

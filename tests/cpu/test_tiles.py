@@ -225,10 +225,10 @@ def test_a_review_refuses(
 
 
 def test_the_choice_is_near_the_best_of_every_committed_sweep() -> None:
-    """Within 3 % but for a few GEMMs: README's table has each of them."""
+    """Within 3 % but for a few GEMMs, a quarter on an H100: README's tables have each of them."""
     for name, most, worst in (
         ("tiles", 0.1, 1.115),
-        ("tiles-h100", 0.3, 1.24),
+        ("tiles-h100", 0.26, 1.24),
         ("tiles-many", 0, 1.03),
         ("tiles-few", 0.1, 1.055),
     ):
