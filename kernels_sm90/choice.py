@@ -137,8 +137,8 @@ class _Order(NamedTuple):
 _FIXED_ALONG_N = _Order(along_m=False, dynamic=False)
 _COUNTED_ALONG_M = _Order(along_m=True, dynamic=True)
 
-# The GEMMs of a layer, as ``sonic.runtime.problem`` names them. Tiles of ragged rows have 128, or as
-# many as their expert needs.
+# The GEMMs of a layer, as ``sonic.runtime.problem`` names them. Tiles of ragged rows have 128 of
+# them, or as many as their expert needs.
 _UP = (
     _Tiling(128, 256, 1, _OVERLAPPED, 1, step=0.803, rest=2.04),
     _Tiling(128, 192, 1, _OVERLAPPED, 1, step=0.647, rest=0.98),
