@@ -201,8 +201,9 @@ def _relative_l2(value: torch.Tensor, expected: torch.Tensor) -> float:
 def _kept(results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """``results`` beside those of another contender: on the host if the GPU cannot hold both."""
     if results[0].is_cuda:
-        free, _ = torch.cuda.mem_get_info(results[0].device)
-        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        device = results[0].device
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if free < _ROOM * sum(tensor.nbytes for tensor in results):
             return tuple(tensor.cpu() for tensor in results)
     return results

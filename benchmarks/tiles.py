@@ -192,6 +192,10 @@ class Sweep:
             )
         return times[chosen] / min(times.values())
 
+    def is_timed(self, gemm: str, index: int) -> bool:
+        """Whether the choice for the shape ``index`` was among the tilings of the sweep."""
+        return self.chosen(gemm, self.shapes[index]) in self.times[gemm][index]
+
     def refused(self, gemm: str, index: int) -> list[TileConfig]:
         """The tilings without a time on the shape ``index``, because their results were others."""
         times = self.times[gemm][index]
@@ -219,11 +223,13 @@ class Sweep:
     def summary(self) -> str:
         lines = []
         for gemm, space in self.spaces.items():
-            ratios = [self.ratio(gemm, index) for index in range(len(self.shapes))]
-            lines.append(
-                f"{gemm:4} choice over best of {len(space)} tilings on {len(ratios)} shapes: "
-                f"mean {statistics.mean(ratios):.3f}, worst {max(ratios):.3f}"
-            )
+            timed = [index for index in range(len(self.shapes)) if self.is_timed(gemm, index)]
+            ratios = [self.ratio(gemm, index) for index in timed]
+            if ratios:
+                lines.append(
+                    f"{gemm:4} choice over best of {len(space)} tilings on {len(ratios)} shapes: "
+                    f"mean {statistics.mean(ratios):.3f}, worst {max(ratios):.3f}"
+                )
         return "\n".join(lines)
 
     def write(self, path: Path) -> None:
@@ -326,10 +332,16 @@ def times_beside(path: Path) -> Path:
 
 
 def gpu_of(path: Path) -> str:
-    """The GPU of the times in ``path``, by the result file beside it; the H200 without one."""
+    """The GPU of the times in ``path``, which the result file beside it names.
+
+    :raises ValueError: that file is missing, or is none.
+    """
     beside = Path(str(path).removesuffix(".times.gz"))
-    known = beside != path and beside.is_file()
-    return str(Result.read(beside).head["device"]) if known else "H200"
+    if beside == path:
+        return ""  # no file of times, which reading it says
+    if path.is_file() and not beside.is_file():
+        raise ValueError(f"the GPU of {path} is named in {beside}, which is missing; bring it too")
+    return str(Result.read(beside).head["device"]) if beside.is_file() else ""
 
 
 def _values(config: TileConfig) -> list[object]:
@@ -340,15 +352,21 @@ def review(path: Path, json_file: Path | None) -> None:
     """Print what the choice by sizes, as it is now, costs by the times of an earlier sweep, and put
     that into the sweep's result file if it is given.
 
-    :raises ValueError: one of the files is not what it has to be.
+    :raises ValueError: one of the files is not what it has to be, or has to get a ratio of tiles
+        that were not timed.
     """
-    sweep = Sweep.read_times(path, load_backend(Arch.SM90).for_gpu(gpu_of(path)))
     if json_file is not None and not json_file.is_file():
         raise ValueError(f"there is no {json_file}, whose ratios --json would bring up to date")
+    sweep = Sweep.read_times(path, load_backend(Arch.SM90).for_gpu(gpu_of(path)))
     head = None if json_file is None else Result.read(json_file).head
     for gemm in sweep.spaces:
         for index in range(len(sweep.shapes)):
-            print(sweep.line(gemm, index, others=4))
+            if json_file is not None or sweep.is_timed(gemm, index):
+                print(sweep.line(gemm, index, others=4))
+            else:
+                chosen = sweep.chosen(gemm, sweep.shapes[index]).name
+                print(f"{sweep.shapes[index].problem} {gemm:4} not timed: {chosen}")
+    print(f"choice for {sweep.backend.gpu}:")
     print(sweep.summary())
     if json_file is not None and head is not None:
         result = Result(head)

@@ -51,4 +51,4 @@ def _for_kind(gpu: str) -> _Backend:
     return _Backend(gpu)
 
 
-BACKEND = _for_kind("H200")
+BACKEND = _for_kind("H200")  # where no GPU is at hand: the one that the model was fitted to

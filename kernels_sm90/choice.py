@@ -58,7 +58,7 @@ _WRONG_ORDER = 1.03  # what it costs, about, to take tiles in the order of other
 _FEW_WAVES, _MANY_WAVES = 10, 32
 _FEW_ROWS = 32  # of an expert: fewer only read its weights, see _few_rows
 _ROWS_OF_WIDE_HALVES = 8
-_ROWS_OF_ONE_TILE = 128  # or less: there tiles that fit were up to 15% behind, and never ahead
+_ROWS_OF_ONE_TILE = 128  # or less: there tiles that fit were up to 15% behind, 1% ahead at best
 _MOST_ROWS_THAT_FIT = 640  # more have little padding
 _HALF_TILE_ROWS = 40  # of an expert on average, where hardly any has more than 64
 _MOST_SMS = 0.9  # of a wave: enough to read weights at full bandwidth; assumed
@@ -297,7 +297,8 @@ def _microseconds(
 
 def _order(problem: Problem, tiling: _Tiling, size: _Size, grid: _Grid) -> _Order:
     """A counter keeps SMs together that a fixed stride lets drift apart: where experts have so few
-    rows that their last, partial row tile counts, or where the weights at hand exceed the cache.
+    rows that their last, partial row tile counts, where the weights at hand exceed the cache, or
+    wherever there are many tiles on a card that drifting costs more.
     """
     if problem.ragged is Ragged.REDUCTION:
         return _order_of_weight_gradient(problem, tiling, size, grid)
@@ -313,9 +314,9 @@ def _order(problem: Problem, tiling: _Tiling, size: _Size, grid: _Grid) -> _Orde
         few_or_most = not 1024 <= size.rows < _MOST_ROWS
         return _Order(exceed, dynamic=few_or_most or not many_waves)
     if problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
-        drifts = size.rows < 450 and tiles < 24  # the tiles of one expert are no share of a wave
+        few_tiles = size.rows < 450 and tiles < 24  # of one expert: no share of a wave
         shared = exceed and 1.01 < grid.along_m < 3.3
-        return _Order(shared, dynamic=True) if drifts else _FIXED_ALONG_N
+        return _Order(shared, dynamic=True) if few_tiles else _FIXED_ALONG_N
     if not (many_waves or weights > _CACHE_BYTES / (1 if problem.transposed_weight else 3)):
         return _FIXED_ALONG_N
     return _order_of_linear(problem, tiling, size, grid, weights)
@@ -592,7 +593,7 @@ def candidates(problem: Problem) -> list[TileConfig]:
         tiling.config(order)
         for tiling in _tilings(problem)
         for order in orders
-        if order.dynamic or not tiling.fits
+        if not tiling.fits or order == _COUNTED_ALONG_M
     ]
     if problem.epilogue is EpilogueKind.ACTIVATION:
         ordered.append(_UP_ALONE.config(_FIXED_ALONG_N))

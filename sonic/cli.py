@@ -179,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     compiling.add_argument(
         "--gpu",
         metavar="KIND",
+        type=str.upper,
         action="append",
         help="only the tiles of this kind of GPU, H100 or H200; may be repeated; default: of all",
     )
@@ -270,7 +271,7 @@ def _asked_gpus(backend: Backend, kinds: list[str] | None) -> list[Backend]:
     for kind in kinds or ():
         if kind not in backend.gpus:
             raise ArgumentError(
-                f"--gpu {kind}: {backend.arch.value} kernels choose tiles for "
+                f"--gpu {kind!r}: {backend.arch.value} kernels choose tiles for "
                 f"{' and '.join(backend.gpus)}; give one of these, or leave it out for all"
             )
     return [backend.for_gpu(kind) for kind in dict.fromkeys(kinds or backend.gpus)]

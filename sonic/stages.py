@@ -114,8 +114,7 @@ def _up_gemm(
 ) -> GroupedGemm:
     problem = up_problem(activation, _name(dtype), has_bias, store_preact)
     experts, width, hidden = w1_shape
-    config = config_for(problem, device, rows, experts, width, hidden)
-    fill_cache(problem, config, device, hidden=hidden, width=width, experts=experts)
+    fill_cache(problem, device, hidden=hidden, width=width, experts=experts)
     strides = _row_strides(layout, activation.is_gated, w1_shape, w1_strides)
     return _gemm(problem, device, rows=rows, experts=experts, n=width, k=hidden, strides=strides)
 

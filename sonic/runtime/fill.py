@@ -21,7 +21,7 @@ import torch
 
 from sonic.runtime.backend import backend_for
 from sonic.runtime.cache import KernelKey, kernel_cache, turn
-from sonic.runtime.problem import Problem, TileConfig
+from sonic.runtime.problem import Problem
 from sonic.runtime.settings import CompileMode
 
 _log = logging.getLogger("sonic")
@@ -49,15 +49,14 @@ def usable_cpus() -> int:
 
 def fill_cache(
     up: Problem,
-    config: TileConfig,
     device: torch.device,
     *,
     hidden: int,
     width: int,
     experts: int,
 ) -> None:
-    """Compile what a layer may need if its up-projection, ``up`` with ``config``, is missing: for
-    inference where ``up`` is of inference, else for training too.
+    """Compile what a layer may need on this kind of GPU if a kernel of ``up``, its up-projection,
+    is missing: for inference where ``up`` is of inference, else for training too.
 
     Only where the cache keeps kernels, without ``SONIC_COMPILE=needed``, and where more than one
     CPU can compile; once in a process for each layer, and by one of several processes, while the
@@ -70,10 +69,15 @@ def fill_cache(
         raise ValueError(f"{up.name} is no up-projection")
     backend, cache = backend_for(device), kernel_cache()
     arch = backend.arch
-    key = KernelKey(arch, up, config)
-    if cache.settings.compile is CompileMode.NEEDED or not cache.keeps(arch) or cache.holds(key):
+    if cache.settings.compile is CompileMode.NEEDED or not cache.keeps(arch):
         return
-    layer = arch, up.activation, up.dtype, up.has_bias, up.store_preact, hidden, width, experts
+    # Another kind of GPU, for which a shared cache may have been filled, has other tiles.
+    configs = backend.default_configs(up, width, hidden, experts)
+    keys = [KernelKey(arch, up, config) for config in configs]
+    if all(map(cache.holds, keys)):
+        return
+    how = up.activation, up.dtype, up.has_bias, up.store_preact
+    layer = arch, backend.gpu, *how, hidden, width, experts
     jobs = min(usable_cpus(), _MOST_JOBS)
     # A frozen program's executable is the program.
     if layer in _tried or jobs < 2 or not sys.executable or getattr(sys, "frozen", False):
@@ -92,12 +96,12 @@ def fill_cache(
         *([] if up.store_preact else ["--inference"]),
     ]
     start = time.perf_counter()
-    with turn(folder / ".fill.lock"):
-        # Where another process had its turn before and it is missing still, that one has failed.
-        if not cache.holds(key) and time.perf_counter() - start < _AT_ONCE:
+    with turn(folder / f".fill-{backend.gpu}.lock"):
+        # Where another process had its turn before and some are missing still, that one has failed.
+        if not all(map(cache.holds, keys)) and time.perf_counter() - start < _AT_ONCE:
             _run(command, folder)
-            if not cache.holds(key):
-                _log.warning("sonic compile left no %s %s here", up.name, config.name)
+            if not all(map(cache.holds, keys)):
+                _log.warning("sonic compile left some %s missing here", up.name)
 
 
 def _run(command: list[str], folder: Path) -> None:

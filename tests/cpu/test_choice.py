@@ -1,5 +1,6 @@
 """The model that chooses the tiles of the Hopper kernels."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -116,6 +117,18 @@ def test_tiles_fit_where_the_last_row_tile_is_a_large_part() -> None:
             rows = shape.rows // shape.E
             config = BACKEND.for_gpu(gpu).default_config(problem, rows, n, k, shape.E)
             assert config.swap_ab is fits and config.cluster_m == 1, (tokens, gemm, gpu)
+
+
+@pytest.mark.parametrize("gpu", BACKEND.gpus)
+def test_tiles_fit_neither_hardly_any_rows_nor_idle_sms(gpu: str) -> None:
+    for experts, n, k, rows in itertools.product(
+        (2, 512), (1024, 8192), (1024, 8192), (64, 128, 256)
+    ):
+        if rows == 256 and experts > 2:
+            continue
+        for problem in every_problem():
+            config = BACKEND.for_gpu(gpu).default_config(problem, rows, n, k, experts)
+            assert not config.swap_ab, (problem.name, experts, n, k, rows)
 
 
 def test_two_row_tiles_of_an_expert_share_its_weights() -> None:

@@ -211,14 +211,14 @@ def test_every_number_of_tokens_is_compiled_unless_one_is_asked_for(directory, m
     assert f"{len(every)} kernels for sm90" in capsys.readouterr().out
     for gpu in backend.gpus:
         filled.clear()
-        cli.main([*command, "--gpu", gpu])
+        cli.main([*command, "--gpu", gpu.lower()])
         assert set(filled[0]) == all_tokens[gpu] < set(every)
 
 
 def test_a_gpu_without_tiles_of_its_own_is_refused(directory, capsys):
     assert cli.main(["compile", "--thiek", "64,1024,512,64,2", "--gpu", "A100"]) == 2
     said = capsys.readouterr().err
-    assert "--gpu A100" in said and "H100 and H200" in said and "leave it out" in said
+    assert "--gpu 'A100'" in said and "H100 and H200" in said and "leave it out" in said
 
 
 # ------------------------------------------------------------------------------ end to end

@@ -14,9 +14,10 @@ import torch
 
 import sonic
 from sonic import plan, routing
+from sonic.enums import ActivationType
 from sonic.routing import balancing, topk
 from sonic.routing.route import route
-from sonic.runtime import backend, limits
+from sonic.runtime import backend, launch, limits
 from sonic.runtime.errors import (
     ArgumentError,
     DeviceError,
@@ -27,6 +28,7 @@ from sonic.runtime.errors import (
     SonicError,
     UnsupportedError,
 )
+from sonic.runtime.problem import up_problem
 
 T, H, I, E, K = 5, 16, 8, 4, 2  # noqa: E741 (the names of sizes throughout)
 LOW = torch.bfloat16
@@ -661,6 +663,28 @@ def test_gpu_without_kernels(monkeypatch):
         backend.backend_for(torch.device("cuda", 0))
     assert not sonic.is_available("cuda:0")
     assert "A100" in sonic.is_available("cuda:0").reason
+
+
+def test_each_gpu_gets_the_tiles_of_its_kind(monkeypatch):
+    names = ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
+    monkeypatch.setattr(backend, "_arch_of_device", lambda index: backend.Arch.SM90)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: names[_index(device)])
+    monkeypatch.setattr(launch, "_tuned", lambda backend, device: {})
+    backend._for_device.cache_clear()
+    launch._config.cache_clear()
+    up = up_problem(ActivationType.SWIGLU, "bfloat16", False, True)
+    devices = [torch.device("cuda", index) for index in range(2)]
+    try:
+        assert [backend.backend_for(device).gpu for device in devices] == ["H100", "H200"]
+        tiles = [launch.config_for(up, device, 262_144, 128, 2048, 4096) for device in devices]
+        assert tiles[0].dynamic and not tiles[1].dynamic
+    finally:
+        backend._for_device.cache_clear()
+        launch._config.cache_clear()
+
+
+def _index(device):
+    return device if isinstance(device, int) else torch.device(device).index
 
 
 def test_gpu_whose_kernels_are_not_in_this_release(monkeypatch):

@@ -32,8 +32,9 @@ class Machine:
         self.commands = []
         self.outcome = 0, ""
         self.keeps = True
+        self.backend = BACKEND
         self.set_up()
-        monkeypatch.setattr(fill, "backend_for", lambda device: BACKEND)
+        monkeypatch.setattr(fill, "backend_for", lambda device: self.backend)
         monkeypatch.setattr(fill, "_wait_for", self.run)
 
     def set_up(self, cache=CacheMode.READ_WRITE, mode=CompileMode.ALL, cpus=4):
@@ -49,20 +50,30 @@ class Machine:
         if isinstance(self.outcome, Exception):
             raise self.outcome
         if self.keeps and self.outcome[0] == 0:
-            self.path().write_text("a kernel")
+            self.write_kernels()
         return self.outcome
 
-    def path(self):
-        return self.cache.folder(Arch.SM90, create=True) / f"{self.key.stem}.so"
+    def write_kernels(self):
+        for path in self.paths():
+            path.write_text("a kernel")
+
+    def paths(self):
+        folder = self.cache.folder(Arch.SM90, create=True)
+        return [folder / f"{key.stem}.so" for key in self.keys]
 
     def use(
-        self, activation=ActivationType.SWIGLU, dtype="bfloat16", bias=False, training=True, rows=64
+        self,
+        activation=ActivationType.SWIGLU,
+        dtype="bfloat16",
+        bias=False,
+        training=True,
+        experts=EXPERTS,
     ):
         up = up_problem(activation, dtype, bias, training)
         width = INTERMEDIATE * (2 if activation.is_gated else 1)
-        config = BACKEND.default_config(up, rows, width, HIDDEN, EXPERTS)
-        self.key = KernelKey(Arch.SM90, up, config)
-        fill.fill_cache(up, config, DEVICE, hidden=HIDDEN, width=width, experts=EXPERTS)
+        configs = self.backend.default_configs(up, width, HIDDEN, experts)
+        self.keys = [KernelKey(Arch.SM90, up, config) for config in configs]
+        fill.fill_cache(up, DEVICE, hidden=HIDDEN, width=width, experts=experts)
 
 
 @pytest.fixture
@@ -72,8 +83,10 @@ def machine(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gpu", BACKEND.gpus)
 @pytest.mark.parametrize("activation", [ActivationType.SWIGLU, ActivationType.RELU_SQ])
-def test_the_command_compiles_what_the_layer_launches(machine, activation, bias):
+def test_the_command_compiles_what_the_layer_launches(machine, activation, gpu, bias):
+    machine.backend = backend = BACKEND.for_gpu(gpu)
     machine.use(activation, "float16", bias)
     ((command, folder, environment),) = machine.commands
     assert folder.is_dir() and environment["SONIC_COMPILE"] == "needed"
@@ -82,14 +95,14 @@ def test_the_command_compiles_what_the_layer_launches(machine, activation, bias)
     (size,) = parsed.thiek
     told = ActivationType(parsed.activation), parsed.dtype, parsed.add_bias
     assert told == (activation, "float16", bias) and parsed.arch == "sm90"
-    assert not parsed.these_tokens and parsed.gpu == [BACKEND.gpu]
-    compiled = cli.layer_kernels_of_any_tokens(BACKEND.default_configs, size, *told)
+    assert not parsed.these_tokens and parsed.gpu == [gpu]
+    compiled = cli.layer_kernels_of_any_tokens(backend.default_configs, size, *told)
     layer = cli.LayerSize(4096, HIDDEN, INTERMEDIATE, EXPERTS, 2)
     if bias:
-        launched = cli.layer_kernels(BACKEND.default_config, layer, *told)
+        launched = cli.layer_kernels(backend.default_config, layer, *told)
     else:
         how_run = activation, "interleaved", torch.float16
-        launched = kernels_of_stages(BACKEND.default_config, layer, *how_run)
+        launched = kernels_of_stages(backend.default_config, layer, *how_run)
     assert launched and set(launched) <= set(compiled)
     assert parsed.jobs == 4
 
@@ -106,7 +119,6 @@ def test_inference_compiles_a_part_and_training_the_rest(machine):
         cli, "compile_kernels", lambda arch, kernels, jobs: compiled.extend(kernels)
     )
     cli._compile(parsed)
-    assert parsed.gpu == ["H200"]
     every = cli.layer_kernels_of_any_tokens(
         BACKEND.default_configs, parsed.thiek[0], ActivationType.SWIGLU, "bfloat16", False
     )
@@ -120,7 +132,7 @@ def test_nothing_runs_where_the_kernel_is_there_or_none_would_be_kept(machine):
     machine.set_up()
     machine.use()
     assert len(machine.commands) == 1
-    machine.path().unlink()
+    machine.paths()[-1].unlink()
     for settings in (
         {"mode": CompileMode.NEEDED},
         {"cache": CacheMode.READ_ONLY},
@@ -133,6 +145,18 @@ def test_nothing_runs_where_the_kernel_is_there_or_none_would_be_kept(machine):
     machine.set_up()
     machine.use()
     assert len(machine.commands) == 2
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_each_kind_of_gpu_has_its_own_kernels(machine, fresh):
+    """In one process, and in a later one that finds the cache of the other kind."""
+    for gpu in BACKEND.gpus:
+        if fresh:
+            machine.set_up()
+        machine.backend = BACKEND.for_gpu(gpu)
+        for _ in range(2):
+            machine.use(experts=512)  # enough for tiles in waves, whose order depends on the card
+    assert [c[c.index("--gpu") + 1] for c, *_ in machine.commands] == list(BACKEND.gpus)
 
 
 def test_no_more_jobs_than_fit_into_memory(machine):
@@ -162,13 +186,13 @@ def test_a_frozen_program_is_not_started_again(machine, monkeypatch):
         (fill.subprocess.TimeoutExpired(["sonic"], 1800), "timed out"),
         ((1, "[1/2] up: failed: no registers\n1 of 2 in the cache\n"), "failed: no registers"),
         ((2, "sonic compile: no disk\n"), "no disk"),
-        ((0, "all there"), "left no"),
+        ((0, "all there"), "left some"),
     ],
 )
 def test_a_failure_is_logged_and_not_repeated(machine, caplog, outcome, said):
     machine.outcome, machine.keeps = outcome, False
-    for rows in (64, 300, 64):
-        machine.use(rows=rows)
+    for _ in range(3):
+        machine.use()
     assert said in caplog.text
     assert len(machine.commands) == 1
     machine.use(bias=True)
@@ -184,9 +208,10 @@ def test_of_several_processes_one_compiles(machine, monkeypatch):
         @contextlib.contextmanager
         def late(path, keeps=keeps):
             assert path.parent == machine.cache.folder(Arch.SM90)
-            machine.path().unlink(missing_ok=True)
+            for kernel in machine.paths():
+                kernel.unlink(missing_ok=True)
             if keeps:
-                machine.path().write_text("a kernel")
+                machine.write_kernels()
             else:
                 monkeypatch.setattr(fill, "_AT_ONCE", -1.0)
             yield
@@ -258,6 +283,5 @@ def test_a_problem_that_is_no_up_projection(machine):
     from sonic.runtime.problem import down_problem
 
     down = down_problem("bfloat16", False)
-    config = BACKEND.default_config(down, 64, HIDDEN, INTERMEDIATE, EXPERTS)
     with pytest.raises(ValueError, match="no up-projection"):
-        fill.fill_cache(down, config, DEVICE, hidden=8, width=8, experts=1)
+        fill.fill_cache(down, DEVICE, hidden=8, width=8, experts=1)
