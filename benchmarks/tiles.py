@@ -337,11 +337,11 @@ def gpu_of(path: Path) -> str:
     :raises ValueError: that file is missing, or is none.
     """
     beside = Path(str(path).removesuffix(".times.gz"))
-    if beside == path:
+    if beside == path or not path.is_file():
         return ""  # no file of times, which reading it says
-    if path.is_file() and not beside.is_file():
+    if not beside.is_file():
         raise ValueError(f"the GPU of {path} is named in {beside}, which is missing; bring it too")
-    return str(Result.read(beside).head["device"]) if beside.is_file() else ""
+    return str(Result.read(beside).head["device"])
 
 
 def _values(config: TileConfig) -> list[object]:

@@ -454,8 +454,7 @@ def _rivals(problem: Problem, size: _Size) -> list[_Tiling]:
         least = min(tiling.tile_n for tiling in tilings)
         widest = max(size.n, least)
         alone = [_UP_ALONE] if problem.epilogue is EpilogueKind.ACTIVATION else []
-        plain = [t for t in tilings if t.cluster_m == 1 and not t.fits]
-        return alone + [t for t in plain if t.tile_n <= widest]
+        return alone + [t for t in tilings if t.cluster_m == 1 and t.tile_n <= widest]
     down = problem.epilogue is EpilogueKind.LINEAR and problem.is_forward
     most = 300 if down else 1024
     if problem.ragged is Ragged.ROWS and size.rows >= most:

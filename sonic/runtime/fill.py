@@ -74,7 +74,11 @@ def fill_cache(
     # Another kind of GPU, for which a shared cache may have been filled, has other tiles.
     configs = backend.default_configs(up, width, hidden, experts)
     keys = [KernelKey(arch, up, config) for config in configs]
-    if all(map(cache.holds, keys)):
+
+    def is_filled() -> bool:
+        return all(map(cache.holds, keys))
+
+    if is_filled():
         return
     how = up.activation, up.dtype, up.has_bias, up.store_preact
     layer = arch, backend.gpu, *how, hidden, width, experts
@@ -98,9 +102,9 @@ def fill_cache(
     start = time.perf_counter()
     with turn(folder / f".fill-{backend.gpu}.lock"):
         # Where another process had its turn before and some are missing still, that one has failed.
-        if not all(map(cache.holds, keys)) and time.perf_counter() - start < _AT_ONCE:
+        if not is_filled() and time.perf_counter() - start < _AT_ONCE:
             _run(command, folder)
-            if not all(map(cache.holds, keys)):
+            if not is_filled():
                 _log.warning("sonic compile left some %s missing here", up.name)
 
 
