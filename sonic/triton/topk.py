@@ -21,6 +21,7 @@ from sonic.triton.common import (
     check_float,
     check_shape,
     device_of,
+    is_interpreted,
     power_of_2,
     row_major,
 )
@@ -29,6 +30,8 @@ from sonic.triton.launch import Launcher
 # Key of a padded column: below the key of -inf, the least of any logit.
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
+# The sums of a GPU are no other NaN than this, those of the interpreter may be, and negative.
+_MANY_NANS = tl.constexpr(is_interpreted())
 
 _MAX_BLOCK_E = 4096
 # Bits of a widened value's key that carry nothing.
@@ -44,8 +47,11 @@ def free_bits(dtype: torch.dtype, num_experts: int) -> int:
 @triton.jit
 def _sortable(value):
     """int32 that orders like the fp32 value, -0 like +0, any NaN highest."""
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-    return tl.where(value != value, HIGHEST, bits ^ ((bits >> 31) & HIGHEST))
+    if _MANY_NANS:
+        value = tl.where(value != value, float("nan"), value)
+    # A sum is -0 only if both are, and if it is no number its bits are HIGHEST.
+    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & HIGHEST)
 
 
 @triton.jit
