@@ -153,7 +153,7 @@ def check_logits(logits: Tensor, uniform: Tensor, case: Case, full: bool) -> Non
     options = (case.top_k, case.tile, case.rule, case.num_pairs, full)
     rounded, load, winner_scores, winner_ids, lse = round_logits(logits, uniform, *options)
     keys, *_ = keys_of_logits(logits, case.top_k, full)
-    scores = (keys[:, : case.tokens] & (2**31 - 1)).view(torch.float32).t().contiguous()
+    scores = (keys.table[:, : case.tokens] & (2**31 - 1)).view(torch.float32).t().contiguous()
     exact, low = (
         _winner_softmax_torch(kind, case.top_k, full) for kind in (logits.double(), logits)
     )
@@ -185,6 +185,21 @@ def check_logits(logits: Tensor, uniform: Tensor, case: Case, full: bool) -> Non
     assert_close(
         gradient, *twins, ulps=8.0, allow_zero_reference=trivial, magnitude=1.0, name="dlogits"
     )
+
+
+def summaries_of(keys: Tensor, tokens: int, pieces: int) -> Tensor:
+    """Summaries (E, pieces, groups, 4) of keys (E, stride), see
+    :mod:`sonic.triton.rounding_keys`."""
+    size = 32 // pieces
+    parts = keys.view(keys.shape[0], -1, pieces, size).transpose(1, 2)
+    is_token = (torch.arange(keys.shape[1]) < tokens).view(-1, pieces, size).transpose(0, 1)
+    chosen, rank = parts >= 0, parts & (2**31 - 1)
+    place = torch.arange(pieces)[:, None, None] * size + torch.arange(size)
+    word = (chosen.long() << place).sum(-1)
+    to_add = torch.where(~chosen & is_token, rank, -1).amax(-1)
+    to_drop = torch.where(chosen, 2**31 - 1 - rank, -1).amax(-1)
+    numbers = word - ((word >= 2**31).long() << 32), to_add, chosen.sum(-1), to_drop
+    return torch.stack(numbers, dim=-1).int()
 
 
 def check_winner_softmax(logits: Tensor, top_k: int, full: bool) -> None:

@@ -8,7 +8,14 @@ chose it, then high scores, then low token indices::
 Keys are written column by column, from given scores or, in one pass that also finds the winners,
 from logits. The score of expert e is then ``exp(v_e)`` over the sum of ``exp(v)``, of the token's
 winners or of all experts.
+
+A column is searched by GROUPs of 32 tokens, of which four numbers matter, a *summary*: which tokens
+chose the expert, as a word, how many, and the greatest *ranks* of one to add and of one to drop.
+Where columns are many there is no table of keys: the program that found the winners leaves
+summaries of its tokens, and four *marks* of each token, which make any key of it from the logit.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,6 +35,7 @@ from sonic.triton.topk import (
     HIGHEST,
     LOWEST,
     _packed,
+    _plain_bits,
     _select,
     _select_packed,
     _sortable,
@@ -43,6 +51,16 @@ _ELEMENTS_PER_THREAD = 32  # where tokens choose from many experts
 _MAX_ELEMENTS = 8192  # there; more take too many warps
 _BYTES_PER_LOAD = 16  # of a thread
 _LEAST_PIECE = 32  # bytes of a row that are loaded together, a sector
+
+GROUP = tl.constexpr(32)  # tokens of a summary
+_LANES = tl.constexpr(8)  # of these, keys that are loaded at once
+_PARTS = tl.constexpr(4)  # how often
+
+# Experts from which, up to which, and groups from which on the programs that write keys leave
+# summaries: where reading columns is much of the selection.
+_LEAST_SUMMARIZED = 257
+_MOST_SUMMARIZED = 512
+_LEAST_GROUPS = 256
 
 
 @triton.jit
@@ -69,11 +87,171 @@ def _chosen(key, expert, TOP_K: tl.constexpr):
 
 
 @triton.jit
+def _key_of(score, won, if_won):
+    """Of a score that is at least 0 or no number, which then all of its token's scores are."""
+    return (score.to(tl.int32, bitcast=True) & HIGHEST) | tl.where(won, if_won, LOWEST)
+
+
+@triton.jit
+def _marks_of(top, inverse, last, is_token, BITS: tl.constexpr):
+    """What makes keys of a token's logits: its greatest one, the scores' factor, and of the last
+    winner, packed, what turns the bits of those with its sign into its order, and a bound of the
+    first expert's. Where there is no token scores are 0 and no expert is chosen."""
+    turn = tl.where(last < 0, HIGHEST, 0)
+    bound = tl.where(is_token, last - ((1 << BITS) - 1), 1 << 30)
+    return top, tl.where(is_token, inverse, 0.0), turn, bound
+
+
+@triton.jit
+def _key_of_logit(value, expert, marks, BITS: tl.constexpr):
+    """Keys of fp32 logits whose low BITS carry nothing."""
+    top, inverse, turn, bound = marks
+    # Logits of the other sign than the last winner's are in their places too.
+    order = (_plain_bits(value) ^ turn) & (-1 << BITS)
+    won = order >= bound + expert
+    return _key_of(tl.exp(value - top) * inverse, won, 0)
+
+
+@triton.jit
+def _store_marks(marks, token, mask, values, key_stride):
+    top, inverse, turn, bound = values
+    tl.store(marks + token, top.to(tl.int32, bitcast=True), mask=mask)
+    tl.store(marks + key_stride + token, inverse.to(tl.int32, bitcast=True), mask=mask)
+    tl.store(marks + 2 * key_stride + token, turn, mask=mask)
+    tl.store(marks + 3 * key_stride + token, bound, mask=mask)
+
+
+@triton.jit
+def _load_marks(marks, token, mask, key_stride):
+    top = tl.load(marks + token, mask=mask, other=0).to(tl.float32, bitcast=True)
+    inverse = tl.load(marks + key_stride + token, mask=mask, other=0).to(tl.float32, bitcast=True)
+    turn = tl.load(marks + 2 * key_stride + token, mask=mask, other=0)
+    bound = tl.load(marks + 3 * key_stride + token, mask=mask, other=0)
+    return top, inverse, turn, bound
+
+
+@triton.jit
+def _load_keys(keys, logits, marks, token, expert, mask, stride, key_stride, BITS: tl.constexpr):
+    """Keys of tokens and experts: from their table (E, key_stride), or where there is none from
+    logits (T, E) and the tokens' marks. LOWEST where masked."""
+    if marks is None:
+        address = keys + expert.to(tl.int64) * key_stride + token
+        return tl.load(address, mask=mask, other=LOWEST)
+    else:
+        address = logits + token.to(tl.int64) * stride + expert
+        value = tl.load(address, mask=mask, other=0.0).to(tl.float32)
+        of_token = _load_marks(marks, token, mask, key_stride)
+        key = _key_of_logit(value, expert, of_token, BITS)
+        return tl.where(mask, key, LOWEST)
+
+
+@triton.jit
 def _store_columns(keys, key, token, expert, num_experts, key_stride):
     """keys (E, key_stride) from a block (ROWS, experts)."""
     offset = expert.to(tl.int64)[:, None] * key_stride + token[None, :]
     mask = (expert[:, None] < num_experts) & (token[None, :] < key_stride)
     tl.store(keys + offset, tl.trans(key), mask=mask)
+
+
+@triton.jit
+def popcount(word):
+    """Ones in each int32; in the form that compilers know to be one instruction."""
+    word = word.to(tl.uint32, bitcast=True)
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _greatest_ranks(least, greatest, all_chose):
+    """Greatest ranks to add and to drop, -1 where there is no such token, from the least and the
+    greatest keys (uint32): those of tokens that chose the expert are below all others."""
+    to_add = greatest.to(tl.int32, bitcast=True) & HIGHEST
+    to_drop = tl.maximum(least.to(tl.int32, bitcast=True) ^ HIGHEST, -1)
+    # Behind the last token keys are the least of those that others may have.
+    return tl.where(all_chose, -1, to_add), to_drop
+
+
+@triton.jit
+def _summarize(column, num_tokens, BLOCK: tl.constexpr):
+    """Words, sizes, and greatest ranks to add and to drop, of BLOCK groups, given by the addresses
+    of their first keys and by how many tokens there are from there on."""
+    lane = tl.arange(0, _LANES)[None, :]
+    free = tl.zeros([BLOCK, _LANES], tl.uint32)
+    least = tl.full([BLOCK, _LANES], 0xFFFFFFFF, tl.uint32)
+    greatest = tl.zeros([BLOCK, _LANES], tl.uint32)
+    for part in range(_PARTS):
+        place = (_PARTS - 1 - part) * _LANES + lane
+        key = tl.load(column[:, None] + place).to(tl.uint32, bitcast=True)
+        free = (free << 1) | (key >> 31)
+        least = tl.minimum(least, key)
+        greatest = tl.maximum(greatest, key)
+    # A bit for each part, moved to where the part's first token has its own.
+    free = (free * 0x00204081) & 0x01010101
+    word = ~tl.sum(free.to(tl.int32, bitcast=True) << lane, axis=1)
+    size = popcount(word)
+    to_add, to_drop = _greatest_ranks(
+        tl.min(least, axis=1), tl.max(greatest, axis=1), size >= tl.minimum(num_tokens, GROUP)
+    )
+    return word, size, to_add, to_drop
+
+
+@triton.jit
+def _summary_offset(index):
+    """Of the numbers (BLOCK, 4) of the summaries with these indices."""
+    return 4 * index[:, None] + tl.arange(0, 4)[None, :]
+
+
+@triton.jit
+def _store_summaries(
+    summaries,
+    key,
+    expert,
+    num_tokens,
+    num_experts,
+    key_stride,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """summaries (E, GROUP / ROWS, groups, 4) of the program's keys (ROWS, BLOCK_E)."""
+    pid = tl.program_id(0)
+    pieces: tl.constexpr = GROUP // ROWS
+    piece = pid % pieces
+    ALL: tl.constexpr = -1 if ROWS == GROUP else (1 << ROWS) - 1
+    free = (key.to(tl.uint32, bitcast=True) >> 31) << tl.arange(0, ROWS)[:, None]
+    word = tl.sum(free.to(tl.int32, bitcast=True), axis=0) ^ ALL
+    size = popcount(word)
+    all_chose = size >= tl.minimum(num_tokens - pid * ROWS, ROWS)
+    key = key.to(tl.uint32, bitcast=True)
+    to_add, to_drop = _greatest_ranks(tl.min(key, axis=0), tl.max(key, axis=0), all_chose)
+    summary = tl.join(tl.join(word << piece * ROWS, size), tl.join(to_add, to_drop))
+    summary = tl.reshape(summary, [BLOCK_E, 4])
+    line = expert.to(tl.int64) * pieces + piece
+    offset = _summary_offset(line * (key_stride // GROUP) + pid // pieces)
+    tl.store(summaries + offset, summary, mask=(expert < num_experts)[:, None])
+
+
+@triton.jit
+def _load_summaries(
+    summaries, expert, group, num_groups, PIECES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Words, sizes, and greatest ranks to add and to drop, of an expert's groups."""
+    word = tl.zeros([BLOCK], tl.int32)
+    size = tl.zeros([BLOCK], tl.int32)
+    to_add = tl.full([BLOCK], -1, tl.int32)
+    to_drop = tl.full([BLOCK], -1, tl.int32)
+    for piece in tl.static_range(PIECES):
+        index = (expert.to(tl.int64) * PIECES + piece) * num_groups + group
+        summary = tl.load(summaries + _summary_offset(index))
+        counted, greatest = tl.split(tl.reshape(summary, [BLOCK, 2, 2]))
+        part_word, part_size = tl.split(counted)
+        part_to_add, part_to_drop = tl.split(greatest)
+        word |= part_word
+        size += part_size
+        to_add = tl.maximum(to_add, part_to_add)
+        to_drop = tl.maximum(to_drop, part_to_drop)
+    return word, size, to_add, to_drop
 
 
 @triton.jit
@@ -99,6 +277,20 @@ def _load_logits(
 
 
 @triton.jit
+def _load_by_expert(
+    logits, first, num_tokens, num_experts, stride, ROWS: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """The same logits, of ROWS tokens from ``first`` on, but a thread has all tokens of two
+    experts: what is found for an expert is found by one."""
+    column = tl.max_contiguous(tl.arange(0, BLOCK_E)[None, :], [1, 2])
+    row = tl.arange(0, ROWS)[:, None]
+    # Places of a thread's rows are constants.
+    address = logits + first.to(tl.int64) * stride + row.to(tl.int64) * stride + column
+    mask = (row < num_tokens - first) & (column < num_experts)
+    return tl.load(address, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _winners(
     order,
     expert,
@@ -111,12 +303,13 @@ def _winners(
     EXACT: tl.constexpr,
 ):
     """Sortable logits and ids of each row's winners (ROWS, K_PAD), whatever they are from TOP_K on,
-    its greatest one (ROWS,), and which columns won."""
+    its greatest one's logit, which columns won, and if BITS its last winner, packed."""
     index = tl.broadcast_to(expert[None, :], [ROWS, BLOCK_E])
     if BITS == 0:
         order = tl.where(is_expert[None, :], order, LOWEST)
         best, winner, left = _select(order, index, TOP_K, K_PAD, ROWS)
-        return best, winner, tl.max(best, axis=1), left == LOWEST
+        first = tl.max(best, axis=1)
+        return best, winner, first, left == LOWEST, first
     else:
         packed = _packed(order, index, BITS)
         if not EXACT:
@@ -124,7 +317,7 @@ def _winners(
         best, first, last = _select_packed(packed, TOP_K, K_PAD, ROWS, False)
         best, winner = _unpacked(best, BITS)
         first, _ = _unpacked(first, BITS)
-        return best, winner, first, packed >= last[:, None]
+        return best, winner, first, packed >= last[:, None], last
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -132,6 +325,8 @@ def _logit_scores_kernel(
     logits,
     scores,
     keys,
+    summaries,
+    marks,
     winner_scores,
     winner_ids,
     lse_by_token,
@@ -148,44 +343,54 @@ def _logit_scores_kernel(
     PIECE: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Scores of all experts, as (T, E) or as keys; winners and their scores (T, TOP_K). Either
-    pair of pointers may be missing; ``lse_by_token`` is the logarithm of the scores' divisor.
-    EXACT: there are BLOCK_E experts, and no mask is needed."""
+    """Scores of all experts, as (T, E) or as keys, or summaries and marks instead; with the last
+    two winners and their scores (T, TOP_K), and ``lse_by_token``, the logarithm of the scores'
+    divisor. EXACT: there are BLOCK_E experts, and no mask is needed."""
     num_experts = BLOCK_E if EXACT else num_experts
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_token = token < num_tokens
     expert = tl.arange(0, BLOCK_E)
     value = _load_logits(logits, token, is_token, num_experts, stride, ROWS, BLOCK_E, PIECE)
     is_expert = expert < num_experts
-    best, winner, first, won = _winners(
+    best, winner, first, won, last = _winners(
         _sortable(value), expert, is_expert, BITS, TOP_K, K_PAD, ROWS, BLOCK_E, EXACT
     )
 
     lane = tl.arange(0, K_PAD)
     top = _value_of(first)
-    term = tl.exp(value - top[:, None])
     winner_term = tl.where(lane[None, :] < TOP_K, tl.exp(_value_of(best) - top[:, None]), 0.0)
     if FULL:
+        term = tl.exp(value - top[:, None])
         total = tl.sum(term if EXACT else tl.where(is_expert[None, :], term, 0.0), axis=1)
     else:
         total = tl.sum(winner_term, axis=1)
     inverse = 1.0 / total
-    score = term * inverse[:, None]
     if scores is not None:
+        score = tl.exp(value - top[:, None]) * inverse[:, None]
         offset = token.to(tl.int64)[:, None] * num_experts + expert[None, :]
         tl.store(scores + offset, score, mask=is_token[:, None] & is_expert[None, :])
-    if keys is not None:
-        # Scores are at least 0. One that is no number makes its token's divisor none, and so all
-        # scores of the token: what ranks them is a matter of rows.
-        bits = score.to(tl.int32, bitcast=True) & tl.where(is_token, HIGHEST, 0)[:, None]
-        if_won = tl.where(is_token, tl.where(total == total, 0, HIGHEST), LOWEST)
-        key = bits | tl.where(won, if_won[:, None], (if_won | LOWEST)[:, None])
-        _store_columns(keys, key, token, expert, num_experts, key_stride)
-        tl.store(lse_by_token + token, top + tl.log(total), mask=is_token)
+    else:
         offset = token.to(tl.int64)[:, None] * TOP_K + lane[None, :]
         is_slot = is_token[:, None] & (lane[None, :] < TOP_K)
         tl.store(winner_scores + offset, winner_term * inverse[:, None], mask=is_slot)
         tl.store(winner_ids + offset, winner, mask=is_slot)
+        tl.store(lse_by_token + token, top + tl.log(total), mask=is_token)
+        if keys is not None:
+            term = tl.exp(value - top[:, None])
+            score = term * tl.where(is_token, inverse, 0.0)[:, None]
+            key = _key_of(score, won, tl.where(is_token, 0, LOWEST)[:, None])
+            _store_columns(keys, key, token, expert, num_experts, key_stride)
+        else:
+            values = _marks_of(top, inverse, last, is_token, BITS)
+            _store_marks(marks, token, is_token, values, key_stride)
+            top, inverse, turn, bound = values
+            first = tl.program_id(0) * ROWS
+            value = _load_by_expert(logits, first, num_tokens, num_experts, stride, ROWS, BLOCK_E)
+            values = top[:, None], inverse[:, None], turn[:, None], bound[:, None]
+            key = _key_of_logit(value, expert[None, :], values, BITS)
+            _store_summaries(
+                summaries, key, expert, num_tokens, num_experts, key_stride, ROWS, BLOCK_E
+            )
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -246,8 +451,37 @@ def _blocks(block_e: int, itemsize: int, full: bool) -> tuple[int, int, int]:
 
 
 def _key_stride(num_tokens: int) -> int:
-    # A multiple of 16, so that keys move in whole vectors.
-    return cdiv(num_tokens, 16) * 16
+    # Whole groups, so that keys move in whole vectors, and no mask is needed.
+    return cdiv(num_tokens, GROUP.value) * GROUP.value
+
+
+class Keys(NamedTuple):
+    """Keys, as a ``table (E, stride)`` int32 with ``stride`` at least T; or ``logits (T, E)``, of
+    which so many low ``bits`` carry nothing once they are fp32, ``marks (4, stride)`` int32 that
+    make keys of them, and ``summaries (E, pieces, groups, 4)`` int32 of an equal piece of each
+    group."""
+
+    table: torch.Tensor | None
+    logits: torch.Tensor | None = None
+    marks: torch.Tensor | None = None
+    summaries: torch.Tensor | None = None
+    bits: int = 0
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The table or the marks, whose rows have the same stride."""
+        rows = self.marks if self.table is None else self.table
+        assert rows is not None
+        return rows
+
+
+def are_summarized(logits: torch.Tensor) -> bool:
+    """Whether keys of logits are best left as summaries, without a table. fp32 has no bits free."""
+    num_tokens, num_experts = logits.shape
+    if not free_bits(logits.dtype, num_experts):
+        return False
+    few = num_experts < _LEAST_SUMMARIZED or num_tokens <= GROUP.value * (_LEAST_GROUPS - 1)
+    return not few and num_experts <= _MOST_SUMMARIZED
 
 
 def _launch(
@@ -278,25 +512,35 @@ def _launch(
 
 
 def keys_of_logits(
-    logits: torch.Tensor, top_k: int, full: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits: torch.Tensor, top_k: int, full: bool, summarized: bool = False
+) -> tuple[Keys, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keys, and what the gradient needs, in one launch.
 
     Args:
         logits: (T, E) bf16, fp16 or fp32, rows dense, T at least 1, E at most 4096.
         top_k: 1 to min(64, E). full: divide by the sum over all experts, not over the winners.
+        summarized: no table.
 
     Returns:
-        ``keys (E, stride)`` int32 with ``stride`` at least T, ``winner_scores (T, top_k)`` fp32,
-        ``winner_ids (T, top_k)`` int32, ``lse (T,)`` fp32, the logarithm of the divisor.
+        The keys, ``winner_scores (T, top_k)`` fp32, ``winner_ids (T, top_k)`` int32, ``lse (T,)``
+        fp32, the logarithm of the divisor.
     """
     num_tokens, num_experts = logits.shape
     device = logits.device
-    keys = torch.empty(num_experts, _key_stride(num_tokens), dtype=torch.int32, device=device)
+    stride = _key_stride(num_tokens)
+    if summarized:
+        rows, *_ = _blocks(power_of_2(num_experts), logits.itemsize, full)
+        shape = num_experts, GROUP.value // rows, stride // GROUP.value, 4
+        marks = torch.empty(4, stride, dtype=torch.int32, device=device)
+        summaries = torch.empty(shape, dtype=torch.int32, device=device)
+        keys = Keys(None, logits, marks, summaries, free_bits(logits.dtype, num_experts))
+    else:
+        keys = Keys(torch.empty(num_experts, stride, dtype=torch.int32, device=device))
     winner_scores = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
     winner_ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
     lse = torch.empty(num_tokens, dtype=torch.float32, device=device)
-    _launch(logits, (None, keys, winner_scores, winner_ids, lse), top_k, full)
+    outputs = None, keys.table, keys.summaries, keys.marks, winner_scores, winner_ids, lse
+    _launch(logits, outputs, top_k, full)
     return keys, winner_scores, winner_ids, lse
 
 
@@ -343,7 +587,7 @@ def winner_softmax(logits: torch.Tensor, top_k: int, full: bool) -> torch.Tensor
     scores = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
         with device_of(logits):
-            _launch(row_major(logits), (scores, None, None, None, None), top_k, full)
+            _launch(row_major(logits), (scores, *[None] * 6), top_k, full)
     return scores
 
 

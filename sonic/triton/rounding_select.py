@@ -4,12 +4,13 @@ M is the tile, f the tokens that chose an expert. Rounding adds or drops n < M o
 best of those that had not chosen it, or the worst of those that had. Either are the n first by
 *rank*, a number that the key gives (see :mod:`sonic.triton.rounding_keys`), equal ranks by token.
 
-A program decides for one expert. It reads the column of keys once and keeps of every GROUP of 32
-tokens the greatest rank only. The n first tokens lie in the n groups whose greatest ranks come
-first, since these are n tokens of n groups. So a search over the groups, by four at a step, finds a
-few that are listed, with a rank that the n tokens reach and few others do. All that reach it are
-compared with one another, which gives the token at which the n tokens end; where too many tie for
-that, a bisection over the listed tokens does. Nothing is sorted.
+A program decides for one expert. It needs of every GROUP of 32 tokens the greatest rank only, which
+the keys' summaries have, or which it finds reading the column of keys once. The n first tokens lie
+in the n groups whose greatest ranks come first, since these are n tokens of n groups. So a search
+over the groups, by four at a step, finds a few that are listed, with a rank that the n tokens reach
+and few others do. All that reach it are compared with one another, which gives the token at which
+the n tokens end; where too many tie for that, a bisection over the listed tokens does. Nothing is
+sorted.
 
 What is left behind is 32 tokens' verdicts in a word, and the expert's kept tokens before them.
 
@@ -24,12 +25,17 @@ import triton.language as tl
 
 from sonic.triton.common import cdiv, power_of_2
 from sonic.triton.launch import Launcher
-from sonic.triton.rounding_keys import _score_of
+from sonic.triton.rounding_keys import (
+    GROUP,
+    Keys,
+    _load_keys,
+    _load_summaries,
+    _score_of,
+    _summarize,
+    popcount,
+)
 from sonic.triton.topk import HIGHEST, LOWEST
 
-GROUP = tl.constexpr(32)  # tokens whose verdicts share a word
-_LANES = tl.constexpr(8)  # of these, keys that are loaded at once
-_PARTS = tl.constexpr(4)  # how often
 _COMPARED = tl.constexpr(16)  # tokens that others are compared with at once
 
 _MAX_HELD = 1024  # groups whose greatest ranks stay in registers
@@ -38,6 +44,7 @@ _MAX_HELD_LIST = 256  # listed groups whose keys do
 _LEAST_LIST = 16
 _MAX_COMPARED = 256  # tokens that are compared with one another
 _GROUPS_PER_WARP = 64
+_SUMMARIES_PER_WARP = 128
 _FEW_LISTED = 64  # whose keys take few registers
 _REGISTERS = 65536  # of a processor
 _BALANCE_BLOCK = 1024  # experts whose running error is found at once
@@ -58,19 +65,10 @@ class Decisions(NamedTuple):
 
 
 @triton.jit
-def popcount(word):
-    """Ones in each int32; in the form that compilers know to be one instruction."""
-    word = word.to(tl.uint32, bitcast=True)
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _rank_to_add(key, token, num_tokens):
-    """Of a token that did not choose the expert, greater for a better one; -1 of any other."""
-    return tl.where((key < 0) & (token < num_tokens), key & HIGHEST, -1)
+def _rank_to_add(key):
+    """Of a token that did not choose the expert, greater for a better one; -1 of any other. Behind
+    the last token it is 0, the least: at places where no token is, which come last."""
+    return tl.where(key < 0, key & HIGHEST, -1)
 
 
 @triton.jit
@@ -80,43 +78,41 @@ def _rank_to_drop(key):
 
 
 @triton.jit
-def _rank(key, token, num_tokens, up):
-    return tl.where(up, _rank_to_add(key, token, num_tokens), _rank_to_drop(key))
+def _rank(key, up):
+    return tl.where(up, _rank_to_add(key), _rank_to_drop(key))
 
 
 @triton.jit
-def _load_keys(column, token, key_stride):
-    # The stride is a multiple of 16, so that keys move in whole vectors.
-    return tl.load(column + token, mask=token < key_stride, other=LOWEST)
-
-
-@triton.jit
-def _summarize(column, first, num_tokens, key_stride, BLOCK: tl.constexpr):
-    """Of BLOCK groups from ``first`` on: whose tokens chose the expert, as words, how many these
-    are, and the greatest ranks of tokens to add and to drop."""
+def _summaries_from(
+    column,
+    summaries,
+    first,
+    num_tokens,
+    num_groups,
+    PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Words, sizes, and greatest ranks to add and to drop of BLOCK groups."""
+    keys, _, _, expert, _, key_stride, _ = column
     group = first + tl.arange(0, BLOCK)
-    lane = tl.arange(0, _LANES)[None, :]
-    free = tl.zeros([BLOCK, _LANES], tl.uint32)
-    # Without their signs' meaning, keys of tokens that chose the expert are below all others: the
-    # least is the first to drop, the greatest the first to add.
-    least = tl.full([BLOCK, _LANES], 0xFFFFFFFF, tl.uint32)
-    greatest = tl.zeros([BLOCK, _LANES], tl.uint32)
-    for part in range(_PARTS):
-        token = group[:, None] * GROUP + (_PARTS - 1 - part) * _LANES + lane
-        key = _load_keys(column, token, key_stride).to(tl.uint32, bitcast=True)
-        free = (free << 1) | (key >> 31)
-        least = tl.minimum(least, key)
-        greatest = tl.maximum(greatest, key)
-    # A bit for each part, moved to where the part's first token has its own.
-    free = (free * 0x00204081) & 0x01010101
-    word = ~tl.sum(free.to(tl.int32, bitcast=True) << lane, axis=1)
-    size = popcount(word)
-    to_drop = tl.min(least, axis=1).to(tl.int32, bitcast=True)
-    to_drop = tl.where(to_drop >= 0, to_drop ^ HIGHEST, -1)
-    to_add = tl.max(greatest, axis=1).to(tl.int32, bitcast=True) & HIGHEST
-    # Behind the last token keys are the least of those that others may have.
-    all_chose = size >= tl.minimum(num_tokens - group * GROUP, GROUP)
-    return word, size, tl.where(all_chose, -1, to_add), to_drop
+    inside = group < num_groups
+    # The last group once more, where there is none.
+    source = tl.minimum(group, num_groups - 1)
+    if summaries is None:
+        first_token = source * GROUP
+        word, size, to_add, to_drop = _summarize(
+            keys + expert.to(tl.int64) * key_stride + first_token, num_tokens - first_token, BLOCK
+        )
+    else:
+        word, size, to_add, to_drop = _load_summaries(
+            summaries, expert, source, num_groups, PIECES, BLOCK
+        )
+    return (
+        word,
+        tl.where(inside, size, 0),
+        tl.where(inside, to_add, -1),
+        tl.where(inside, to_drop, -1),
+    )
 
 
 @triton.jit
@@ -246,22 +242,24 @@ def _list_groups(
 
 
 @triton.jit
-def _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK: tl.constexpr):
+def _load_listed(column, listed, start, size, num_tokens, num_groups, BLOCK: tl.constexpr):
     """Keys (GROUP, BLOCK) of the groups listed from the ``start``-th on, and these groups, with
     ``num_groups`` behind the last one."""
+    keys, logits, marks, expert, stride, key_stride, BITS = column
     entry = start + tl.arange(0, BLOCK)
     group = tl.load(listed + entry, mask=entry < size, other=num_groups)
     # A thread loads single keys, and a warp a group: as they have to lie for sums over a group, and
     # for stores to places that are next to one another.
     token = tl.max_contiguous(group[None, :] * GROUP + tl.arange(0, GROUP)[:, None], [1, 1])
-    return _load_keys(column, token, key_stride), group
+    mask = token < num_tokens
+    return _load_keys(keys, logits, marks, token, expert, mask, stride, key_stride, BITS), group
 
 
 @triton.jit
-def _ranked(key, group, num_tokens, up):
-    """Ranks and places of these groups' tokens; of equal ranks the lowest place comes first."""
+def _places(group, num_tokens, up):
+    """Places of these groups' tokens: of equal ranks the lowest place comes first."""
     token = group[None, :] * GROUP + tl.arange(0, GROUP)[:, None]
-    return _rank(key, token, num_tokens, up), tl.where(up, token, num_tokens - 1 - token)
+    return tl.where(up, token, num_tokens - 1 - token)
 
 
 @triton.jit
@@ -276,7 +274,6 @@ def _count_listed(
     up,
     num_tokens,
     num_groups,
-    key_stride,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
 ):
@@ -286,19 +283,20 @@ def _count_listed(
     for start in range(0, size, BLOCK):
         key, group = held_key, held_group
         if not HELD:
-            key, group = _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK)
-        rank, place = _ranked(key, group, num_tokens, up)
+            key, group = _load_listed(column, listed, start, size, num_tokens, num_groups, BLOCK)
+        rank = _rank(key, up)
         if place_limit is None:
             first = rank >= bound
         else:
-            first = _comes_first(rank, place, bound, place_limit)
+            first = _comes_first(rank, _places(group, num_tokens, up), bound, place_limit)
         count += _total(first.to(tl.int32))
     return count
 
 
 @triton.jit
 def _comes_first(rank, place, bound, place_limit):
-    return (rank >= 0) & ((rank > bound) | ((rank == bound) & (place < place_limit)))
+    # The bound is at least 0.
+    return (rank > bound) | ((rank == bound) & (place < place_limit))
 
 
 @triton.jit
@@ -318,46 +316,43 @@ def _gather_first(
     up,
     num_tokens,
     num_groups,
-    key_stride,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
-    ROOM: tl.constexpr,
 ):
-    """Write ranks, and ROOM elements behind them what is greater for lower places, of the listed
-    tokens that reach a rank."""
+    """Write entries of the listed tokens that reach a rank."""
     lane = tl.arange(0, GROUP)[:, None]
     first = 0
     for start in range(0, size, BLOCK):
         key, group = held_key, held_group
         if not HELD:
-            key, group = _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK)
-        rank, place = _ranked(key, group, num_tokens, up)
+            key, group = _load_listed(column, listed, start, size, num_tokens, num_groups, BLOCK)
+        rank = _rank(key, up)
         reached = rank >= bound
         word = tl.sum(reached.to(tl.int32) << lane, axis=0)
         number = popcount(word)
         index = first + tl.cumsum(number, axis=0) - number
         index = index[None, :] + popcount(word[None, :] & ((1 << lane) - 1))
-        tl.store(found + index, rank, mask=reached)
-        tl.store(found + ROOM + index, place ^ HIGHEST, mask=reached)
+        tl.store(found + index, _entry(rank, _places(group, num_tokens, up)), mask=reached)
         if not HELD:
             first += tl.sum(number, axis=0)
 
 
 @triton.jit
-def _load_found(found, index, count, ROOM: tl.constexpr):
+def _entry(rank, place):
     """int64, greater for a token that comes before another; all of them differ."""
-    rank = tl.load(found + index, mask=index < count, other=-1)
-    return (rank.to(tl.int64) << 32) | tl.load(found + ROOM + index, mask=index < count, other=0)
+    return (rank.to(tl.int64) << 32) | (place ^ HIGHEST)
 
 
 @triton.jit
 def _end_of(found, want, count, ROOM: tl.constexpr):
     """Rank and place of the token, of the ``count`` that were found, at which ``want`` end."""
-    entry = _load_found(found, tl.arange(0, ROOM), count, ROOM)
+    lane = tl.arange(0, ROOM)
+    entry = tl.load(found + lane, mask=lane < count, other=-1)
     better = tl.zeros([_COMPARED, ROOM], tl.int32)
     for start in range(0, count, _COMPARED):
         # Along the first axis, which a thread sums by itself.
-        other = _load_found(found, start + tl.arange(0, _COMPARED), count, ROOM)
+        index = start + tl.arange(0, _COMPARED)
+        other = tl.load(found + index, mask=index < count, other=-1)
         better += (other[:, None] > entry[None, :]).to(tl.int32)
     is_last = tl.sum(better, axis=0) == want - 1
     last = tl.max(tl.where(is_last, entry, -1), axis=0)
@@ -375,7 +370,6 @@ def _search(
     up,
     num_tokens,
     num_groups,
-    key_stride,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
     LIST: tl.constexpr,
@@ -390,10 +384,10 @@ def _search(
     # Orders the list, which other threads wrote, before the loads, and what an earlier search of
     # this program loaded of `found` before what this one stores there.
     tl.debug_barrier()
-    key, group = _load_listed(column, listed, 0, size, num_groups, key_stride, LIST_BLOCK)
+    key, group = _load_listed(column, listed, 0, size, num_tokens, num_groups, LIST_BLOCK)
     reach = _count_listed(
         column, listed, key, group, low.to(tl.int32), None, size, up, num_tokens, num_groups,
-        key_stride, LIST_BLOCK, ALL,
+        LIST_BLOCK, ALL,
     )  # fmt: skip
     beyond = 0
     few = tl.maximum(want, ROOM)
@@ -401,7 +395,7 @@ def _search(
         middle = (low + high) >> 1
         count = _count_listed(
             column, listed, key, group, middle.to(tl.int32), None, size, up, num_tokens, num_groups,
-            key_stride, LIST_BLOCK, ALL,
+            LIST_BLOCK, ALL,
         )  # fmt: skip
         low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
     exact = (beyond == want) & (reach > want)
@@ -410,7 +404,7 @@ def _search(
     if (reach > want) & (reach <= ROOM) & (want > 0):
         _gather_first(
             column, listed, key, group, found, low.to(tl.int32), size, up, num_tokens, num_groups,
-            key_stride, LIST_BLOCK, ALL, ROOM,
+            LIST_BLOCK, ALL,
         )  # fmt: skip
         # Orders what other threads found before the loads.
         tl.debug_barrier()
@@ -423,7 +417,7 @@ def _search(
             middle = (limit_low + limit) >> 1
             count = _count_listed(
                 column, listed, key, group, bound, middle, size, up, num_tokens, num_groups,
-                key_stride, LIST_BLOCK, ALL,
+                LIST_BLOCK, ALL,
             )  # fmt: skip
             enough = count >= want
             limit_low = tl.where(enough, limit_low, middle)
@@ -441,15 +435,14 @@ def _mass(
     up,
     num_tokens,
     num_groups,
-    key_stride,
     BLOCK: tl.constexpr,
 ):
     """Sum of the scores of the tokens that :func:`_search` found."""
     mass = tl.zeros([], tl.float64)
     for start in range(0, size, BLOCK):
-        key, group = _load_listed(column, listed, start, size, num_groups, key_stride, BLOCK)
-        rank, place = _ranked(key, group, num_tokens, up)
-        first = _comes_first(rank, place, bound, limit)
+        key, group = _load_listed(column, listed, start, size, num_tokens, num_groups, BLOCK)
+        place = _places(group, num_tokens, up)
+        first = _comes_first(_rank(key, up), place, bound, limit)
         mass += _total(tl.where(first, _score_of(key), 0.0).to(tl.float64))
     return mass
 
@@ -500,19 +493,25 @@ def _count_verdicts(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_groups", "tile"])
 def _select_kernel(
+    load,
     keys,
+    logits,
+    marks,
+    summaries,
     uniform,
     count_by_expert,
-    load,
     words,
     counts_before,
     scratch,
     num_tokens,
     num_experts,
     num_groups,
+    stride,
     key_stride,
     tile,
     RULE: tl.constexpr,
+    BITS: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
     LIST: tl.constexpr,
@@ -524,17 +523,21 @@ def _select_kernel(
     expert: two lists, to drop and to add, what ``_gather_first`` writes, each group's kept tokens,
     and unless HELD greatest ranks to drop and to add."""
     expert = tl.program_id(0)
-    column = keys + expert.to(tl.int64) * key_stride
+    column = keys, logits, marks, expert, stride, key_stride, BITS
     kept: tl.constexpr = 1 if HELD else 3
-    listed = scratch + expert.to(tl.int64) * (2 * LIST + 2 * ROOM + kept * num_groups)
-    found = listed + 2 * LIST
-    sizes = found + 2 * ROOM
+    # An even number, as what is found has eight bytes.
+    line = 2 * (LIST + ROOM + (kept * num_groups + 1) // 2)
+    listed = scratch + expert.to(tl.int64) * line
+    found = (listed + 2 * LIST).to(tl.pointer_type(tl.int64), bitcast=True)
+    sizes = listed + 2 * LIST + 2 * ROOM
     tops = sizes + num_groups
     frequency = 0
     to_add = tl.full([BLOCK], -1, tl.int32)
     to_drop = tl.full([BLOCK], -1, tl.int32)
     for first in range(0, BLOCK if HELD else num_groups, BLOCK):
-        word, size, to_add, to_drop = _summarize(column, first, num_tokens, key_stride, BLOCK)
+        word, size, to_add, to_drop = _summaries_from(
+            column, summaries, first, num_tokens, num_groups, PIECES, BLOCK
+        )
         group = first + tl.arange(0, BLOCK)
         inside = group < num_groups
         tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=inside)
@@ -551,19 +554,19 @@ def _select_kernel(
     if RULE == "nr-s":
         size_down, bound_down, limit_down, _, _ = _search(
             column, tops, to_drop, listed, found, frequency - lower, False, num_tokens,
-            num_groups, key_stride, BLOCK, HELD, LIST, LIST_BLOCK, ROOM,
+            num_groups, BLOCK, HELD, LIST, LIST_BLOCK, ROOM,
         )  # fmt: skip
         size_up, bound_up, limit_up, _, _ = _search(
             column, tops + num_groups, to_add, listed + LIST, found, upper - frequency, True,
-            num_tokens, num_groups, key_stride, BLOCK, HELD, LIST, LIST_BLOCK, ROOM,
+            num_tokens, num_groups, BLOCK, HELD, LIST, LIST_BLOCK, ROOM,
         )  # fmt: skip
         last = _mass(
             column, listed, size_down, bound_down, limit_down, False, num_tokens, num_groups,
-            key_stride, LIST_BLOCK,
+            LIST_BLOCK,
         )  # fmt: skip
         added = _mass(
             column, listed + LIST, size_up, bound_up, limit_up, True, num_tokens, num_groups,
-            key_stride, LIST_BLOCK,
+            LIST_BLOCK,
         )  # fmt: skip
         up = tl.load(uniform + expert).to(tl.float64) * (last + added) < last
         tl.store(count_by_expert + expert, tl.where(up, upper, lower))
@@ -571,7 +574,7 @@ def _select_kernel(
         bound = tl.where(up, bound_up, bound_down)
         limit = tl.where(up, limit_up, limit_down)
         listed += tl.where(up, LIST, 0)
-        key, group = _load_listed(column, listed, 0, size, num_groups, key_stride, LIST_BLOCK)
+        key, group = _load_listed(column, listed, 0, size, num_tokens, num_groups, LIST_BLOCK)
     else:
         count = _rounded_count(
             count_by_expert, uniform, expert, frequency, lower, upper, tile, RULE
@@ -581,17 +584,17 @@ def _select_kernel(
         up = count > frequency
         size, bound, limit, key, group = _search(
             column, tops + tl.where(up, num_groups, 0), tl.where(up, to_add, to_drop), listed,
-            found, tl.abs(count - frequency), up, num_tokens, num_groups, key_stride, BLOCK, HELD,
+            found, tl.abs(count - frequency), up, num_tokens, num_groups, BLOCK, HELD,
             LIST, LIST_BLOCK, ROOM,
         )  # fmt: skip
 
     for start in range(0, size, LIST_BLOCK):
         if LIST > LIST_BLOCK:
             key, group = _load_listed(
-                column, listed, start, size, num_groups, key_stride, LIST_BLOCK
+                column, listed, start, size, num_tokens, num_groups, LIST_BLOCK
             )
-        rank, place = _ranked(key, group, num_tokens, up)
-        changed = _comes_first(rank, place, bound, limit)
+        place = _places(group, num_tokens, up)
+        changed = _comes_first(_rank(key, up), place, bound, limit)
         bit = ((key >= 0) ^ changed).to(tl.int32) << tl.arange(0, GROUP)[:, None]
         word = tl.sum(bit, axis=0)
         offset = group.to(tl.int64) * num_experts + expert
@@ -611,7 +614,8 @@ def _frequency_kernel(keys, frequency, key_stride, BLOCK: tl.constexpr):
     column = keys + expert.to(tl.int64) * key_stride
     count = 0
     for start in range(0, key_stride, BLOCK):
-        key = _load_keys(column, start + tl.arange(0, BLOCK), key_stride)
+        token = start + tl.arange(0, BLOCK)
+        key = tl.load(column + token, mask=token < key_stride, other=LOWEST)
         count += tl.sum((key >= 0).to(tl.int32), axis=0)
     tl.store(frequency + expert, count)
 
@@ -699,11 +703,11 @@ def scratch_size(num_tokens: int, num_experts: int, tile: int, rule: str) -> int
     num_groups = cdiv(num_tokens, GROUP.value)
     kept = 3 if num_groups > _MAX_HELD else 1
     lists = _list_size(num_tokens, tile, rule) + _room(num_tokens, tile, rule)
-    return num_experts * (2 * lists + kept * num_groups)
+    return num_experts * 2 * (lists + cdiv(kept * num_groups, 2))
 
 
 def decide(
-    keys: torch.Tensor,
+    keys: Keys,
     uniform: torch.Tensor | None,
     decisions: Decisions,
     scratch: torch.Tensor,
@@ -714,39 +718,48 @@ def decide(
     """Fills in ``decisions``: one launch, three for ``"balance-f"``.
 
     Args:
-        keys: (E, stride) int32 of :mod:`sonic.triton.rounding_keys`.
+        keys: of :mod:`sonic.triton.rounding_keys`, with a table for ``"balance-f"``.
         uniform: (E,) fp32 in [0, 1), for ``"sr"`` and ``"nr-s"``.
-        scratch: int32, of as many elements as :func:`scratch_size` says, overwritten.
+        scratch: int32, of as many elements as :func:`scratch_size` says, overwritten; at an address
+            that is a multiple of eight.
         num_tokens: T, at least 1. tile: M. rule: see :mod:`sonic.routing.token_rounding`.
     """
-    num_experts, key_stride = keys.shape
+    _, logits, _, summaries, _ = keys
+    num_experts = decisions.load.shape[0]
     num_groups = decisions.words.shape[0]
     held = num_groups <= _MAX_HELD
     block = power_of_2(num_groups) if held else _MAX_COUNTED
     listed = _list_size(num_tokens, tile, rule)
-    num_warps = max(4, min(16, max(block, 2 * listed) // _GROUPS_PER_WARP))
+    per_warp = _GROUPS_PER_WARP if summaries is None else _SUMMARIES_PER_WARP
+    num_warps = max(4, min(16, max(block, 2 * listed) // per_warp))
     registers: dict[str, int] = {}
     if listed > _FEW_LISTED:
         # All that a program may have: left to itself, the compiler of Triton 3.9 spills before.
         registers["maxnreg"] = min(255, _REGISTERS // (32 * num_warps))
+    elif num_warps == 4:
+        # Four programs run at once. Without a number it spills here too, of fewer registers.
+        registers["maxnreg"] = _REGISTERS // (4 * 32 * num_warps)
     balanced = rule == "balance-f"
     if balanced:
-        _balanced_counts(keys, decisions, num_tokens, tile)
+        _balanced_counts(keys.rows, decisions, num_tokens, tile)
     _select(
         num_experts,
-        keys,
+        decisions.load,
+        *keys[:4],
         uniform,
         decisions.counts,
-        decisions.load,
         decisions.words,
         decisions.counts_before,
         scratch,
         num_tokens,
         num_experts,
         num_groups,
-        key_stride,
+        0 if logits is None else logits.stride(0),
+        keys.rows.shape[1],
         tile,
         RULE="given" if balanced else rule,
+        BITS=keys.bits,
+        PIECES=0 if summaries is None else summaries.shape[1],
         BLOCK=block,
         HELD=held,
         LIST=listed,

@@ -27,8 +27,17 @@ from sonic.triton.common import (
     row_major,
 )
 from sonic.triton.launch import Launcher
-from sonic.triton.rounding_keys import _score_of, keys_of_logits, keys_of_scores
-from sonic.triton.rounding_select import GROUP, Decisions, decide, popcount, scratch_size
+from sonic.triton.rounding_keys import (
+    GROUP,
+    Keys,
+    _load_keys,
+    _score_of,
+    are_summarized,
+    keys_of_logits,
+    keys_of_scores,
+    popcount,
+)
+from sonic.triton.rounding_select import Decisions, decide, scratch_size
 
 _TAIL = 1024  # slots that a program clears
 _MAX_PAIRS = 512  # whose rows and weights are found at once
@@ -115,14 +124,16 @@ def _row_of(pair, words, first_rows, line, live):
 
 
 @triton.jit
-def _load_weight(keys, scores, token, expert, stride, live):
+def _load_weight(
+    keys, logits, marks, scores, token, expert, stride, key_stride, live, BITS: tl.constexpr
+):
     """fp32 scores of pairs, from scores, or if there are none from keys."""
     if scores is not None:
         address = scores + token.to(tl.int64) * stride + expert
         return tl.load(address, mask=live, other=0.0).to(tl.float32)
     else:
-        address = keys + expert.to(tl.int64) * stride + token
-        return _score_of(tl.load(address, mask=live, other=0))
+        key = _load_keys(keys, logits, marks, token, expert, live, stride, key_stride, BITS)
+        return _score_of(key)
 
 
 @triton.jit
@@ -142,6 +153,8 @@ def _emit_kernel(
     counts,
     first_rows,
     keys,
+    logits,
+    marks,
     scores,
     weights,
     token_ids,
@@ -156,6 +169,8 @@ def _emit_kernel(
     num_groups,
     num_slots,
     stride,
+    key_stride,
+    BITS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     PART: tl.constexpr,
     ONE: tl.constexpr,
@@ -165,7 +180,7 @@ def _emit_kernel(
     """The first ``num_groups`` programs write a group of tokens each, the others what lies behind
     the last pair. A group's pairs are put in order of their slots first, so that threads next to
     one another write slots that are; until then ``row_by_slot`` holds them. ``stride`` is that of
-    the scores, or without scores that of the keys. ONE: a block holds all experts."""
+    scores or logits, ``key_stride`` that of keys or marks. ONE: a block holds all experts."""
     pid = tl.program_id(0)
     if pid < num_groups:
         line = pid.to(tl.int64) * num_experts
@@ -211,7 +226,9 @@ def _emit_kernel(
             pair = tl.load(row_by_slot + slot, mask=live, other=0)
             expert, row = _row_of(pair, words, first_rows, line, live)
             member = pid * GROUP + pair % GROUP
-            weight = _load_weight(keys, scores, member, expert, stride, live)
+            weight = _load_weight(
+                keys, logits, marks, scores, member, expert, stride, key_stride, live, BITS
+            )
             values = weight, member, expert, row
             _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, live)
             tl.store(token_by_row + row, member, mask=live)
@@ -360,30 +377,33 @@ _logit_grad = Launcher(_logit_grad_kernel)
 
 
 def _emit(
-    keys: torch.Tensor,
+    keys: Keys,
     scores: torch.Tensor | None,
     uniform: torch.Tensor | None,
-    num_tokens: int,
+    shape: torch.Size,
     tile: int,
     rule: str,
     num_slots: int,
     with_token_ids: bool,
 ) -> tuple[Rounded, torch.Tensor]:
     """Pairs and plan of the keys, and how many tokens chose each expert (E,)."""
-    num_experts = keys.shape[0]
-    device = keys.device
+    num_tokens, num_experts = shape
+    table, logits, marks, _, _ = keys
+    rows = logits if scores is None else scores
+    device = keys.rows.device
     num_groups = cdiv(num_tokens, GROUP.value)
     options: dict[str, Any] = {"dtype": torch.int32, "device": device}
-    table = num_groups * num_experts
+    size = num_groups * num_experts
     extra = scratch_size(num_tokens, num_experts, tile, rule)
-    sizes = [table, table, table, extra, num_experts]
-    words, before, first_rows, scratch, counts = torch.empty(sum(sizes), **options).split(sizes)
-    shape = num_groups, num_experts
+    # What has to lie at a multiple of eight bytes is first.
+    sizes = [extra, size, size, size, num_experts]
+    scratch, words, before, first_rows, counts = torch.empty(sum(sizes), **options).split(sizes)
+    verdicts = num_groups, num_experts
     load = torch.empty(num_experts, **options)
     decide(
         keys,
         uniform,
-        Decisions(words.view(shape), before.view(shape), counts, load),
+        Decisions(words.view(verdicts), before.view(verdicts), counts, load),
         scratch,
         num_tokens,
         tile,
@@ -406,14 +426,18 @@ def _emit(
         before,
         counts,
         first_rows,
-        keys,
+        table,
+        logits,
+        marks,
         scores,
         *rounded,
         num_tokens,
         num_experts,
         num_groups,
         num_slots,
-        keys.shape[1] if scores is None else scores.stride(0),
+        0 if rows is None else rows.stride(0),
+        keys.rows.shape[1],
+        BITS=keys.bits,
         BLOCK_E=block_e,
         PART=block_e // _PARTS,
         ONE=num_experts <= block_e,
@@ -448,8 +472,8 @@ def round_tokens(
     _check_uniform(scores, uniform)
     scores = row_major(scores)
     with device_of(scores):
-        keys = keys_of_scores(scores, top_k)
-        return _emit(keys, scores, uniform, scores.shape[0], tile, rule, num_slots, True)[0]
+        keys = Keys(keys_of_scores(scores, top_k))
+        return _emit(keys, scores, uniform, scores.shape, tile, rule, num_slots, True)[0]
 
 
 def round_logits(
@@ -477,8 +501,10 @@ def round_logits(
     _check_uniform(logits, uniform)
     logits = row_major(logits)
     with device_of(logits):
-        keys, *winners = keys_of_logits(logits, top_k, full)
-        rounded, load = _emit(keys, None, uniform, logits.shape[0], tile, rule, num_slots, False)
+        # Counts that depend on one another are read off a table.
+        summarized = rule != "balance-f" and are_summarized(logits)
+        keys, *winners = keys_of_logits(logits, top_k, full, summarized)
+        rounded, load = _emit(keys, None, uniform, logits.shape, tile, rule, num_slots, False)
     return rounded, load, winners[0], winners[1], winners[2]
 
 

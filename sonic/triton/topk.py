@@ -45,12 +45,18 @@ def free_bits(dtype: torch.dtype, num_experts: int) -> int:
 
 
 @triton.jit
-def _sortable(value):
-    """int32 that orders like the fp32 value, -0 like +0, any NaN highest."""
+def _plain_bits(value):
+    """Bits of the fp32 value, those of +0 for -0, and of one positive NaN for any."""
     if _MANY_NANS:
         value = tl.where(value != value, float("nan"), value)
     # A sum is -0 only if both are, and if it is no number its bits are HIGHEST.
-    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    return (value + 0.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _sortable(value):
+    """int32 that orders like the fp32 value, -0 like +0, any NaN highest."""
+    bits = _plain_bits(value)
     return bits ^ ((bits >> 31) & HIGHEST)
 
 

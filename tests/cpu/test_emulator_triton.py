@@ -1,10 +1,9 @@
-"""Token rounding's selection, compiled by Triton, runs in the emulator.
+"""Token rounding's keys and selection, compiled by Triton, run in the emulator.
 
 Triton's interpreter runs a program as numpy does, one operation at a time; here warps interleave,
 and loads and stores of global memory that no barrier orders are reported.
 """
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,12 +11,13 @@ pytest.importorskip("triton")
 
 import triton
 
-from sonic.triton import rounding_select
+from sonic.triton import rounding_keys, rounding_select
 from sonic.triton.topk import LOWEST
 from tests.cpu.test_triton_compile import compiled  # noqa: F401
 from tests.emulator import Policy, ptx
 from tests.emulator.program import Program
 from tests.emulator.snippet import machine_for
+from tests.rounding_checks import summaries_of
 
 pytestmark = pytest.mark.skipif(
     bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set: nothing compiles"
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 EXPERTS = 3
 SHARES = (0.2, 0.21, 0.9)  # of the tokens, that choose an expert
-GROUP = rounding_select.GROUP.value
+GROUP = rounding_keys.GROUP.value
 
 
 def _table(tokens, ties, seed):
@@ -35,10 +35,27 @@ def _table(tokens, ties, seed):
     if ties:
         scores = (4 * scores).round() / 4
     chosen = torch.rand(EXPERTS, tokens, generator=generator) < torch.tensor(SHARES)[:, None]
-    keys = torch.full((EXPERTS, -(-tokens // 16) * 16), LOWEST.value, dtype=torch.int32)
+    keys = torch.full((EXPERTS, -(-tokens // GROUP) * GROUP), LOWEST.value, dtype=torch.int32)
     bits = scores.view(torch.int32)
     keys[:, :tokens] = torch.where(chosen, bits, bits | LOWEST.value)
     return keys, scores, chosen
+
+
+def _run(kernel, programs, arrays, sizes):
+    """A kernel of tensors and numbers, in this order, on numpy's memory."""
+    (parsed,) = ptx.parse(kernel.asm["ptx"]).values()
+    values = [*(array.data_ptr() for array in arrays), *sizes, 0, 0]  # no scratch of Triton's own
+    raw = [
+        int(value).to_bytes(parameter[1], "little")
+        for parameter, value in zip(parsed.params, values, strict=True)
+    ]
+    memory = [a.view(torch.uint8).numpy().reshape(-1) for a in arrays]
+    machine = machine_for(memory, Policy(0))
+    # Triton lets warps that hold the same value store it to one place of shared memory; order on
+    # global memory is still checked.
+    machine.race_check = False
+    block = 32 * kernel.metadata.num_warps, 1, 1
+    machine.launch(Program(parsed), (programs, 1, 1), block, (1, 1, 1), kernel.metadata.shared, raw)
 
 
 def _kept(scores, chosen, tile, rule):
@@ -54,39 +71,29 @@ def _kept(scores, chosen, tile, rule):
     return kept
 
 
+def _poisoned(*shape):
+    return torch.full(shape, -99, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("pieces", [0, 2], ids=["keys", "summaries"])
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize(
     ("tokens", "tile", "rule"),
     [(3000, 128, "nr"), (3001, 100, "up"), (3000, 128, "down"), (1500, 700, "down")],
 )
-def test_selection(compiled, tokens, tile, rule, ties):  # noqa: F811
+def test_selection(compiled, tokens, tile, rule, ties, pieces):  # noqa: F811
     keys, scores, chosen = _table(tokens, ties, seed=tokens)
     groups = -(-tokens // GROUP)
-
-    def poisoned(*shape):
-        return torch.full(shape, -99, dtype=torch.int32)
-
-    words, before = poisoned(groups, EXPERTS), poisoned(groups, EXPERTS)
-    counts, load = poisoned(EXPERTS), poisoned(EXPERTS)
-    scratch = poisoned(rounding_select.scratch_size(tokens, EXPERTS, tile, rule))
+    summaries = summaries_of(keys, tokens, pieces) if pieces else None
+    words, before = _poisoned(groups, EXPERTS), _poisoned(groups, EXPERTS)
+    counts, load = _poisoned(EXPERTS), _poisoned(EXPERTS)
+    scratch = _poisoned(rounding_select.scratch_size(tokens, EXPERTS, tile, rule))
     decisions = rounding_select.Decisions(words, before, counts, load)
-    rounding_select.decide(keys, None, decisions, scratch, tokens, tile, rule)
+    given = rounding_keys.Keys(keys, summaries=summaries)
+    rounding_select.decide(given, None, decisions, scratch, tokens, tile, rule)
     (kernel,) = compiled["_select_kernel"]
-
-    (parsed,) = ptx.parse(kernel.asm["ptx"]).values()
-    arrays = keys, counts, load, words, before, scratch
-    sizes = tokens, EXPERTS, groups, keys.shape[1], tile
-    values = [*(array.data_ptr() for array in arrays), *sizes, 0, 0]  # no scratch of Triton's own
-    raw = [
-        int(value).to_bytes(parameter[1], "little")
-        for parameter, value in zip(parsed.params, values, strict=True)
-    ]
-    machine = machine_for([a.numpy().view(np.uint8).reshape(-1) for a in arrays], Policy(0))
-    # Triton lets warps that hold the same value store it to one place of shared memory; order on
-    # global memory is still checked.
-    machine.race_check = False
-    block = 32 * kernel.metadata.num_warps, 1, 1
-    machine.launch(Program(parsed), (EXPERTS, 1, 1), block, (1, 1, 1), kernel.metadata.shared, raw)
+    arrays = load, keys, *([summaries] if pieces else []), counts, words, before, scratch
+    _run(kernel, EXPERTS, arrays, (tokens, EXPERTS, groups, 0, keys.shape[1], tile))
 
     kept = torch.zeros(EXPERTS, groups * GROUP, dtype=torch.bool)
     kept[:, :tokens] = _kept(scores, chosen, tile, rule)
@@ -103,3 +110,27 @@ def test_selection(compiled, tokens, tile, rule, ties):  # noqa: F811
     found = scratch.view(EXPERTS, -1)[:, lists : lists + 2 * room]
     changed = counts != load
     assert (found[changed] != -99).any(1).all() != (ties or tile > 2 * room)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
+def test_summaries(compiled, full):  # noqa: F811
+    """The same keys are summarized as are written, by threads that hold other logits."""
+    tokens, experts, top_k = 75, 200, 3
+    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0)).bfloat16()
+    results = []
+    for summarized in (False, True):
+        # Nothing runs, so that what is returned holds what was there.
+        keys, *winners = rounding_keys.keys_of_logits(logits, top_k, full, summarized)
+        outputs = (keys.summaries, keys.marks) if summarized else (keys.table,)
+        for result in (*outputs, *winners):
+            result.fill_(-99)
+        kernel = compiled["_logit_scores_kernel"][-1]
+        rows = rounding_keys._blocks(256, logits.itemsize, full)[0]
+        stride = outputs[-1].shape[1]
+        sizes = tokens, experts, experts, stride
+        _run(kernel, stride // rows, (logits, *outputs, *winners), sizes)
+        results.append((outputs[0], *winners))
+    (table, *winners), (summaries, *others) = results
+    assert torch.equal((table[:, :tokens] >= 0).sum(0), torch.full((tokens,), top_k))
+    assert torch.equal(summaries, summaries_of(table, tokens, summaries.shape[1]))
+    assert all(map(torch.equal, winners, others))

@@ -97,14 +97,18 @@ def _launch_token_rounding(module) -> None:
     for logits in (torch.zeros(64, 128), torch.zeros(64, 4096, dtype=torch.bfloat16)):
         scores = MODULES["rounding_keys"].winner_softmax(logits, 8, False)
         MODULES["rounding_keys"].winner_softmax_grad(scores, scores, 8, False, logits.dtype)
-    for experts, dtype, full in (
-        (16, torch.bfloat16, False),
-        (256, torch.bfloat16, False),
-        (512, torch.float32, True),
-        (4096, torch.float16, False),
+    for tokens, experts, dtype, full in (
+        (300, 16, torch.bfloat16, False),
+        (300, 256, torch.bfloat16, False),
+        (300, 512, torch.float32, True),
+        (300, 4096, torch.float16, False),
+        # Keys with summaries.
+        (16384, 512, torch.bfloat16, False),
+        (8192, 200, torch.float32, True),
     ):
-        logits = torch.zeros(300, experts, dtype=dtype)
-        rounded, _, *winners = module.round_logits(logits, None, 8, 128, "nr", 4096, full)
+        logits = torch.zeros(tokens, experts, dtype=dtype)
+        slots = 8 * tokens + 64 * experts
+        rounded, _, *winners = module.round_logits(logits, None, 8, 128, "nr", slots, full)
         module.round_logits_grad(
             rounded.weights, rounded.weights, rounded.expert_ids, rounded.offset_by_token,
             *winners, logits if full else None, experts, dtype,

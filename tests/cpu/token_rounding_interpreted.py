@@ -14,6 +14,7 @@ import sonic.triton.rounding_select as select
 import sonic.triton.token_rounding as kernels
 from sonic.routing.token_rounding import RULES
 from sonic.triton.rounding_select import _end_of, _halved
+from sonic.triton.topk import HIGHEST
 from tests import rounding_checks as checks
 
 # Importing it skips this module where the interpreter does not work.
@@ -182,3 +183,75 @@ def test_logits_of_several_groups_and_blocks_of_experts(rule, guarded, monkeypat
         case = Case(150, 70, 4, 8, rule, kind)
         logits = guarded.copy_of(logits_of(case, dtype))
         checks.check_logits(logits, checks.uniform_of(case), case, kind == "ties")
+
+
+@pytest.fixture
+def always_summarized(monkeypatch):
+    monkeypatch.setattr(keys, "_LEAST_SUMMARIZED", 1)
+    monkeypatch.setattr(keys, "_LEAST_GROUPS", 1)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
+@pytest.mark.parametrize("sizes", [(150, 70, 4), (64, 5, 5), (75, 130, 3), (9, 3, 1)], ids=str)
+def test_summaries(sizes, full, always_summarized):
+    """In pieces of 8, 16 and 32 tokens; of the last ones there are only some, or none."""
+    tokens, experts, top_k = sizes
+    logits = torch.randn(tokens, experts).bfloat16()
+    inf, nan = torch.inf, torch.nan
+    logits[5, 0], logits[6, 1:] = nan, -nan
+    for token, values in enumerate(
+        ((0.0, -0.0, -1), (nan, inf, -nan), (-inf, -2, -2), (-1, -1, -inf))
+    ):
+        logits[token] = torch.tensor(values)[torch.arange(experts) % 3]
+    logits[7] = -logits[7].abs()
+    (table, *_), *winners = keys.keys_of_logits(logits, top_k, full)
+    (*_, summaries, _), *others = keys.keys_of_logits(logits, top_k, full, summarized=True)
+    assert torch.equal(summaries, checks.summaries_of(table, tokens, summaries.shape[1]))
+    torch.testing.assert_close(others, winners, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("index", "rule"), list(enumerate(RULES)))
+def test_selection_from_summaries(index, rule, guarded, always_summarized):
+    kinds = ("softmax", 70, False), ("ties", 20, True), ("softmax", 5, False)
+    kind, experts, full = kinds[index % len(kinds)]
+    case = Case(150, experts, 4, 8, rule, kind)
+    logits = guarded.copy_of(logits_of(case, torch.bfloat16))
+    checks.check_logits(logits, checks.uniform_of(case), case, full)
+
+
+@pytest.mark.parametrize("rule", ["nr", "nr-s"])
+def test_summaries_that_are_not_in_registers(rule, guarded, always_summarized, monkeypatch):
+    monkeypatch.setattr(select, "_MAX_HELD", 4)
+    monkeypatch.setattr(select, "_MAX_COUNTED", 4)
+    case = Case(200, 70, 1, 4, rule)
+    logits = guarded.copy_of(logits_of(case, torch.bfloat16))
+    checks.check_logits(logits, checks.uniform_of(case), case, False)
+
+
+@triton.jit
+def _one_too_many(word):
+    return select.popcount(word) + 1
+
+
+@triton.jit
+def _marks_of_another(top, inverse, last, is_token, BITS: tl.constexpr):
+    return top, inverse, last * 0, tl.where(is_token, last, 0)
+
+
+@triton.jit
+def _as_if_none_chose(least, greatest, all_chose):
+    return greatest.to(tl.int32, bitcast=True) & HIGHEST, greatest.to(tl.int32, bitcast=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("popcount", _one_too_many),
+        ("_marks_of", _marks_of_another),
+        ("_greatest_ranks", _as_if_none_chose),
+    ],
+)
+def test_wrong_summaries_are_noticed(name, wrong, always_summarized, monkeypatch):
+    monkeypatch.setattr(keys, name, wrong)
+    with pytest.raises(AssertionError):
+        test_summaries((64, 5, 5), False, always_summarized)
