@@ -16,6 +16,8 @@ from sonic.enums import ScoreOrder
 from sonic.plan import build_plan_flat
 from sonic.routing import rounded_routing, rounding_scores, token_rounding, token_rounding_plan
 from sonic.routing.token_rounding import RULES
+from sonic.triton import rounding_keys
+from sonic.triton.token_rounding import round_logits
 from tests import rounding_checks as checks
 from tests.graphs import capture
 from tests.rounding_checks import Case
@@ -121,6 +123,27 @@ def test_logits_to_plan(sizes, dtype, full, guarded):
     case = Case(*sizes, rule)
     logits = (2 * torch.randn(tokens, experts, device=CUDA)).to(dtype)
     checks.check_logits(guarded.copy_of(logits), checks.uniform_of(case, 0, CUDA), case, full)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_keys_without_a_table_are_the_same_bits(rule, dtype, monkeypatch):
+    tokens, experts, top_k = 9000, 500, 4
+    logits = torch.randn(tokens, experts, device=CUDA).to(dtype)
+    logits[:, 3] = logits[:, 5] = -0.0
+    for value in (torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0):
+        logits[torch.rand(logits.shape, device=CUDA) < 2e-4] = value
+    logits[7], logits[8], logits[9, 2:] = torch.nan, -1, -torch.nan
+    case = Case(tokens, experts, top_k, 128, rule)
+    arguments = checks.uniform_of(case, 0, CUDA), top_k, 128, rule, case.num_pairs, False
+    without = round_logits(logits, *arguments)
+    assert rounding_keys.are_summarized(logits)
+    monkeypatch.setattr(rounding_keys, "_LEAST_SUMMARIZED", experts + 1)
+    expected = round_logits(logits, *arguments)
+    for actual, wanted in zip(
+        (*without[0], *without[1:]), (*expected[0], *expected[1:]), strict=True
+    ):
+        assert actual is wanted or torch.equal(actual.view(torch.int32), wanted.view(torch.int32))
 
 
 def test_fused_and_separate_scores_are_the_same_bits():
