@@ -733,7 +733,7 @@ def decide(
     per_warp = _GROUPS_PER_WARP if summaries is None else _SUMMARIES_PER_WARP
     num_warps = max(4, min(16, max(block, 2 * listed) // per_warp))
     registers: dict[str, int] = {}
-    if listed > _FEW_LISTED:
+    if listed > _FEW_LISTED or not held:
         # All that a program may have: left to itself, the compiler of Triton 3.9 spills before.
         registers["maxnreg"] = min(255, _REGISTERS // (32 * num_warps))
     elif num_warps == 4:
