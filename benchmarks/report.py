@@ -597,6 +597,7 @@ TABLES: dict[str, Callable[[Figures], str]] = {
     "peers on H100": _on(H100, peers_table, "comparisons"),
     "random peers": _on_default_card(random_peers_table, "comparisons of random sizes"),
     "skew": _on_default_card(skew_table, "times with skewed routing"),
+    "skew on H100": _on(H100, skew_table, "times with skewed routing"),
     "tiles": _on_default_card(tiles_table, "sweeps of tiles"),
     "tiles on H100": _on(H100, tiles_table, "sweeps of tiles"),
     "small": _on_default_card(small_table, "figures of small batches"),

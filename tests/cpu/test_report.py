@@ -194,7 +194,7 @@ def test_results_of_another_card_change_no_table_of_the_default_one(tmp_path: Pa
     assert "executed on " in seen and H100 in seen and DEFAULT_CARD in seen
 
 
-@pytest.mark.parametrize("name", ["peers", "tiles"])
+@pytest.mark.parametrize("name", ["peers", "skew", "tiles"])
 def test_the_tables_of_an_h100_are_those_of_the_h200_with_its_results(
     name: str, tmp_path: Path
 ) -> None:
