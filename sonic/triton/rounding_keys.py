@@ -37,11 +37,13 @@ from sonic.triton.topk import (
     _packed,
     _plain_bits,
     _select,
+    _select_in_groups,
     _select_packed,
     _sortable,
     _unpacked,
     _value_of,
     free_bits,
+    group_width,
     topk_scores,
 )
 
@@ -206,6 +208,7 @@ def _summary_offset(index):
 @triton.jit
 def _store_summaries(
     summaries,
+    words,
     key,
     expert,
     num_tokens,
@@ -214,13 +217,18 @@ def _store_summaries(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """summaries (E, GROUP / ROWS, groups, 4) of the program's keys (ROWS, BLOCK_E)."""
+    """summaries (E, GROUP / ROWS, groups, 4) of the program's keys (ROWS, BLOCK_E), and its part of
+    words (groups, E)."""
     pid = tl.program_id(0)
     pieces: tl.constexpr = GROUP // ROWS
     piece = pid % pieces
     ALL: tl.constexpr = -1 if ROWS == GROUP else (1 << ROWS) - 1
     free = (key.to(tl.uint32, bitcast=True) >> 31) << tl.arange(0, ROWS)[:, None]
     word = tl.sum(free.to(tl.int32, bitcast=True), axis=0) ^ ALL
+    PART: tl.constexpr = tl.int8 if ROWS == 8 else tl.int16 if ROWS == 16 else tl.int32
+    parts = words.to(tl.pointer_type(PART), bitcast=True)
+    offset = ((pid // pieces).to(tl.int64) * num_experts + expert) * pieces + piece
+    tl.store(parts + offset, word.to(PART), mask=expert < num_experts)
     size = popcount(word)
     all_chose = size >= tl.minimum(num_tokens - pid * ROWS, ROWS)
     key = key.to(tl.uint32, bitcast=True)
@@ -292,18 +300,23 @@ def _load_by_expert(
 
 @triton.jit
 def _winners(
-    order,
-    expert,
-    is_expert,
+    value,
+    address,
+    is_token,
+    num_experts,
     BITS: tl.constexpr,
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    WIDTH: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """Sortable logits and ids of each row's winners (ROWS, K_PAD), whatever they are from TOP_K on,
     its greatest one's logit, which columns won, and if BITS its last winner, packed."""
+    expert = tl.arange(0, BLOCK_E)
+    is_expert = expert < num_experts
+    order = _sortable(value)
     index = tl.broadcast_to(expert[None, :], [ROWS, BLOCK_E])
     if BITS == 0:
         order = tl.where(is_expert[None, :], order, LOWEST)
@@ -314,7 +327,13 @@ def _winners(
         packed = _packed(order, index, BITS)
         if not EXACT:
             packed = tl.where(is_expert[None, :], packed, LOWEST)
-        best, first, last = _select_packed(packed, TOP_K, K_PAD, ROWS, False)
+        if WIDTH == 1:
+            best, first, last = _select_packed(packed, TOP_K, K_PAD, ROWS, False)
+        else:
+            best, first, last = _select_in_groups(
+                value, address, is_token, num_experts, BITS, TOP_K, K_PAD, ROWS, BLOCK_E, WIDTH,
+                EXACT,
+            )  # fmt: skip
         best, winner = _unpacked(best, BITS)
         first, _ = _unpacked(first, BITS)
         return best, winner, first, packed >= last[:, None], last
@@ -326,6 +345,7 @@ def _logit_scores_kernel(
     scores,
     keys,
     summaries,
+    words,
     marks,
     winner_scores,
     winner_ids,
@@ -341,6 +361,7 @@ def _logit_scores_kernel(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     PIECE: tl.constexpr,
+    WIDTH: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     """Scores of all experts, as (T, E) or as keys, or summaries and marks instead; with the last
@@ -352,8 +373,9 @@ def _logit_scores_kernel(
     expert = tl.arange(0, BLOCK_E)
     value = _load_logits(logits, token, is_token, num_experts, stride, ROWS, BLOCK_E, PIECE)
     is_expert = expert < num_experts
+    address = logits + token.to(tl.int64) * stride
     best, winner, first, won, last = _winners(
-        _sortable(value), expert, is_expert, BITS, TOP_K, K_PAD, ROWS, BLOCK_E, EXACT
+        value, address, is_token, num_experts, BITS, TOP_K, K_PAD, ROWS, BLOCK_E, WIDTH, EXACT
     )
 
     lane = tl.arange(0, K_PAD)
@@ -389,7 +411,7 @@ def _logit_scores_kernel(
             values = top[:, None], inverse[:, None], turn[:, None], bound[:, None]
             key = _key_of_logit(value, expert[None, :], values, BITS)
             _store_summaries(
-                summaries, key, expert, num_tokens, num_experts, key_stride, ROWS, BLOCK_E
+                summaries, words, key, expert, num_tokens, num_experts, key_stride, ROWS, BLOCK_E
             )
 
 
@@ -458,14 +480,20 @@ def _key_stride(num_tokens: int) -> int:
 class Keys(NamedTuple):
     """Keys, as a ``table (E, stride)`` int32 with ``stride`` at least T; or ``logits (T, E)``, of
     which so many low ``bits`` carry nothing once they are fp32, ``marks (4, stride)`` int32 that
-    make keys of them, and ``summaries (E, pieces, groups, 4)`` int32 of an equal piece of each
-    group."""
+    make keys of them, ``summaries (E, pieces, groups, 4)`` int32 of an equal piece of each group,
+    and ``words (groups, E)`` int32, whose bits say which of a group's tokens chose the expert."""
 
     table: torch.Tensor | None
     logits: torch.Tensor | None = None
     marks: torch.Tensor | None = None
     summaries: torch.Tensor | None = None
+    words: torch.Tensor | None = None
     bits: int = 0
+
+    @property
+    def outputs(self) -> tuple[torch.Tensor | None, ...]:
+        """What the kernel that finds winners writes."""
+        return self.table, self.summaries, self.words, self.marks
 
     @property
     def rows(self) -> torch.Tensor:
@@ -506,6 +534,7 @@ def _launch(
         ROWS=rows,
         BLOCK_E=block_e,
         PIECE=piece,
+        WIDTH=group_width(block_e, top_k),
         EXACT=num_experts == block_e,
         num_warps=num_warps,
     )
@@ -530,16 +559,19 @@ def keys_of_logits(
     stride = _key_stride(num_tokens)
     if summarized:
         rows, *_ = _blocks(power_of_2(num_experts), logits.itemsize, full)
-        shape = num_experts, GROUP.value // rows, stride // GROUP.value, 4
+        groups = stride // GROUP.value
         marks = torch.empty(4, stride, dtype=torch.int32, device=device)
+        words = torch.empty(groups, num_experts, dtype=torch.int32, device=device)
+        shape = num_experts, GROUP.value // rows, groups, 4
         summaries = torch.empty(shape, dtype=torch.int32, device=device)
-        keys = Keys(None, logits, marks, summaries, free_bits(logits.dtype, num_experts))
+        bits = free_bits(logits.dtype, num_experts)
+        keys = Keys(None, logits, marks, summaries, words, bits)
     else:
         keys = Keys(torch.empty(num_experts, stride, dtype=torch.int32, device=device))
     winner_scores = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
     winner_ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
     lse = torch.empty(num_tokens, dtype=torch.float32, device=device)
-    outputs = None, keys.table, keys.summaries, keys.marks, winner_scores, winner_ids, lse
+    outputs = None, *keys.outputs, winner_scores, winner_ids, lse
     _launch(logits, outputs, top_k, full)
     return keys, winner_scores, winner_ids, lse
 
@@ -587,7 +619,7 @@ def winner_softmax(logits: torch.Tensor, top_k: int, full: bool) -> torch.Tensor
     scores = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
         with device_of(logits):
-            _launch(row_major(logits), (scores, *[None] * 6), top_k, full)
+            _launch(row_major(logits), (scores, *[None] * 7), top_k, full)
     return scores
 
 

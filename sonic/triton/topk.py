@@ -34,6 +34,8 @@ HIGHEST = tl.constexpr(2**31 - 1)
 _MANY_NANS = tl.constexpr(is_interpreted())
 
 _MAX_BLOCK_E = 4096
+_MOST_GROUPED = 8  # neighbouring columns whose greatest one is looked at first
+_LEAST_GROUPED = 4
 # Bits of a widened value's key that carry nothing.
 _FREE_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
@@ -42,6 +44,15 @@ def free_bits(dtype: torch.dtype, num_experts: int) -> int:
     """BITS of ``_select_best`` for logits of this dtype; 0 where an index does not fit."""
     bits = _FREE_BITS.get(dtype, 0)
     return bits if num_experts <= 1 << bits else 0
+
+
+def group_width(block_e: int, top_k: int) -> int:
+    """WIDTH of ``_select_in_groups``; 1 where groups and their columns are not far fewer than all
+    columns, so that ``_select_packed`` costs less."""
+    width = _MOST_GROUPED
+    while width >= _LEAST_GROUPED and 4 * width * power_of_2(top_k) > block_e:
+        width //= 2
+    return width if width >= _LEAST_GROUPED else 1
 
 
 @triton.jit
@@ -116,6 +127,52 @@ def _select_packed(
 
 
 @triton.jit
+def _greater(value, other):
+    """The greater of two, any NaN the greatest."""
+    return tl.maximum(value, other, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _select_in_groups(
+    value,
+    address,
+    is_row,
+    num_columns,
+    BITS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """What ``_select_packed`` returns, of fp32 values (ROWS, BLOCK_E) and their columns, with few
+    looks at most of them. A group is WIDTH neighbouring columns; the TOP_K best columns of a row
+    lie in the TOP_K groups whose best ones come first, since those are TOP_K columns themselves.
+    The columns of these groups are loaded again from ``address (ROWS,)``, and are 0 where there is
+    no row; ``num_columns`` are in a row, BLOCK_E if EXACT, in TOP_K groups or more."""
+    column = tl.arange(0, BLOCK_E)[None, :]
+    if not EXACT:
+        value = tl.where(column < num_columns, value, float("-inf"))
+    value = tl.reshape(value, [ROWS, BLOCK_E // WIDTH, WIDTH])
+    best = _sortable(tl.reduce(value, 2, _greater))
+    group = tl.arange(0, BLOCK_E // WIDTH)[None, :]
+    packed = _packed(best, group, BITS)
+    if not EXACT:
+        packed = tl.where(group * WIDTH < num_columns, packed, LOWEST)
+    best, _, _ = _select_packed(packed, TOP_K, K_PAD, ROWS, False)
+    _, group = _unpacked(best, BITS)
+    column = group[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    inside = (tl.arange(0, K_PAD) < TOP_K)[None, :, None] & (column < num_columns)
+    value = tl.load(
+        address[:, None, None] + column, mask=inside & is_row[:, None, None], other=0.0
+    ).to(tl.float32)
+    packed = tl.where(inside, _packed(_sortable(value), column, BITS), LOWEST)
+    packed = tl.reshape(packed, [ROWS, K_PAD * WIDTH])
+    return _select_packed(packed, TOP_K, K_PAD, ROWS, False)
+
+
+@triton.jit
 def _select_best(
     key, index, BITS: tl.constexpr, TOP_K: tl.constexpr, K_PAD: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -180,16 +237,23 @@ def _topk_kernel(
     FULL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, BLOCK_E)
     mask = (row[:, None] < num_rows) & (expert[None, :] < num_experts)
-    value = tl.load(
-        logits + row.to(tl.int64)[:, None] * stride + expert[None, :], mask=mask, other=0.0
-    )
-    key = tl.where(mask, _sortable(value.to(tl.float32)), LOWEST)
-    index = tl.broadcast_to(expert[None, :], [ROWS, BLOCK_E])
-    best_key, best_index, _ = _select_best(key, index, BITS, TOP_K, K_PAD, ROWS)
+    address = logits + row.to(tl.int64) * stride
+    value = tl.load(address[:, None] + expert[None, :], mask=mask, other=0.0).to(tl.float32)
+    key = tl.where(mask, _sortable(value), LOWEST)
+    if BITS == 0 or WIDTH == 1:
+        index = tl.broadcast_to(expert[None, :], [ROWS, BLOCK_E])
+        best_key, best_index, _ = _select_best(key, index, BITS, TOP_K, K_PAD, ROWS)
+    else:
+        best, _, _ = _select_in_groups(
+            value, address, row < num_rows, num_experts, BITS, TOP_K, K_PAD, ROWS, BLOCK_E, WIDTH,
+            False,
+        )  # fmt: skip
+        best_key, best_index = _unpacked(best, BITS)
     total = tl.zeros([ROWS], tl.float32)
     if FULL:
         top, total = _exp_sum(key, ROWS)
@@ -364,6 +428,7 @@ def topk_scores(
                 **options,
                 ROWS=rows,
                 BLOCK_E=block_e,
+                WIDTH=group_width(block_e, top_k),
                 num_warps=max(1, block_e // 1024),
             )
             return scores, ids
