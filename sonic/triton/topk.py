@@ -163,12 +163,13 @@ def _select_in_groups(
     best, _, _ = _select_packed(packed, TOP_K, K_PAD, ROWS, False)
     _, group = _unpacked(best, BITS)
     column = group[:, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    inside = (tl.arange(0, K_PAD) < TOP_K)[None, :, None] & (column < num_columns)
-    value = tl.load(
-        address[:, None, None] + column, mask=inside & is_row[:, None, None], other=0.0
-    ).to(tl.float32)
+    # Told anew, so that neighbouring threads have the columns of one row, and load several at once.
+    column = tl.reshape(column, [ROWS, K_PAD * WIDTH])
+    column = tl.max_contiguous(tl.multiple_of(column, [1, WIDTH]), [1, WIDTH])
+    inside = (tl.arange(0, K_PAD * WIDTH) < TOP_K * WIDTH)[None, :] & (column < num_columns)
+    mask = inside & is_row[:, None]
+    value = tl.load(address[:, None] + column, mask=mask, other=0.0).to(tl.float32)
     packed = tl.where(inside, _packed(_sortable(value), column, BITS), LOWEST)
-    packed = tl.reshape(packed, [ROWS, K_PAD * WIDTH])
     return _select_packed(packed, TOP_K, K_PAD, ROWS, False)
 
 
