@@ -37,8 +37,8 @@ def _allowed_spills(kernel: str) -> int:
 
     A math thread of an overlapped kernel holds a tile's accumulator and a copy of the one before,
     and the loader of gathered rows leaves it 224 registers. What spills is read once per tile.
-    Of tiles that fit their expert, which are not measured, those with long epilogues spill
-    registers that are read once per 16 rows, outside the main loops.
+    Of tiles that fit their expert those with long epilogues spill registers that are read once per
+    16 rows, outside the main loops.
     """
     if "_swap" in kernel and "gather" in kernel:
         return _SWAPPED_SPILLS
