@@ -57,6 +57,7 @@ _LEAST_PIECE = 32  # bytes of a row that are loaded together, a sector
 GROUP = tl.constexpr(32)  # tokens of a summary
 _LANES = tl.constexpr(8)  # of these, keys that are loaded at once
 _PARTS = tl.constexpr(4)  # how often
+_LEAST_GROUPED = 256  # experts of a block that is searched by groups of columns
 
 # Experts from which, up to which, and groups from which on the programs that write keys leave
 # summaries: where reading columns is much of the selection.
@@ -208,7 +209,6 @@ def _summary_offset(index):
 @triton.jit
 def _store_summaries(
     summaries,
-    words,
     key,
     expert,
     num_tokens,
@@ -217,18 +217,13 @@ def _store_summaries(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """summaries (E, GROUP / ROWS, groups, 4) of the program's keys (ROWS, BLOCK_E), and its part of
-    words (groups, E)."""
+    """summaries (E, GROUP / ROWS, groups, 4) of the program's keys (ROWS, BLOCK_E)."""
     pid = tl.program_id(0)
     pieces: tl.constexpr = GROUP // ROWS
     piece = pid % pieces
     ALL: tl.constexpr = -1 if ROWS == GROUP else (1 << ROWS) - 1
     free = (key.to(tl.uint32, bitcast=True) >> 31) << tl.arange(0, ROWS)[:, None]
     word = tl.sum(free.to(tl.int32, bitcast=True), axis=0) ^ ALL
-    PART: tl.constexpr = tl.int8 if ROWS == 8 else tl.int16 if ROWS == 16 else tl.int32
-    parts = words.to(tl.pointer_type(PART), bitcast=True)
-    offset = ((pid // pieces).to(tl.int64) * num_experts + expert) * pieces + piece
-    tl.store(parts + offset, word.to(PART), mask=expert < num_experts)
     size = popcount(word)
     all_chose = size >= tl.minimum(num_tokens - pid * ROWS, ROWS)
     key = key.to(tl.uint32, bitcast=True)
@@ -345,7 +340,6 @@ def _logit_scores_kernel(
     scores,
     keys,
     summaries,
-    words,
     marks,
     winner_scores,
     winner_ids,
@@ -411,7 +405,7 @@ def _logit_scores_kernel(
             values = top[:, None], inverse[:, None], turn[:, None], bound[:, None]
             key = _key_of_logit(value, expert[None, :], values, BITS)
             _store_summaries(
-                summaries, words, key, expert, num_tokens, num_experts, key_stride, ROWS, BLOCK_E
+                summaries, key, expert, num_tokens, num_experts, key_stride, ROWS, BLOCK_E
             )
 
 
@@ -480,20 +474,14 @@ def _key_stride(num_tokens: int) -> int:
 class Keys(NamedTuple):
     """Keys, as a ``table (E, stride)`` int32 with ``stride`` at least T; or ``logits (T, E)``, of
     which so many low ``bits`` carry nothing once they are fp32, ``marks (4, stride)`` int32 that
-    make keys of them, ``summaries (E, pieces, groups, 4)`` int32 of an equal piece of each group,
-    and ``words (groups, E)`` int32, whose bits say which of a group's tokens chose the expert."""
+    make keys of them, and ``summaries (E, pieces, groups, 4)`` int32 of an equal piece of each
+    group."""
 
     table: torch.Tensor | None
     logits: torch.Tensor | None = None
     marks: torch.Tensor | None = None
     summaries: torch.Tensor | None = None
-    words: torch.Tensor | None = None
     bits: int = 0
-
-    @property
-    def outputs(self) -> tuple[torch.Tensor | None, ...]:
-        """What the kernel that finds winners writes."""
-        return self.table, self.summaries, self.words, self.marks
 
     @property
     def rows(self) -> torch.Tensor:
@@ -534,7 +522,7 @@ def _launch(
         ROWS=rows,
         BLOCK_E=block_e,
         PIECE=piece,
-        WIDTH=group_width(block_e, top_k),
+        WIDTH=group_width(block_e, top_k) if block_e >= _LEAST_GROUPED else 1,
         EXACT=num_experts == block_e,
         num_warps=num_warps,
     )
@@ -559,19 +547,16 @@ def keys_of_logits(
     stride = _key_stride(num_tokens)
     if summarized:
         rows, *_ = _blocks(power_of_2(num_experts), logits.itemsize, full)
-        groups = stride // GROUP.value
+        shape = num_experts, GROUP.value // rows, stride // GROUP.value, 4
         marks = torch.empty(4, stride, dtype=torch.int32, device=device)
-        words = torch.empty(groups, num_experts, dtype=torch.int32, device=device)
-        shape = num_experts, GROUP.value // rows, groups, 4
         summaries = torch.empty(shape, dtype=torch.int32, device=device)
-        bits = free_bits(logits.dtype, num_experts)
-        keys = Keys(None, logits, marks, summaries, words, bits)
+        keys = Keys(None, logits, marks, summaries, free_bits(logits.dtype, num_experts))
     else:
         keys = Keys(torch.empty(num_experts, stride, dtype=torch.int32, device=device))
     winner_scores = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
     winner_ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
     lse = torch.empty(num_tokens, dtype=torch.float32, device=device)
-    outputs = None, *keys.outputs, winner_scores, winner_ids, lse
+    outputs = None, keys.table, keys.summaries, keys.marks, winner_scores, winner_ids, lse
     _launch(logits, outputs, top_k, full)
     return keys, winner_scores, winner_ids, lse
 
@@ -619,7 +604,7 @@ def winner_softmax(logits: torch.Tensor, top_k: int, full: bool) -> torch.Tensor
     scores = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
         with device_of(logits):
-            _launch(row_major(logits), (scores, *[None] * 7), top_k, full)
+            _launch(row_major(logits), (scores, *[None] * 6), top_k, full)
     return scores
 
 

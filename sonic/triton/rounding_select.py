@@ -93,7 +93,7 @@ def _summaries_from(
     BLOCK: tl.constexpr,
 ):
     """Words, sizes, and greatest ranks to add and to drop of BLOCK groups."""
-    keys, _, _, _, expert, _, _, key_stride, _ = column
+    keys, _, _, expert, _, key_stride, _ = column
     group = first + tl.arange(0, BLOCK)
     inside = group < num_groups
     # The last group once more, where there is none.
@@ -242,26 +242,17 @@ def _list_groups(
 
 
 @triton.jit
-def _load_listed(column, listed, up, start, size, num_tokens, num_groups, BLOCK: tl.constexpr):
+def _load_listed(column, listed, start, size, num_tokens, num_groups, BLOCK: tl.constexpr):
     """Keys (GROUP, BLOCK) of the groups listed from the ``start``-th on, and these groups, with
-    ``num_groups`` behind the last one. Where keys are made of logits, those of tokens that are not
-    ranked say only whether these chose the expert."""
-    keys, logits, marks, words, expert, num_experts, stride, key_stride, BITS = column
+    ``num_groups`` behind the last one."""
+    keys, logits, marks, expert, stride, key_stride, BITS = column
     entry = start + tl.arange(0, BLOCK)
     group = tl.load(listed + entry, mask=entry < size, other=num_groups)
     # A thread loads single keys, and a warp a group: as they have to lie for sums over a group, and
     # for stores to places that are next to one another.
     token = tl.max_contiguous(group[None, :] * GROUP + tl.arange(0, GROUP)[:, None], [1, 1])
     mask = token < num_tokens
-    unranked = LOWEST
-    if marks is not None:
-        address = words + group.to(tl.int64) * num_experts + expert
-        word = tl.load(address, mask=entry < size, other=0)
-        chose = ((word[None, :] >> tl.arange(0, GROUP)[:, None]) & 1) != 0
-        unranked = tl.where(chose, 0, LOWEST)
-        mask = mask & (chose != up)
-    key = _load_keys(keys, logits, marks, token, expert, mask, stride, key_stride, BITS)
-    return tl.where(mask, key, unranked), group
+    return _load_keys(keys, logits, marks, token, expert, mask, stride, key_stride, BITS), group
 
 
 @triton.jit
@@ -292,9 +283,7 @@ def _count_listed(
     for start in range(0, size, BLOCK):
         key, group = held_key, held_group
         if not HELD:
-            key, group = _load_listed(
-                column, listed, up, start, size, num_tokens, num_groups, BLOCK
-            )
+            key, group = _load_listed(column, listed, start, size, num_tokens, num_groups, BLOCK)
         rank = _rank(key, up)
         if place_limit is None:
             first = rank >= bound
@@ -336,9 +325,7 @@ def _gather_first(
     for start in range(0, size, BLOCK):
         key, group = held_key, held_group
         if not HELD:
-            key, group = _load_listed(
-                column, listed, up, start, size, num_tokens, num_groups, BLOCK
-            )
+            key, group = _load_listed(column, listed, start, size, num_tokens, num_groups, BLOCK)
         rank = _rank(key, up)
         reached = rank >= bound
         word = tl.sum(reached.to(tl.int32) << lane, axis=0)
@@ -397,7 +384,7 @@ def _search(
     # Orders the list, which other threads wrote, before the loads, and what an earlier search of
     # this program loaded of `found` before what this one stores there.
     tl.debug_barrier()
-    key, group = _load_listed(column, listed, up, 0, size, num_tokens, num_groups, LIST_BLOCK)
+    key, group = _load_listed(column, listed, 0, size, num_tokens, num_groups, LIST_BLOCK)
     reach = _count_listed(
         column, listed, key, group, low.to(tl.int32), None, size, up, num_tokens, num_groups,
         LIST_BLOCK, ALL,
@@ -453,7 +440,7 @@ def _mass(
     """Sum of the scores of the tokens that :func:`_search` found."""
     mass = tl.zeros([], tl.float64)
     for start in range(0, size, BLOCK):
-        key, group = _load_listed(column, listed, up, start, size, num_tokens, num_groups, BLOCK)
+        key, group = _load_listed(column, listed, start, size, num_tokens, num_groups, BLOCK)
         place = _places(group, num_tokens, up)
         first = _comes_first(_rank(key, up), place, bound, limit)
         mass += _total(tl.where(first, _score_of(key), 0.0).to(tl.float64))
@@ -531,13 +518,12 @@ def _select_kernel(
     LIST_BLOCK: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    """The expert's rounded count; words and counts_before (groups, E). Words are those of tokens
-    that chose the expert at first, and with summaries are that already. With the rule ``"given"``
+    """The expert's rounded count; words and counts_before (groups, E). With the rule ``"given"``
     the count is read instead of written. HELD: BLOCK groups are all there are. Scratch of an
     expert: two lists, to drop and to add, what ``_gather_first`` writes, each group's kept tokens,
     and unless HELD greatest ranks to drop and to add."""
     expert = tl.program_id(0)
-    column = keys, logits, marks, words, expert, num_experts, stride, key_stride, BITS
+    column = keys, logits, marks, expert, stride, key_stride, BITS
     kept: tl.constexpr = 1 if HELD else 3
     # An even number, as what is found has eight bytes.
     line = 2 * (LIST + ROOM + (kept * num_groups + 1) // 2)
@@ -554,8 +540,7 @@ def _select_kernel(
         )
         group = first + tl.arange(0, BLOCK)
         inside = group < num_groups
-        if summaries is None:
-            tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=inside)
+        tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=inside)
         tl.store(sizes + group, size, mask=inside)
         if not HELD:
             tl.store(tops + group, to_drop, mask=inside)
@@ -589,7 +574,7 @@ def _select_kernel(
         bound = tl.where(up, bound_up, bound_down)
         limit = tl.where(up, limit_up, limit_down)
         listed += tl.where(up, LIST, 0)
-        key, group = _load_listed(column, listed, up, 0, size, num_tokens, num_groups, LIST_BLOCK)
+        key, group = _load_listed(column, listed, 0, size, num_tokens, num_groups, LIST_BLOCK)
     else:
         count = _rounded_count(
             count_by_expert, uniform, expert, frequency, lower, upper, tile, RULE
@@ -606,7 +591,7 @@ def _select_kernel(
     for start in range(0, size, LIST_BLOCK):
         if LIST > LIST_BLOCK:
             key, group = _load_listed(
-                column, listed, up, start, size, num_tokens, num_groups, LIST_BLOCK
+                column, listed, start, size, num_tokens, num_groups, LIST_BLOCK
             )
         place = _places(group, num_tokens, up)
         changed = _comes_first(_rank(key, up), place, bound, limit)
@@ -733,14 +718,13 @@ def decide(
     """Fills in ``decisions``: one launch, three for ``"balance-f"``.
 
     Args:
-        keys: of :mod:`sonic.triton.rounding_keys`, with a table for ``"balance-f"``. If they have
-            ``words``, those of ``decisions`` are the same tensor.
+        keys: of :mod:`sonic.triton.rounding_keys`, with a table for ``"balance-f"``.
         uniform: (E,) fp32 in [0, 1), for ``"sr"`` and ``"nr-s"``.
         scratch: int32, of as many elements as :func:`scratch_size` says, overwritten; at an address
             that is a multiple of eight.
         num_tokens: T, at least 1. tile: M. rule: see :mod:`sonic.routing.token_rounding`.
     """
-    logits, summaries = keys.logits, keys.summaries
+    _, logits, _, summaries, _ = keys
     num_experts = decisions.load.shape[0]
     num_groups = decisions.words.shape[0]
     held = num_groups <= _MAX_HELD
@@ -761,10 +745,7 @@ def decide(
     _select(
         num_experts,
         decisions.load,
-        keys.table,
-        keys.logits,
-        keys.marks,
-        keys.summaries,
+        *keys[:4],
         uniform,
         decisions.counts,
         decisions.words,

@@ -388,7 +388,7 @@ def _emit(
 ) -> tuple[Rounded, torch.Tensor]:
     """Pairs and plan of the keys, and how many tokens chose each expert (E,)."""
     num_tokens, num_experts = shape
-    logits = keys.logits
+    table, logits, marks, _, _ = keys
     rows = logits if scores is None else scores
     device = keys.rows.device
     num_groups = cdiv(num_tokens, GROUP.value)
@@ -396,9 +396,8 @@ def _emit(
     size = num_groups * num_experts
     extra = scratch_size(num_tokens, num_experts, tile, rule)
     # What has to lie at a multiple of eight bytes is first.
-    sizes = [extra, size, size, num_experts, size if keys.words is None else 0]
-    scratch, before, first_rows, counts, words = torch.empty(sum(sizes), **options).split(sizes)
-    words = words if keys.words is None else keys.words
+    sizes = [extra, size, size, size, num_experts]
+    scratch, words, before, first_rows, counts = torch.empty(sum(sizes), **options).split(sizes)
     verdicts = num_groups, num_experts
     load = torch.empty(num_experts, **options)
     decide(
@@ -427,9 +426,9 @@ def _emit(
         before,
         counts,
         first_rows,
-        keys.table,
+        table,
         logits,
-        keys.marks,
+        marks,
         scores,
         *rounded,
         num_tokens,

@@ -35,7 +35,7 @@ _MANY_NANS = tl.constexpr(is_interpreted())
 
 _MAX_BLOCK_E = 4096
 _MOST_GROUPED = 8  # neighbouring columns whose greatest one is looked at first
-_LEAST_GROUPED = 4
+_FEWEST_GROUPED = 4
 # Bits of a widened value's key that carry nothing.
 _FREE_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
@@ -50,9 +50,9 @@ def group_width(block_e: int, top_k: int) -> int:
     """WIDTH of ``_select_in_groups``; 1 where groups and their columns are not far fewer than all
     columns, so that ``_select_packed`` costs less."""
     width = _MOST_GROUPED
-    while width >= _LEAST_GROUPED and 4 * width * power_of_2(top_k) > block_e:
+    while width >= _FEWEST_GROUPED and 4 * width * power_of_2(top_k) > block_e:
         width //= 2
-    return width if width >= _LEAST_GROUPED else 1
+    return width if width >= _FEWEST_GROUPED else 1
 
 
 @triton.jit
