@@ -181,6 +181,56 @@ def test_topk_ties_zeros_and_extremes(chunk, monkeypatch):
         assert dlogits[[0, 1, 3, 6]].isfinite().all()
 
 
+def _special_rows(experts):
+    """Rows whose winners only ties, signs, NaN or the row's end decide."""
+    logits = torch.randn(8, experts)
+    logits[1] = logits[1].round()
+    logits[2] = 0.0
+    logits[3] = -logits[3].abs() - 1
+    logits[4, 5], logits[4, experts - 2], logits[4, ::9] = torch.nan, -torch.nan, torch.inf
+    logits[5, :-1] = -torch.inf
+    logits[6] = -torch.inf
+    logits[7, ::2], logits[7, 1::2] = -0.0, torch.where(torch.arange(experts // 2) > 9, 0.0, -1.0)
+    return logits.bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "width"), [(130, 3, 8), (64, 2, 8), (300, 11, 8), (128, 8, 4), (96, 5, 4)]
+)
+def test_topk_in_groups_of_columns(experts, top_k, width):
+    assert topk_module.group_width(topk_module.power_of_2(experts), top_k) == width
+    logits = _special_rows(experts)
+    _, ids = topk_module.topk_scores(logits, top_k, ScoreOrder.SOFTMAX_OVER_TOPK)
+    ranked = torch.where(logits.isnan(), torch.inf, logits.clamp(max=3e38)).float()
+    wanted = torch.sort(ranked, dim=1, descending=True, stable=True).indices[:, :top_k]
+    assert torch.equal(ids.long(), wanted)
+
+
+@triton.jit
+def _lesser(value, other):
+    return tl.minimum(value, other)
+
+
+@triton.jit
+def _greater_number(value, other):
+    return tl.maximum(value, other)
+
+
+@triton.jit
+def _packed_from_above(key, index, BITS: tl.constexpr):
+    return (key & ~((1 << BITS) - 1)) + index
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("_greater", _lesser), ("_greater", _greater_number), ("_packed", _packed_from_above)],
+)
+def test_wrong_groups_are_noticed(name, wrong, monkeypatch):
+    monkeypatch.setattr(topk_module, name, wrong)
+    with pytest.raises(AssertionError):
+        test_topk_in_groups_of_columns(130, 3, 8)
+
+
 @pytest.mark.parametrize("with_scores", [True, False], ids=["scores", "plain"])
 @every_dtype
 @pytest.mark.parametrize("case", [(9, 2, 5, 40), (4, 8, 3, 300), (3, 21, 30, 8), (5, 1, 2, 1)])
