@@ -595,4 +595,5 @@ def test_tests_that_ended_before_the_limit_are_counted(tmp_path: Path) -> None:
     counts = gpu_tests.count(written, finished)
     assert counts[gpu_tests.NOT_FINISHED] == {"failed": 1}
     assert counts["test_two"]["passed"] == 1, printed
+    assert sum(outcomes["passed"] for outcomes in counts.values()) == 1
     assert gpu_tests.count(tmp_path / "none.xml") == {"no report": {"failed": 1}}
