@@ -30,7 +30,7 @@ _MOST_JOBS = 8  # that nobody asked for: each takes about a gigabyte
 _MOST_SECONDS = 1800.0
 _AT_ONCE = 1.0  # seconds: whoever waited longer for its turn came second
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
-_tried: set[Hashable] = set()
+_tried: set[Hashable] = set()  # layers whose kernels this process has looked for
 
 
 def usable_cpus() -> int:
@@ -71,6 +71,11 @@ def fill_cache(
     arch = backend.arch
     if cache.settings.compile is CompileMode.NEEDED or not cache.keeps(arch):
         return
+    how = up.activation, up.dtype, up.has_bias, up.store_preact
+    layer = arch, backend.gpu, *how, hidden, width, experts
+    if layer in _tried:
+        return
+    _tried.add(layer)
     # Another kind of GPU, for which a shared cache may have been filled, has other tiles.
     configs = backend.default_configs(up, width, hidden, experts)
     keys = [KernelKey(arch, up, config) for config in configs]
@@ -78,15 +83,10 @@ def fill_cache(
     def is_filled() -> bool:
         return all(map(cache.holds, keys))
 
-    if is_filled():
-        return
-    how = up.activation, up.dtype, up.has_bias, up.store_preact
-    layer = arch, backend.gpu, *how, hidden, width, experts
     jobs = min(usable_cpus(), _MOST_JOBS)
     # A frozen program's executable is the program.
-    if layer in _tried or jobs < 2 or not sys.executable or getattr(sys, "frozen", False):
+    if is_filled() or jobs < 2 or not sys.executable or getattr(sys, "frozen", False):
         return
-    _tried.add(layer)
     folder = cache.folder(arch, create=True)
     if folder is None or not os.access(folder, os.W_OK):
         return

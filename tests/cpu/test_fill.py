@@ -147,6 +147,15 @@ def test_nothing_runs_where_the_kernel_is_there_or_none_would_be_kept(machine):
     assert len(machine.commands) == 2
 
 
+def test_a_process_looks_once_for_a_layer(machine, monkeypatch):
+    machine.use()
+    machine.set_up()
+    machine.use()
+    monkeypatch.setattr(machine.cache, "holds", lambda key: pytest.fail("looked for again"))
+    machine.use()
+    assert len(machine.commands) == 1
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_each_kind_of_gpu_has_its_own_kernels(machine, fresh):
     """In one process, and in a later one that finds the cache of the other kind."""
