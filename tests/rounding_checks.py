@@ -187,15 +187,12 @@ def check_logits(logits: Tensor, uniform: Tensor, case: Case, full: bool) -> Non
     )
 
 
-def summaries_of(keys: Tensor, tokens: int, pieces: int) -> Tensor:
-    """Summaries (E, pieces, groups, 4) of keys (E, stride), see
-    :mod:`sonic.triton.rounding_keys`."""
-    size = 32 // pieces
-    parts = keys.view(keys.shape[0], -1, pieces, size).transpose(1, 2)
-    is_token = (torch.arange(keys.shape[1]) < tokens).view(-1, pieces, size).transpose(0, 1)
-    chosen, rank = parts >= 0, parts & (2**31 - 1)
-    place = torch.arange(pieces)[:, None, None] * size + torch.arange(size)
-    word = (chosen.long() << place).sum(-1)
+def summaries_of(keys: Tensor, tokens: int) -> Tensor:
+    """Summaries (E, groups, 4) of keys (E, stride), see :mod:`sonic.triton.rounding_keys`."""
+    groups = keys.view(keys.shape[0], -1, 32)
+    is_token = (torch.arange(keys.shape[1]) < tokens).view(-1, 32)
+    chosen, rank = groups >= 0, groups & (2**31 - 1)
+    word = (chosen.long() << torch.arange(32)).sum(-1)
     to_add = torch.where(~chosen & is_token, rank, -1).amax(-1)
     to_drop = torch.where(chosen, 2**31 - 1 - rank, -1).amax(-1)
     numbers = word - ((word >= 2**31).long() << 32), to_add, chosen.sum(-1), to_drop

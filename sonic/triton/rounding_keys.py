@@ -11,8 +11,9 @@ winners or of all experts.
 
 A column is searched by GROUPs of 32 tokens, of which four numbers matter, a *summary*: which tokens
 chose the expert, as a word, how many, and the greatest *ranks* of one to add and of one to drop.
-Where columns are many there is no table of keys: the program that found the winners leaves
-summaries of its tokens, and four *marks* of each token, which make any key of it from the logit.
+Where columns are many there is no table of keys: the kernel that finds the winners leaves four
+*marks* of each token, which make any key of it from the logit, and a second one reads the logits
+again, by expert, and leaves summaries.
 """
 
 from typing import NamedTuple
@@ -59,11 +60,16 @@ _LANES = tl.constexpr(8)  # of these, keys that are loaded at once
 _PARTS = tl.constexpr(4)  # how often
 _LEAST_GROUPED = 256  # experts of a block that is searched by groups of columns
 
-# Experts from which, up to which, and groups from which on the programs that write keys leave
-# summaries: where reading columns is much of the selection.
+# Experts from which, up to which, and groups from which on there are summaries instead of a table:
+# where reading columns is much of the selection.
 _LEAST_SUMMARIZED = 257
 _MOST_SUMMARIZED = 512
 _LEAST_GROUPS = 256
+# There a program that finds winners is one warp, so that no reduction leaves it.
+_WINNER_ELEMENTS = 2048  # of it: several tokens, whose searches wait side by side
+_SUMMARY_BLOCK = 256  # experts of a program that summarizes, which has one group of tokens
+_EXPERTS_PER_THREAD = 2  # of it
+_AT_ONCE = tl.constexpr(4)  # tokens whose marks it loads together
 
 
 @triton.jit
@@ -207,54 +213,23 @@ def _summary_offset(index):
 
 
 @triton.jit
-def _store_summaries(
-    summaries,
-    key,
-    expert,
-    num_tokens,
-    num_experts,
-    key_stride,
-    ROWS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """summaries (E, GROUP / ROWS, groups, 4) of the program's keys (ROWS, BLOCK_E)."""
-    pid = tl.program_id(0)
-    pieces: tl.constexpr = GROUP // ROWS
-    piece = pid % pieces
-    ALL: tl.constexpr = -1 if ROWS == GROUP else (1 << ROWS) - 1
-    free = (key.to(tl.uint32, bitcast=True) >> 31) << tl.arange(0, ROWS)[:, None]
-    word = tl.sum(free.to(tl.int32, bitcast=True), axis=0) ^ ALL
-    size = popcount(word)
-    all_chose = size >= tl.minimum(num_tokens - pid * ROWS, ROWS)
-    key = key.to(tl.uint32, bitcast=True)
-    to_add, to_drop = _greatest_ranks(tl.min(key, axis=0), tl.max(key, axis=0), all_chose)
-    summary = tl.join(tl.join(word << piece * ROWS, size), tl.join(to_add, to_drop))
-    summary = tl.reshape(summary, [BLOCK_E, 4])
-    line = expert.to(tl.int64) * pieces + piece
-    offset = _summary_offset(line * (key_stride // GROUP) + pid // pieces)
-    tl.store(summaries + offset, summary, mask=(expert < num_experts)[:, None])
+def _load_summaries(summaries, expert, group, num_groups, BLOCK: tl.constexpr):
+    """Words, sizes, and greatest ranks to add and to drop, of an expert's groups."""
+    index = expert.to(tl.int64) * num_groups + group
+    summary = tl.load(summaries + _summary_offset(index))
+    counted, greatest = tl.split(tl.reshape(summary, [BLOCK, 2, 2]))
+    word, size = tl.split(counted)
+    to_add, to_drop = tl.split(greatest)
+    return word, size, to_add, to_drop
 
 
 @triton.jit
-def _load_summaries(
-    summaries, expert, group, num_groups, PIECES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Words, sizes, and greatest ranks to add and to drop, of an expert's groups."""
-    word = tl.zeros([BLOCK], tl.int32)
-    size = tl.zeros([BLOCK], tl.int32)
-    to_add = tl.full([BLOCK], -1, tl.int32)
-    to_drop = tl.full([BLOCK], -1, tl.int32)
-    for piece in tl.static_range(PIECES):
-        index = (expert.to(tl.int64) * PIECES + piece) * num_groups + group
-        summary = tl.load(summaries + _summary_offset(index))
-        counted, greatest = tl.split(tl.reshape(summary, [BLOCK, 2, 2]))
-        part_word, part_size = tl.split(counted)
-        part_to_add, part_to_drop = tl.split(greatest)
-        word |= part_word
-        size += part_size
-        to_add = tl.maximum(to_add, part_to_add)
-        to_drop = tl.maximum(to_drop, part_to_drop)
-    return word, size, to_add, to_drop
+def _four_marks(address):
+    """Marks of four tokens (_AT_ONCE), each a number that every thread has."""
+    even, odd = tl.split(tl.reshape(tl.load(address + tl.arange(0, _AT_ONCE)), [2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit
@@ -280,17 +255,12 @@ def _load_logits(
 
 
 @triton.jit
-def _load_by_expert(
-    logits, first, num_tokens, num_experts, stride, ROWS: tl.constexpr, BLOCK_E: tl.constexpr
-):
-    """The same logits, of ROWS tokens from ``first`` on, but a thread has all tokens of two
-    experts: what is found for an expert is found by one."""
-    column = tl.max_contiguous(tl.arange(0, BLOCK_E)[None, :], [1, 2])
-    row = tl.arange(0, ROWS)[:, None]
-    # Places of a thread's rows are constants.
-    address = logits + first.to(tl.int64) * stride + row.to(tl.int64) * stride + column
-    mask = (row < num_tokens - first) & (column < num_experts)
-    return tl.load(address, mask=mask, other=0.0).to(tl.float32)
+def _sum_of_winners(term, ROWS: tl.constexpr, K_PAD: tl.constexpr):
+    """Sum of each row (ROWS, K_PAD), pair by pair: the same bits whichever threads have a row."""
+    for level in tl.static_range(6):
+        if K_PAD >> level > 1:
+            term = tl.sum(tl.reshape(term, [ROWS, K_PAD >> (level + 1), 2]), axis=2)
+    return tl.reshape(term, [ROWS])
 
 
 @triton.jit
@@ -339,7 +309,6 @@ def _logit_scores_kernel(
     logits,
     scores,
     keys,
-    summaries,
     marks,
     winner_scores,
     winner_ids,
@@ -358,9 +327,9 @@ def _logit_scores_kernel(
     WIDTH: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Scores of all experts, as (T, E) or as keys, or summaries and marks instead; with the last
-    two winners and their scores (T, TOP_K), and ``lse_by_token``, the logarithm of the scores'
-    divisor. EXACT: there are BLOCK_E experts, and no mask is needed."""
+    """Scores of all experts, as (T, E) or as keys, or tokens' marks instead; with the last two
+    winners and their scores (T, TOP_K), and ``lse_by_token``, the logarithm of the scores' divisor.
+    EXACT: there are BLOCK_E experts, and no mask is needed."""
     num_experts = BLOCK_E if EXACT else num_experts
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_token = token < num_tokens
@@ -379,7 +348,7 @@ def _logit_scores_kernel(
         term = tl.exp(value - top[:, None])
         total = tl.sum(term if EXACT else tl.where(is_expert[None, :], term, 0.0), axis=1)
     else:
-        total = tl.sum(winner_term, axis=1)
+        total = _sum_of_winners(winner_term, ROWS, K_PAD)
     inverse = 1.0 / total
     if scores is not None:
         score = tl.exp(value - top[:, None]) * inverse[:, None]
@@ -398,15 +367,58 @@ def _logit_scores_kernel(
             _store_columns(keys, key, token, expert, num_experts, key_stride)
         else:
             values = _marks_of(top, inverse, last, is_token, BITS)
-            _store_marks(marks, token, is_token, values, key_stride)
-            top, inverse, turn, bound = values
-            first = tl.program_id(0) * ROWS
-            value = _load_by_expert(logits, first, num_tokens, num_experts, stride, ROWS, BLOCK_E)
-            values = top[:, None], inverse[:, None], turn[:, None], bound[:, None]
-            key = _key_of_logit(value, expert[None, :], values, BITS)
-            _store_summaries(
-                summaries, key, expert, num_tokens, num_experts, key_stride, ROWS, BLOCK_E
-            )
+            _store_marks(marks, token, token < key_stride, values, key_stride)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _summaries_kernel(
+    logits,
+    marks,
+    summaries,
+    num_tokens,
+    num_experts,
+    stride,
+    key_stride,
+    BITS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PER_THREAD: tl.constexpr,
+):
+    """summaries (E, groups, 4) of one group and BLOCK_E experts: a thread has all tokens of its
+    PER_THREAD experts, one after another, and waits for no other."""
+    group = tl.program_id(0) // BLOCKS
+    place = tl.max_contiguous(tl.arange(0, BLOCK_E), PER_THREAD)
+    expert = tl.program_id(0) % BLOCKS * BLOCK_E + place
+    free = tl.zeros([BLOCK_E], tl.uint32)
+    least = tl.full([BLOCK_E], 0xFFFFFFFF, tl.uint32)
+    greatest = tl.zeros([BLOCK_E], tl.uint32)
+    # The last token first, whose bit goes farthest.
+    for part in range(GROUP // _AT_ONCE):
+        first = group * GROUP + (GROUP - _AT_ONCE) - part * _AT_ONCE
+        tops = _four_marks(marks + first)
+        inverses = _four_marks(marks + key_stride + first)
+        turns = _four_marks(marks + 2 * key_stride + first)
+        bounds = _four_marks(marks + 3 * key_stride + first)
+        for member in tl.static_range(_AT_ONCE - 1, -1, -1):
+            token = first + member
+            address = logits + token.to(tl.int64) * stride + expert
+            mask = expert < tl.where(token < num_tokens, num_experts, 0)
+            value = tl.load(address, mask=mask, other=0.0).to(tl.float32)
+            top = tops[member].to(tl.float32, bitcast=True)
+            inverse = inverses[member].to(tl.float32, bitcast=True)
+            of_token = top, inverse, turns[member], bounds[member]
+            key = _key_of_logit(value, expert, of_token, BITS).to(tl.uint32, bitcast=True)
+            free = (free << 1) | (key >> 31)
+            least = tl.minimum(least, key)
+            greatest = tl.maximum(greatest, key)
+    word = ~free.to(tl.int32, bitcast=True)
+    size = popcount(word)
+    all_chose = size >= tl.minimum(num_tokens - group * GROUP, GROUP)
+    to_add, to_drop = _greatest_ranks(least, greatest, all_chose)
+    summary = tl.join(tl.join(word, size), tl.join(to_add, to_drop))
+    summary = tl.reshape(summary, [BLOCK_E, 4])
+    offset = _summary_offset(expert.to(tl.int64) * (key_stride // GROUP) + group)
+    tl.store(summaries + offset, summary, mask=(expert < num_experts)[:, None])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -449,6 +461,7 @@ def _keys_kernel(
 
 
 _logit_scores = Launcher(_logit_scores_kernel)
+_summaries = Launcher(_summaries_kernel)
 
 
 def _blocks(block_e: int, itemsize: int, full: bool) -> tuple[int, int, int]:
@@ -466,6 +479,13 @@ def _blocks(block_e: int, itemsize: int, full: bool) -> tuple[int, int, int]:
     return rows, num_warps, max(min(block_e, _LEAST_PIECE // itemsize), block_e // parts)
 
 
+def _winner_blocks(block_e: int, itemsize: int) -> tuple[int, int, int]:
+    """The same of a block that leaves marks and adds up winners only: one warp, which has a row at
+    once, as a number that a whole warp finds takes one instruction."""
+    rows = max(1, _WINNER_ELEMENTS // block_e)
+    return rows, max(1, block_e // _WINNER_ELEMENTS), min(block_e, 32 * _BYTES_PER_LOAD // itemsize)
+
+
 def _key_stride(num_tokens: int) -> int:
     # Whole groups, so that keys move in whole vectors, and no mask is needed.
     return cdiv(num_tokens, GROUP.value) * GROUP.value
@@ -474,8 +494,7 @@ def _key_stride(num_tokens: int) -> int:
 class Keys(NamedTuple):
     """Keys, as a ``table (E, stride)`` int32 with ``stride`` at least T; or ``logits (T, E)``, of
     which so many low ``bits`` carry nothing once they are fp32, ``marks (4, stride)`` int32 that
-    make keys of them, and ``summaries (E, pieces, groups, 4)`` int32 of an equal piece of each
-    group."""
+    make keys of them, and ``summaries (E, groups, 4)`` int32."""
 
     table: torch.Tensor | None
     logits: torch.Tensor | None = None
@@ -506,6 +525,8 @@ def _launch(
     num_tokens, num_experts = logits.shape
     block_e = power_of_2(num_experts)
     rows, num_warps, piece = _blocks(block_e, logits.itemsize, full)
+    if outputs[2] is not None and not full:
+        rows, num_warps, piece = _winner_blocks(block_e, logits.itemsize)
     stride = _key_stride(num_tokens)
     _logit_scores(
         cdiv(stride, rows),
@@ -528,10 +549,34 @@ def _launch(
     )
 
 
+def _summarize_logits(keys: Keys) -> None:
+    """Fill in the summaries of keys that have marks."""
+    _, logits, marks, summaries, bits = keys
+    assert logits is not None and summaries is not None
+    num_tokens, num_experts = logits.shape
+    stride = _key_stride(num_tokens)
+    blocks = cdiv(num_experts, _SUMMARY_BLOCK)
+    _summaries(
+        stride // GROUP.value * blocks,
+        logits,
+        marks,
+        summaries,
+        num_tokens,
+        num_experts,
+        logits.stride(0),
+        stride,
+        BITS=bits,
+        BLOCK_E=_SUMMARY_BLOCK,
+        BLOCKS=blocks,
+        PER_THREAD=_EXPERTS_PER_THREAD,
+        num_warps=_SUMMARY_BLOCK // (32 * _EXPERTS_PER_THREAD),
+    )
+
+
 def keys_of_logits(
     logits: torch.Tensor, top_k: int, full: bool, summarized: bool = False
 ) -> tuple[Keys, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys, and what the gradient needs, in one launch.
+    """Keys, and what the gradient needs, in one launch, or two without a table.
 
     Args:
         logits: (T, E) bf16, fp16 or fp32, rows dense, T at least 1, E at most 4096.
@@ -546,8 +591,7 @@ def keys_of_logits(
     device = logits.device
     stride = _key_stride(num_tokens)
     if summarized:
-        rows, *_ = _blocks(power_of_2(num_experts), logits.itemsize, full)
-        shape = num_experts, GROUP.value // rows, stride // GROUP.value, 4
+        shape = num_experts, stride // GROUP.value, 4
         marks = torch.empty(4, stride, dtype=torch.int32, device=device)
         summaries = torch.empty(shape, dtype=torch.int32, device=device)
         keys = Keys(None, logits, marks, summaries, free_bits(logits.dtype, num_experts))
@@ -556,8 +600,9 @@ def keys_of_logits(
     winner_scores = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
     winner_ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
     lse = torch.empty(num_tokens, dtype=torch.float32, device=device)
-    outputs = None, keys.table, keys.summaries, keys.marks, winner_scores, winner_ids, lse
-    _launch(logits, outputs, top_k, full)
+    _launch(logits, (None, keys.table, keys.marks, winner_scores, winner_ids, lse), top_k, full)
+    if summarized:
+        _summarize_logits(keys)
     return keys, winner_scores, winner_ids, lse
 
 
@@ -604,7 +649,7 @@ def winner_softmax(logits: torch.Tensor, top_k: int, full: bool) -> torch.Tensor
     scores = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
         with device_of(logits):
-            _launch(row_major(logits), (scores, *[None] * 6), top_k, full)
+            _launch(row_major(logits), (scores, *[None] * 5), top_k, full)
     return scores
 
 

@@ -89,7 +89,6 @@ def _summaries_from(
     first,
     num_tokens,
     num_groups,
-    PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Words, sizes, and greatest ranks to add and to drop of BLOCK groups."""
@@ -104,9 +103,7 @@ def _summaries_from(
             keys + expert.to(tl.int64) * key_stride + first_token, num_tokens - first_token, BLOCK
         )
     else:
-        word, size, to_add, to_drop = _load_summaries(
-            summaries, expert, source, num_groups, PIECES, BLOCK
-        )
+        word, size, to_add, to_drop = _load_summaries(summaries, expert, source, num_groups, BLOCK)
     return (
         word,
         tl.where(inside, size, 0),
@@ -511,7 +508,6 @@ def _select_kernel(
     tile,
     RULE: tl.constexpr,
     BITS: tl.constexpr,
-    PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
     LIST: tl.constexpr,
@@ -536,7 +532,7 @@ def _select_kernel(
     to_drop = tl.full([BLOCK], -1, tl.int32)
     for first in range(0, BLOCK if HELD else num_groups, BLOCK):
         word, size, to_add, to_drop = _summaries_from(
-            column, summaries, first, num_tokens, num_groups, PIECES, BLOCK
+            column, summaries, first, num_tokens, num_groups, BLOCK
         )
         group = first + tl.arange(0, BLOCK)
         inside = group < num_groups
@@ -759,7 +755,6 @@ def decide(
         tile,
         RULE="given" if balanced else rule,
         BITS=keys.bits,
-        PIECES=0 if summaries is None else summaries.shape[1],
         BLOCK=block,
         HELD=held,
         LIST=listed,

@@ -75,16 +75,16 @@ def _poisoned(*shape):
     return torch.full(shape, -99, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("pieces", [0, 2], ids=["keys", "summaries"])
+@pytest.mark.parametrize("summarized", [False, True], ids=["keys", "summaries"])
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize(
     ("tokens", "tile", "rule"),
     [(3000, 128, "nr"), (3001, 100, "up"), (3000, 128, "down"), (1500, 700, "down")],
 )
-def test_selection(compiled, tokens, tile, rule, ties, pieces):  # noqa: F811
+def test_selection(compiled, tokens, tile, rule, ties, summarized):  # noqa: F811
     keys, scores, chosen = _table(tokens, ties, seed=tokens)
     groups = -(-tokens // GROUP)
-    summaries = summaries_of(keys, tokens, pieces) if pieces else None
+    summaries = summaries_of(keys, tokens) if summarized else None
     words, before = _poisoned(groups, EXPERTS), _poisoned(groups, EXPERTS)
     counts, load = _poisoned(EXPERTS), _poisoned(EXPERTS)
     scratch = _poisoned(rounding_select.scratch_size(tokens, EXPERTS, tile, rule))
@@ -92,7 +92,7 @@ def test_selection(compiled, tokens, tile, rule, ties, pieces):  # noqa: F811
     given = rounding_keys.Keys(keys, summaries=summaries)
     rounding_select.decide(given, None, decisions, scratch, tokens, tile, rule)
     (kernel,) = compiled["_select_kernel"]
-    arrays = load, keys, *([summaries] if pieces else []), counts, words, before, scratch
+    arrays = load, keys, *([summaries] if summarized else []), counts, words, before, scratch
     _run(kernel, EXPERTS, arrays, (tokens, EXPERTS, groups, 0, keys.shape[1], tile))
 
     kept = torch.zeros(EXPERTS, groups * GROUP, dtype=torch.bool)
@@ -115,22 +115,32 @@ def test_selection(compiled, tokens, tile, rule, ties, pieces):  # noqa: F811
 @pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
 def test_summaries(compiled, full):  # noqa: F811
     """The same keys are summarized as are written, by threads that hold other logits."""
-    tokens, experts, top_k = 75, 200, 3
+    tokens, experts, top_k = 75, 300, 3
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0)).bfloat16()
     results = []
     for summarized in (False, True):
         # Nothing runs, so that what is returned holds what was there.
         keys, *winners = rounding_keys.keys_of_logits(logits, top_k, full, summarized)
-        outputs = (keys.summaries, keys.marks) if summarized else (keys.table,)
-        for result in (*outputs, *winners):
+        rows = keys.marks if summarized else keys.table
+        for result in (rows, *winners):
             result.fill_(-99)
         kernel = compiled["_logit_scores_kernel"][-1]
-        rows = rounding_keys._blocks(256, logits.itemsize, full)[0]
-        stride = outputs[-1].shape[1]
-        sizes = tokens, experts, experts, stride
-        _run(kernel, stride // rows, (logits, *outputs, *winners), sizes)
-        results.append((outputs[0], *winners))
-    (table, *winners), (summaries, *others) = results
+        tokens_of_one, *_ = (
+            rounding_keys._winner_blocks(512, logits.itemsize)
+            if summarized and not full
+            else rounding_keys._blocks(512, logits.itemsize, full)
+        )
+        programs = rows.shape[1] // tokens_of_one
+        sizes = tokens, experts, experts, rows.shape[1]
+        _run(kernel, programs, (logits, rows, *winners), sizes)
+        if summarized:
+            keys.summaries.fill_(-99)
+            (kernel,) = compiled["_summaries_kernel"]
+            programs = rows.shape[1] // GROUP * -(-experts // rounding_keys._SUMMARY_BLOCK)
+            _run(kernel, programs, (logits, keys.marks, keys.summaries), sizes)
+        results.append((keys, *winners))
+    (written, *winners), (keys, *others) = results
+    table = written.table
     assert torch.equal((table[:, :tokens] >= 0).sum(0), torch.full((tokens,), top_k))
-    assert torch.equal(summaries, summaries_of(table, tokens, summaries.shape[1]))
+    assert torch.equal(keys.summaries, summaries_of(table, tokens))
     assert all(map(torch.equal, winners, others))

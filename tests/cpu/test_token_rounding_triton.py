@@ -83,7 +83,7 @@ def test_every_kernel_compiles(compiled):  # noqa: F811
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
-    assert len(own) == 9 and own <= set(compiled)
+    assert len(own) == 10 and own <= set(compiled)
     for name in own:
         for text in _texts(compiled, name):
             # The order in which atomics land would decide the result.

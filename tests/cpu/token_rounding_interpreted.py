@@ -13,6 +13,7 @@ import sonic.triton.rounding_keys as keys
 import sonic.triton.rounding_select as select
 import sonic.triton.token_rounding as kernels
 from sonic.routing.token_rounding import RULES
+from sonic.triton.rounding_keys import _four_marks
 from sonic.triton.rounding_select import _end_of, _halved
 from sonic.triton.topk import HIGHEST
 from tests import rounding_checks as checks
@@ -192,9 +193,9 @@ def always_summarized(monkeypatch):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
-@pytest.mark.parametrize("sizes", [(150, 70, 4), (64, 5, 5), (75, 130, 3), (9, 3, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(150, 70, 4), (64, 5, 5), (75, 300, 3), (9, 3, 1)], ids=str)
 def test_summaries(sizes, full, always_summarized):
-    """In pieces of 8, 16 and 32 tokens; of the last ones there are only some, or none."""
+    """Of whole groups, and of one that has only some tokens; experts in one block and in two."""
     tokens, experts, top_k = sizes
     logits = torch.randn(tokens, experts).bfloat16()
     inf, nan = torch.inf, torch.nan
@@ -206,7 +207,7 @@ def test_summaries(sizes, full, always_summarized):
     logits[7] = -logits[7].abs()
     (table, *_), *winners = keys.keys_of_logits(logits, top_k, full)
     (*_, summaries, _), *others = keys.keys_of_logits(logits, top_k, full, summarized=True)
-    assert torch.equal(summaries, checks.summaries_of(table, tokens, summaries.shape[1]))
+    assert torch.equal(summaries, checks.summaries_of(table, tokens))
     torch.testing.assert_close(others, winners, rtol=0, atol=0, equal_nan=True)
 
 
@@ -243,9 +244,16 @@ def _as_if_none_chose(least, greatest, all_chose):
     return greatest.to(tl.int32, bitcast=True) & HIGHEST, greatest.to(tl.int32, bitcast=True)
 
 
+@triton.jit
+def _in_another_order(address):
+    first, second, third, fourth = _four_marks(address)
+    return first, third, second, fourth
+
+
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
+        ("_four_marks", _in_another_order),
         ("popcount", _one_too_many),
         ("_marks_of", _marks_of_another),
         ("_greatest_ranks", _as_if_none_chose),
