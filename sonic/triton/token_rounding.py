@@ -1,7 +1,7 @@
 """Token rounding: every expert's row count becomes a multiple of the tile, and the routing plan of
 the pairs that are kept follows in the same launches.
 
-T tokens, E experts, S slots. Three launches::
+T tokens, E experts, S slots. Three launches, four where there is no table of keys::
 
     keys     how experts rank tokens, from scores or logits     sonic.triton.rounding_keys
     select   counts, and a verdict on every token and expert    sonic.triton.rounding_select
