@@ -5,12 +5,18 @@ call: 17 us for a kernel of 13 arguments (triton 3.9), of which the launch prope
 driver's. A :class:`Launcher` remembers what was compiled by facts that it reads faster, and then
 launches that as Triton does, with addresses in place of tensors: Triton asks the driver about every
 tensor that it is given, and about no address.
+
+Launches of a sequence may overlap (programmatic dependent launch): the programs of one are started,
+and wait, while the last ones of the launch before still run. See :func:`wait_for_earlier_launches`.
 """
 
 from typing import Any
 
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
+from triton.runtime.jit import JITFunction
 
 from sonic.runtime.eager import current_device
 from sonic.triton.common import device_of, is_interpreted
@@ -23,6 +29,30 @@ _REMEMBERED = 1024  # compiled kernels of one Launcher; a training run needs a h
 
 
 _UNALIGNED = object()
+_COMPILED = tl.constexpr(not is_interpreted())
+_OVERLAPS = 90  # the least architecture whose launches do
+
+
+@triton.jit
+def wait_for_earlier_launches():
+    """Wait until all launches ahead in the stream have ended and what they wrote can be read.
+
+    The first thing that each program of an overlapping kernel does, ahead of any load, as data may
+    not be there, and of any store, as the memory may have been that of something which an earlier
+    launch still reads. That all programs wait makes the end of one launch the end of all before it.
+    """
+    if _COMPILED and cuda_capability_geq(9, 0):
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_launch_start():
+    """Allow the programs of the next launch to start and wait once all of this launch run.
+
+    Not in kernels before others than ours: nobody knows whether these wait before they store.
+    """
+    if _COMPILED and cuda_capability_geq(9, 0):
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 class Launcher:
@@ -35,10 +65,13 @@ class Launcher:
 
     Kernels take their arguments by position, the first one a tensor on the current device, and
     after them their ``tl.constexpr`` parameters, which are given by name like Triton's own options.
+
+    ``overlapping``: programs may start before earlier launches have ended, and the kernel begins
+    with :func:`wait_for_earlier_launches`.
     """
 
-    def __init__(self, kernel: Any):
-        self.kernel = kernel
+    def __init__(self, kernel: Any, overlapping: bool = False):
+        self.kernel, self._overlapping = kernel, overlapping
         self._bound: dict[tuple, Bound] = {}
 
     def __call__(self, programs: int, *arguments: Any, **constants: Any) -> None:
@@ -54,15 +87,15 @@ class Launcher:
         if bound is None:
             if len(self._bound) >= _REMEMBERED:
                 self._bound.clear()
-            bound = self._bound[key] = Bound(self.kernel, constants)
+            bound = self._bound[key] = Bound(self.kernel, constants, self._overlapping)
         return bound
 
 
 class Bound:
     """A kernel and its constants, see :meth:`Launcher.bind`."""
 
-    def __init__(self, kernel: Any, constants: dict[str, Any]):
-        self.kernel, self._constants = kernel, constants
+    def __init__(self, kernel: Any, constants: dict[str, Any], overlapping: bool = False):
+        self.kernel, self._constants, self._overlapping = kernel, constants, overlapping
         self._compiled: dict[tuple, tuple[Any, tuple]] = {}
         # Interpreted kernels have no parameters to look at, and are never remembered.
         self._by_width = [bool(p.do_not_specialize) for p in getattr(kernel, "params", ())]
@@ -106,7 +139,8 @@ class Bound:
     def _launch_first(self, key: tuple, programs: int, arguments: tuple) -> None:
         """Let Triton compile and launch, and remember the kernel that it launched."""
         constants = self._constants
-        compiled = self.kernel[(programs,)](*arguments, **constants)
+        options = {"launch_pdl": True} if self._overlapping and _can_overlap(self.kernel) else {}
+        compiled = self.kernel[(programs,)](*arguments, **constants, **options)
         if not _TAKES_ADDRESSES or is_interpreted():
             return
         if not isinstance(compiled, triton.compiler.CompiledKernel):
@@ -171,6 +205,14 @@ class Fixed:
         stream_of = triton.runtime.driver.active.get_current_stream
         trailing = *self._integers, *constants
         self._known = tensors[0].get_device(), dtypes, stream_of, compiled, trailing
+
+
+def _can_overlap(kernel: Any) -> bool:
+    """Whether the current device lets launches overlap, and it is one that ``kernel`` runs on."""
+    if not isinstance(kernel, JITFunction):
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= _OVERLAPS
 
 
 def _look(argument: Any, by_width: bool) -> Any:

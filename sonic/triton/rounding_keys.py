@@ -31,7 +31,7 @@ from sonic.triton.common import (
     power_of_2,
     row_major,
 )
-from sonic.triton.launch import Launcher
+from sonic.triton.launch import Launcher, let_next_launch_start, wait_for_earlier_launches
 from sonic.triton.topk import (
     HIGHEST,
     LOWEST,
@@ -330,6 +330,9 @@ def _logit_scores_kernel(
     """Scores of all experts, as (T, E) or as keys, or tokens' marks instead; with the last two
     winners and their scores (T, TOP_K), and ``lse_by_token``, the logarithm of the scores' divisor.
     EXACT: there are BLOCK_E experts, and no mask is needed."""
+    wait_for_earlier_launches()
+    if scores is None:
+        let_next_launch_start()
     num_experts = BLOCK_E if EXACT else num_experts
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_token = token < num_tokens
@@ -386,6 +389,8 @@ def _summaries_kernel(
 ):
     """summaries (E, groups, 4) of one group and BLOCK_E experts: a thread has all tokens of its
     PER_THREAD experts, one after another, and waits for no other."""
+    wait_for_earlier_launches()
+    let_next_launch_start()
     group = tl.program_id(0) // BLOCKS
     place = tl.max_contiguous(tl.arange(0, BLOCK_E), PER_THREAD)
     expert = tl.program_id(0) % BLOCKS * BLOCK_E + place
@@ -460,8 +465,8 @@ def _keys_kernel(
 # --- launchers ------------------------------------------------------------------------------------
 
 
-_logit_scores = Launcher(_logit_scores_kernel)
-_summaries = Launcher(_summaries_kernel)
+_logit_scores = Launcher(_logit_scores_kernel, overlapping=True)
+_summaries = Launcher(_summaries_kernel, overlapping=True)
 
 
 def _blocks(block_e: int, itemsize: int, full: bool) -> tuple[int, int, int]:

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from sonic.triton.common import cdiv, power_of_2
-from sonic.triton.launch import Launcher
+from sonic.triton.launch import Launcher, let_next_launch_start, wait_for_earlier_launches
 from sonic.triton.rounding_keys import (
     GROUP,
     Keys,
@@ -518,6 +518,8 @@ def _select_kernel(
     the count is read instead of written. HELD: BLOCK groups are all there are. Scratch of an
     expert: two lists, to drop and to add, what ``_gather_first`` writes, each group's kept tokens,
     and unless HELD greatest ranks to drop and to add."""
+    wait_for_earlier_launches()
+    let_next_launch_start()
     expert = tl.program_id(0)
     column = keys, logits, marks, expert, stride, key_stride, BITS
     kept: tl.constexpr = 1 if HELD else 3
@@ -606,6 +608,8 @@ def _select_kernel(
 
 @triton.jit
 def _frequency_kernel(keys, frequency, key_stride, BLOCK: tl.constexpr):
+    wait_for_earlier_launches()
+    let_next_launch_start()
     expert = tl.program_id(0)
     column = keys + expert.to(tl.int64) * key_stride
     count = 0
@@ -632,6 +636,8 @@ def _balance_kernel(frequency, count_by_expert, num_tokens, num_experts, tile, B
     expert that can round up to T but not to a whole tile breaks the congruence. There are fewer
     than ``2 top_k`` of these, and they are visited one by one.
     """
+    wait_for_earlier_launches()
+    let_next_launch_start()
     tile = tl.minimum(tile, num_tokens)
     index = tl.arange(0, BLOCK)
     shift = tl.zeros([], tl.int64)
@@ -661,9 +667,9 @@ def _balance_kernel(frequency, count_by_expert, num_tokens, num_experts, tile, B
 # --- launchers ------------------------------------------------------------------------------------
 
 
-_select = Launcher(_select_kernel)
-_frequency = Launcher(_frequency_kernel)
-_balance = Launcher(_balance_kernel)
+_select = Launcher(_select_kernel, overlapping=True)
+_frequency = Launcher(_frequency_kernel, overlapping=True)
+_balance = Launcher(_balance_kernel, overlapping=True)
 
 
 def _balanced_counts(keys: torch.Tensor, decisions: Decisions, num_tokens: int, tile: int) -> None:

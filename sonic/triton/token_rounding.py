@@ -26,7 +26,7 @@ from sonic.triton.common import (
     power_of_2,
     row_major,
 )
-from sonic.triton.launch import Launcher
+from sonic.triton.launch import Launcher, wait_for_earlier_launches
 from sonic.triton.rounding_keys import (
     GROUP,
     Keys,
@@ -181,6 +181,7 @@ def _emit_kernel(
     the last pair. A group's pairs are put in order of their slots first, so that threads next to
     one another write slots that are; until then ``row_by_slot`` holds them. ``stride`` is that of
     scores or logits, ``key_stride`` that of keys or marks. ONE: a block holds all experts."""
+    wait_for_earlier_launches()
     pid = tl.program_id(0)
     if pid < num_groups:
         line = pid.to(tl.int64) * num_experts
@@ -371,7 +372,7 @@ def _logit_grad_kernel(
 # --- launchers ------------------------------------------------------------------------------------
 
 
-_emit_pairs = Launcher(_emit_kernel)
+_emit_pairs = Launcher(_emit_kernel, overlapping=True)
 _scatter = Launcher(_scatter_kernel)
 _logit_grad = Launcher(_logit_grad_kernel)
 

@@ -215,6 +215,48 @@ def test_no_kernel_spills(compiled, tmp_path):
     assert compiled and not spilled
 
 
+_GLOBAL = r"\b(?:ld|st|atom|red|cp)\b[\w.:]*\.global"
+_BRANCH = r"\bbra\b|^\$L__BB"
+
+
+def _waits_first(text: str) -> bool:
+    """Whether all threads of a kernel wait for earlier launches before any branch and any access of
+    memory."""
+    wait = text.find("griddepcontrol.wait")
+    first = re.search(f"{_GLOBAL}|{_BRANCH}", text, re.MULTILINE)
+    assert first is not None
+    return 0 <= wait < first.start()
+
+
+@every_architecture
+def test_launches_that_overlap_wait_before_anything_else(compiled):
+    _launch_token_rounding(MODULES["token_rounding"])
+    overlapping = {}
+    for name, variants in compiled.items():
+        for kernel in variants:
+            overlaps = bool(kernel.metadata.launch_pdl)
+            assert overlapping.setdefault(name, overlaps) == overlaps
+            assert _waits_first(kernel.asm["ptx"]) == overlaps, name
+    assert {name for name, overlaps in overlapping.items() if overlaps} == {
+        "_logit_scores_kernel",
+        "_summaries_kernel",
+        "_frequency_kernel",
+        "_balance_kernel",
+        "_select_kernel",
+        "_emit_kernel",
+    }
+
+
+def test_a_late_wait_is_noticed(compiled):
+    _launch_token_rounding(MODULES["token_rounding"])
+    text = compiled["_emit_kernel"][0].asm["ptx"]
+    without = text.replace("griddepcontrol.wait", "")
+    assert _waits_first(text) and not _waits_first(without)
+    for later in (_GLOBAL, _BRANCH):
+        at = re.search(later, without, re.MULTILINE).end()
+        assert not _waits_first(f"{without[:at]} griddepcontrol.wait; {without[at:]}")
+
+
 @triton.jit
 def _greedy_kernel(x, N: tl.constexpr):
     address = x + tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
