@@ -4,6 +4,8 @@ Triton's interpreter runs a program as numpy does, one operation at a time; here
 and loads and stores of global memory that no barrier orders are reported.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ import triton
 from sonic.triton import rounding_keys, rounding_select
 from sonic.triton.topk import LOWEST
 from tests.cpu.test_triton_compile import compiled  # noqa: F401
-from tests.emulator import Policy, ptx
+from tests.emulator import Fault, Policy, ptx
 from tests.emulator.program import Program
 from tests.emulator.snippet import machine_for
 from tests.rounding_checks import summaries_of
@@ -41,21 +43,35 @@ def _table(tokens, ties, seed):
     return keys, scores, chosen
 
 
-def _run(kernel, programs, arrays, sizes):
-    """A kernel of tensors and numbers, in this order, on numpy's memory."""
-    (parsed,) = ptx.parse(kernel.asm["ptx"]).values()
+def _launch_of(kernel, arrays, sizes, waits=True):
+    """What a machine has to know of a launch of tensors and numbers, in this order; unless it
+    ``waits``, of a kernel that forgets to."""
+    text = kernel.asm["ptx"]
+    if not waits:
+        text = re.sub(r"griddepcontrol\.wait\s*;", "", text)
+    (parsed,) = ptx.parse(text).values()
     values = [*(array.data_ptr() for array in arrays), *sizes, 0, 0]  # no scratch of Triton's own
     raw = [
         int(value).to_bytes(parameter[1], "little")
         for parameter, value in zip(parsed.params, values, strict=True)
     ]
+    block = 32 * kernel.metadata.num_warps, 1, 1
+    return Program(parsed), block, kernel.metadata.shared, raw
+
+
+def _machine(arrays, policy):
+    """On numpy's memory."""
     memory = [a.view(torch.uint8).numpy().reshape(-1) for a in arrays]
-    machine = machine_for(memory, Policy(0))
+    machine = machine_for(memory, policy)
     # Triton lets warps that hold the same value store it to one place of shared memory; order on
     # global memory is still checked.
     machine.race_check = False
-    block = 32 * kernel.metadata.num_warps, 1, 1
-    machine.launch(Program(parsed), (programs, 1, 1), block, (1, 1, 1), kernel.metadata.shared, raw)
+    return machine
+
+
+def _run(kernel, programs, arrays, sizes):
+    program, block, shared, raw = _launch_of(kernel, arrays, sizes)
+    _machine(arrays, Policy(0)).launch(program, (programs, 1, 1), block, (1, 1, 1), shared, raw)
 
 
 def _kept(scores, chosen, tile, rule):
@@ -144,3 +160,50 @@ def test_summaries(compiled, full):  # noqa: F811
     assert torch.equal((table[:, :tokens] >= 0).sum(0), torch.full((tokens,), top_k))
     assert torch.equal(keys.summaries, summaries_of(table, tokens))
     assert all(map(torch.equal, winners, others))
+
+
+def _overlapping(compiled, policy, without_wait):  # noqa: F811
+    """Winners, summaries, and selection for the first six experts, launched together; the counts
+    and loads of these, and how many tokens chose them."""
+    tokens, experts, top_k, tile, few = 75, 300, 3, 4, 6
+    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits[:, :few] += 2
+    keys, *winners = rounding_keys.keys_of_logits(logits, top_k, False, True)
+    stride = keys.marks.shape[1]
+    groups = stride // GROUP
+    words, before = _poisoned(groups, experts), _poisoned(groups, experts)
+    counts, load = _poisoned(experts), _poisoned(experts)
+    scratch = _poisoned(rounding_select.scratch_size(tokens, experts, tile, "up"))
+    decisions = rounding_select.Decisions(words, before, counts, load)
+    rounding_select.decide(keys, None, decisions, scratch, tokens, tile, "up")
+    for result in (keys.marks, keys.summaries, *winners):
+        result.fill_(-99)
+    chosen = load, logits, keys.marks, keys.summaries, counts, words, before, scratch
+    sizes = tokens, experts, experts, stride
+    programs = stride // rounding_keys._winner_blocks(512, logits.itemsize)[0]
+    machine = _machine((*chosen, *winners), policy)
+    for name, grid, arrays, numbers in (
+        ("_logit_scores_kernel", programs, (logits, keys.marks, *winners), sizes),
+        ("_summaries_kernel", 2 * groups, (logits, keys.marks, keys.summaries), sizes),
+        ("_select_kernel", few, chosen, (tokens, experts, groups, experts, stride, tile)),
+    ):
+        (kernel,) = compiled[name]
+        wait = name != without_wait
+        program, block, shared, raw = _launch_of(kernel, arrays, numbers, wait)
+        machine.enqueue(program, (grid, 1, 1), block, (1, 1, 1), shared, raw, programmatic=True)
+    machine.synchronize()
+    return counts[:few], load[:few], winners[1].flatten().bincount(minlength=experts)[:few]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_launches_that_overlap(compiled, seed):  # noqa: F811
+    counts, load, expected = _overlapping(compiled, Policy(seed), None)
+    assert torch.equal(load.long(), expected) and expected.all()
+    assert torch.equal(counts, (load + 3) // 4 * 4)
+
+
+@pytest.mark.parametrize("name", ["_summaries_kernel", "_select_kernel"])
+def test_a_launch_that_overlaps_has_to_wait(compiled, name):  # noqa: F811
+    with pytest.raises(Fault, match="race: "):
+        for seed in range(4):
+            _overlapping(compiled, Policy(seed), name)

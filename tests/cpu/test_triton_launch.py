@@ -36,23 +36,27 @@ class _Driver:
     """Hands out a number for every kernel that is loaded, and records launches."""
 
     launches: list[tuple] = field(default_factory=list)
+    overlapping: list[bool] = field(default_factory=list)  # of each launch
+    arch: int = 90
 
     def __post_init__(self) -> None:
         self.utils, loaded, launches = self, itertools.count(1), self.launches
+        overlapping = self.overlapping
 
         class RecordingLauncher:
             def __init__(self, source: Any, metadata: Any) -> None:
-                pass
+                self.overlaps = metadata.launch_pdl
 
             def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any):
                 launches.append(((x, y, z), stream, function, rest))
+                overlapping.append(self.overlaps)
 
         self.launcher_cls = RecordingLauncher
         self.load_binary = lambda *_: (1, next(loaded), 32, 0, 1024)
         self.unload_module = lambda module: None
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -132,6 +136,20 @@ def test_launches_are_those_of_triton(driver: _Driver) -> None:
             for ours, theirs in zip(rest, expected[name][3], strict=True):
                 if theirs is None or isinstance(theirs, (int, torch.Tensor)):
                     assert _address(ours) == _address(theirs), name
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_a_launch_overlaps_where_the_device_can(driver: _Driver, on_a_gpu, arch: int) -> None:
+    driver.arch = arch
+    arguments, _ = CALLS["plain"]
+    for overlapping in (False, True):
+        launcher = Launcher(_scale_kernel, overlapping=overlapping)
+        fixed = launcher.bind(**_constants({})).fix(5, *arguments[3:])
+        driver.overlapping.clear()
+        for _ in range(3):
+            launcher(5, *arguments, **_constants({}))
+            fixed(*arguments[:3])
+        assert driver.overlapping == [overlapping and arch >= 90] * 6
 
 
 def _fixed(integers: tuple[int, ...] = (3, 40), **changes: Any) -> Any:
