@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from sonic.triton.common import cdiv, is_interpreted, power_of_2
-from sonic.triton.launch import Fixed, Launcher
+from sonic.triton.launch import Fixed, Launcher, let_next_launch_start, wait_for_earlier_launches
 
 RUNS_ON_CPU = is_interpreted()
 
@@ -84,6 +84,7 @@ def _direct_kernel(
 ):
     """The first ``slot_programs`` programs place a block of slots each, the others find a block of
     offsets each: either is a count of the keys below a bound."""
+    wait_for_earlier_launches()
     is_slots = tl.program_id(0) < slot_programs
     block = tl.where(is_slots, tl.program_id(0), tl.program_id(0) - slot_programs)
     index = block * BLOCK + tl.arange(0, BLOCK)
@@ -126,6 +127,8 @@ def _rank_kernel(
 ):
     """Per tile: rank of a slot among the tile's slots of its expert (-> row_by_slot), and the
     counts (E, tiles)."""
+    wait_for_earlier_launches()
+    let_next_launch_start()
     tile = tl.program_id(0)
     first = tile.to(tl.int64) * TILE
     local = tl.arange(0, TILE)
@@ -148,6 +151,8 @@ def _scan_tiles_kernel(
     count, total, num_experts, stride, BLOCK_E: tl.constexpr, BLOCK_TILES: tl.constexpr
 ):
     """In place: count[e, :] becomes its exclusive prefix sum; total[e] its sum."""
+    wait_for_earlier_launches()
+    let_next_launch_start()
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     base = count + expert.to(tl.int64)[:, None] * stride
     carry = tl.zeros([BLOCK_E], tl.int32)
@@ -162,6 +167,8 @@ def _scan_tiles_kernel(
 
 @triton.jit
 def _scan_experts_kernel(total, offset_by_expert, num_experts, BLOCK: tl.constexpr):
+    wait_for_earlier_launches()
+    let_next_launch_start()
     lane = tl.arange(0, BLOCK)
     tl.store(offset_by_expert + lane, 0, mask=lane < 1)
     carry = 0
@@ -194,6 +201,7 @@ def _scatter_kernel(
 ):
     """row_by_slot holds ranks within tiles and becomes rows; the inverse maps and their tails are
     written."""
+    wait_for_earlier_launches()
     slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = slot < num_slots
     rank = tl.load(row_by_slot + slot, mask=inside, other=-1)
@@ -211,11 +219,11 @@ def _scatter_kernel(
     tl.store(token_by_row + slot, -1, mask=tail)
 
 
-_direct = Launcher(_direct_kernel)
-_rank = Launcher(_rank_kernel)
-_scan_tiles = Launcher(_scan_tiles_kernel)
-_scan_experts = Launcher(_scan_experts_kernel)
-_scatter = Launcher(_scatter_kernel)
+_direct = Launcher(_direct_kernel, overlapping=True)
+_rank = Launcher(_rank_kernel, overlapping=True)
+_scan_tiles = Launcher(_scan_tiles_kernel, overlapping=True)
+_scan_experts = Launcher(_scan_experts_kernel, overlapping=True)
+_scatter = Launcher(_scatter_kernel, overlapping=True)
 
 
 def method_for(num_slots: int, num_experts: int) -> str:

@@ -25,7 +25,7 @@ from sonic.triton.common import (
     power_of_2,
     row_major,
 )
-from sonic.triton.launch import Launcher
+from sonic.triton.launch import Launcher, let_next_launch_start, wait_for_earlier_launches
 
 # Key of a padded column: below the key of -inf, the least of any logit.
 LOWEST = tl.constexpr(-(2**31))
@@ -240,6 +240,7 @@ def _topk_kernel(
     BLOCK_E: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    wait_for_earlier_launches()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, BLOCK_E)
     mask = (row[:, None] < num_rows) & (expert[None, :] < num_experts)
@@ -279,6 +280,8 @@ def _topk_chunk_kernel(
 ):
     """Winners of one chunk of one row: chunk_keys, chunk_ids (T, chunks, TOP_K); with FULL its
     maximum and exp-sum."""
+    wait_for_earlier_launches()
+    let_next_launch_start()
     row = (tl.program_id(0) // num_chunks).to(tl.int64)
     chunk = tl.program_id(0) % num_chunks
     expert = chunk * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
@@ -312,6 +315,7 @@ def _topk_merge_kernel(
     BLOCK: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
 ):
+    wait_for_earlier_launches()
     row = tl.program_id(0) + tl.arange(0, 1)
     base = row.to(tl.int64)[:, None] * num_chunks
     lane = tl.arange(0, BLOCK)[None, :]
@@ -380,9 +384,9 @@ def _topk_grad_kernel(
     tl.store(dlogits + offset, result.to(dlogits.dtype.element_ty), mask=mask)
 
 
-_topk = Launcher(_topk_kernel)
-_topk_chunk = Launcher(_topk_chunk_kernel)
-_topk_merge = Launcher(_topk_merge_kernel)
+_topk = Launcher(_topk_kernel, overlapping=True)
+_topk_chunk = Launcher(_topk_chunk_kernel, overlapping=True)
+_topk_merge = Launcher(_topk_merge_kernel, overlapping=True)
 
 
 def topk_scores(
