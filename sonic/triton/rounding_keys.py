@@ -69,7 +69,7 @@ _LEAST_GROUPS = 256
 _WINNER_ELEMENTS = 2048  # of it: several tokens, whose searches wait side by side
 _SUMMARY_BLOCK = 256  # experts of a program that summarizes, which has one group of tokens
 _EXPERTS_PER_THREAD = 2  # of it
-_AT_ONCE = tl.constexpr(4)  # tokens whose marks it loads together
+_AT_ONCE = tl.constexpr(8)  # tokens whose logits it loads together
 
 
 @triton.jit
@@ -122,21 +122,24 @@ def _key_of_logit(value, expert, marks, BITS: tl.constexpr):
 
 
 @triton.jit
-def _store_marks(marks, token, mask, values, key_stride):
+def _store_marks(marks, token, mask, values, ROWS: tl.constexpr):
     top, inverse, turn, bound = values
-    tl.store(marks + token, top.to(tl.int32, bitcast=True), mask=mask)
-    tl.store(marks + key_stride + token, inverse.to(tl.int32, bitcast=True), mask=mask)
-    tl.store(marks + 2 * key_stride + token, turn, mask=mask)
-    tl.store(marks + 3 * key_stride + token, bound, mask=mask)
+    scale = top.to(tl.int32, bitcast=True), inverse.to(tl.int32, bitcast=True)
+    # Joined twice, the numbers of the first pair lie apart.
+    words = tl.join(tl.join(scale[0], turn), tl.join(scale[1], bound))
+    words = tl.reshape(words, [ROWS, 4])
+    tl.store(marks + _offset_of_four(token.to(tl.int64)), words, mask=mask[:, None])
 
 
 @triton.jit
-def _load_marks(marks, token, mask, key_stride):
-    top = tl.load(marks + token, mask=mask, other=0).to(tl.float32, bitcast=True)
-    inverse = tl.load(marks + key_stride + token, mask=mask, other=0).to(tl.float32, bitcast=True)
-    turn = tl.load(marks + 2 * key_stride + token, mask=mask, other=0)
-    bound = tl.load(marks + 3 * key_stride + token, mask=mask, other=0)
-    return top, inverse, turn, bound
+def _load_marks(marks, token, mask):
+    """Of a block of tokens; two of the four numbers at once, so that a thread needs no other."""
+    pair = (marks + 4 * token.to(tl.int64)).to(tl.pointer_type(tl.int64), bitcast=True)
+    scale = tl.load(pair, mask=mask, other=0)
+    order = tl.load(pair + 1, mask=mask, other=0)
+    top = scale.to(tl.int32).to(tl.float32, bitcast=True)
+    inverse = (scale >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return top, inverse, order.to(tl.int32), (order >> 32).to(tl.int32)
 
 
 @triton.jit
@@ -149,7 +152,7 @@ def _load_keys(keys, logits, marks, token, expert, mask, stride, key_stride, BIT
     else:
         address = logits + token.to(tl.int64) * stride + expert
         value = tl.load(address, mask=mask, other=0.0).to(tl.float32)
-        of_token = _load_marks(marks, token, mask, key_stride)
+        of_token = _load_marks(marks, token, mask)
         key = _key_of_logit(value, expert, of_token, BITS)
         return tl.where(mask, key, LOWEST)
 
@@ -207,8 +210,8 @@ def _summarize(column, num_tokens, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _summary_offset(index):
-    """Of the numbers (BLOCK, 4) of the summaries with these indices."""
+def _offset_of_four(index):
+    """Of the numbers (BLOCK, 4) of the summaries, or of the marks, with these indices."""
     return 4 * index[:, None] + tl.arange(0, 4)[None, :]
 
 
@@ -216,7 +219,7 @@ def _summary_offset(index):
 def _load_summaries(summaries, expert, group, num_groups, BLOCK: tl.constexpr):
     """Words, sizes, and greatest ranks to add and to drop, of an expert's groups."""
     index = expert.to(tl.int64) * num_groups + group
-    summary = tl.load(summaries + _summary_offset(index))
+    summary = tl.load(summaries + _offset_of_four(index))
     counted, greatest = tl.split(tl.reshape(summary, [BLOCK, 2, 2]))
     word, size = tl.split(counted)
     to_add, to_drop = tl.split(greatest)
@@ -224,12 +227,12 @@ def _load_summaries(summaries, expert, group, num_groups, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _four_marks(address):
-    """Marks of four tokens (_AT_ONCE), each a number that every thread has."""
-    even, odd = tl.split(tl.reshape(tl.load(address + tl.arange(0, _AT_ONCE)), [2, 2]))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
+def _marks_of_one(address):
+    """Of one token, each a number that every thread has."""
+    even, odd = tl.split(tl.reshape(tl.load(address + tl.arange(0, 4)), [2, 2]))
+    top, turn = tl.split(even)
+    inverse, bound = tl.split(odd)
+    return top.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True), turn, bound
 
 
 @triton.jit
@@ -370,7 +373,7 @@ def _logit_scores_kernel(
             _store_columns(keys, key, token, expert, num_experts, key_stride)
         else:
             values = _marks_of(top, inverse, last, is_token, BITS)
-            _store_marks(marks, token, token < key_stride, values, key_stride)
+            _store_marks(marks, token, token < key_stride, values, ROWS)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -398,31 +401,23 @@ def _summaries_kernel(
     least = tl.full([BLOCK_E], 0xFFFFFFFF, tl.uint32)
     greatest = tl.zeros([BLOCK_E], tl.uint32)
     # The last token first, whose bit goes farthest.
-    for part in range(GROUP // _AT_ONCE):
-        first = group * GROUP + (GROUP - _AT_ONCE) - part * _AT_ONCE
-        tops = _four_marks(marks + first)
-        inverses = _four_marks(marks + key_stride + first)
-        turns = _four_marks(marks + 2 * key_stride + first)
-        bounds = _four_marks(marks + 3 * key_stride + first)
-        for member in tl.static_range(_AT_ONCE - 1, -1, -1):
-            token = first + member
-            address = logits + token.to(tl.int64) * stride + expert
-            mask = expert < tl.where(token < num_tokens, num_experts, 0)
-            value = tl.load(address, mask=mask, other=0.0).to(tl.float32)
-            top = tops[member].to(tl.float32, bitcast=True)
-            inverse = inverses[member].to(tl.float32, bitcast=True)
-            of_token = top, inverse, turns[member], bounds[member]
-            key = _key_of_logit(value, expert, of_token, BITS).to(tl.uint32, bitcast=True)
-            free = (free << 1) | (key >> 31)
-            least = tl.minimum(least, key)
-            greatest = tl.maximum(greatest, key)
+    for index in tl.range(GROUP, loop_unroll_factor=_AT_ONCE):
+        token = group * GROUP + (GROUP - 1) - index
+        of_token = _marks_of_one(marks + 4 * token.to(tl.int64))
+        address = logits + token.to(tl.int64) * stride + expert
+        mask = expert < tl.where(token < num_tokens, num_experts, 0)
+        value = tl.load(address, mask=mask, other=0.0).to(tl.float32)
+        key = _key_of_logit(value, expert, of_token, BITS).to(tl.uint32, bitcast=True)
+        free = (free << 1) | (key >> 31)
+        least = tl.minimum(least, key)
+        greatest = tl.maximum(greatest, key)
     word = ~free.to(tl.int32, bitcast=True)
     size = popcount(word)
     all_chose = size >= tl.minimum(num_tokens - group * GROUP, GROUP)
     to_add, to_drop = _greatest_ranks(least, greatest, all_chose)
     summary = tl.join(tl.join(word, size), tl.join(to_add, to_drop))
     summary = tl.reshape(summary, [BLOCK_E, 4])
-    offset = _summary_offset(expert.to(tl.int64) * (key_stride // GROUP) + group)
+    offset = _offset_of_four(expert.to(tl.int64) * (key_stride // GROUP) + group)
     tl.store(summaries + offset, summary, mask=(expert < num_experts)[:, None])
 
 
@@ -498,7 +493,7 @@ def _key_stride(num_tokens: int) -> int:
 
 class Keys(NamedTuple):
     """Keys, as a ``table (E, stride)`` int32 with ``stride`` at least T; or ``logits (T, E)``, of
-    which so many low ``bits`` carry nothing once they are fp32, ``marks (4, stride)`` int32 that
+    which so many low ``bits`` carry nothing once they are fp32, ``marks (stride, 4)`` int32 that
     make keys of them, and ``summaries (E, groups, 4)`` int32."""
 
     table: torch.Tensor | None
@@ -508,11 +503,17 @@ class Keys(NamedTuple):
     bits: int = 0
 
     @property
-    def rows(self) -> torch.Tensor:
-        """The table or the marks, whose rows have the same stride."""
-        rows = self.marks if self.table is None else self.table
-        assert rows is not None
-        return rows
+    def by_token(self) -> torch.Tensor:
+        """The table (E, stride) or, as (4, stride), the marks."""
+        if self.table is not None:
+            return self.table
+        assert self.marks is not None
+        return self.marks.T
+
+    @property
+    def stride(self) -> int:
+        """Tokens of the table or of the marks, whole groups of them."""
+        return self.by_token.shape[1]
 
 
 def are_summarized(logits: torch.Tensor) -> bool:
@@ -597,7 +598,7 @@ def keys_of_logits(
     stride = _key_stride(num_tokens)
     if summarized:
         shape = num_experts, stride // GROUP.value, 4
-        marks = torch.empty(4, stride, dtype=torch.int32, device=device)
+        marks = torch.empty(stride, 4, dtype=torch.int32, device=device)
         summaries = torch.empty(shape, dtype=torch.int32, device=device)
         keys = Keys(None, logits, marks, summaries, free_bits(logits.dtype, num_experts))
     else:

@@ -245,6 +245,9 @@ def _load_listed(column, listed, start, size, num_tokens, num_groups, BLOCK: tl.
     keys, logits, marks, expert, stride, key_stride, BITS = column
     entry = start + tl.arange(0, BLOCK)
     group = tl.load(listed + entry, mask=entry < size, other=num_groups)
+    if marks is not None:
+        # Or the compiler loads one group behind another, and the keys of each before the next.
+        tl.debug_barrier()
     # A thread loads single keys, and a warp a group: as they have to lie for sums over a group, and
     # for stores to places that are next to one another.
     token = tl.max_contiguous(group[None, :] * GROUP + tl.arange(0, GROUP)[:, None], [1, 1])
@@ -743,7 +746,8 @@ def decide(
         registers["maxnreg"] = _REGISTERS // (4 * 32 * num_warps)
     balanced = rule == "balance-f"
     if balanced:
-        _balanced_counts(keys.rows, decisions, num_tokens, tile)
+        assert keys.table is not None
+        _balanced_counts(keys.table, decisions, num_tokens, tile)
     _select(
         num_experts,
         decisions.load,
@@ -757,7 +761,7 @@ def decide(
         num_experts,
         num_groups,
         0 if logits is None else logits.stride(0),
-        keys.rows.shape[1],
+        keys.stride,
         tile,
         RULE="given" if balanced else rule,
         BITS=keys.bits,

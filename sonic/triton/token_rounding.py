@@ -391,7 +391,7 @@ def _emit(
     num_tokens, num_experts = shape
     table, logits, marks, _, _ = keys
     rows = logits if scores is None else scores
-    device = keys.rows.device
+    device = keys.by_token.device
     num_groups = cdiv(num_tokens, GROUP.value)
     options: dict[str, Any] = {"dtype": torch.int32, "device": device}
     size = num_groups * num_experts
@@ -437,7 +437,7 @@ def _emit(
         num_groups,
         num_slots,
         0 if rows is None else rows.stride(0),
-        keys.rows.shape[1],
+        keys.stride,
         BITS=keys.bits,
         BLOCK_E=block_e,
         PART=block_e // _PARTS,

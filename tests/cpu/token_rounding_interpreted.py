@@ -13,7 +13,7 @@ import sonic.triton.rounding_keys as keys
 import sonic.triton.rounding_select as select
 import sonic.triton.token_rounding as kernels
 from sonic.routing.token_rounding import RULES
-from sonic.triton.rounding_keys import _four_marks
+from sonic.triton.rounding_keys import _marks_of_one
 from sonic.triton.rounding_select import _end_of, _halved
 from sonic.triton.topk import HIGHEST
 from tests import rounding_checks as checks
@@ -246,14 +246,14 @@ def _as_if_none_chose(least, greatest, all_chose):
 
 @triton.jit
 def _in_another_order(address):
-    first, second, third, fourth = _four_marks(address)
-    return first, third, second, fourth
+    top, inverse, turn, bound = _marks_of_one(address)
+    return top, inverse, bound, turn
 
 
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
-        ("_four_marks", _in_another_order),
+        ("_marks_of_one", _in_another_order),
         ("popcount", _one_too_many),
         ("_marks_of", _marks_of_another),
         ("_greatest_ranks", _as_if_none_chose),
