@@ -146,13 +146,13 @@ def test_summaries(compiled, full):  # noqa: F811
             if summarized and not full
             else rounding_keys._blocks(512, logits.itemsize, full)
         )
-        programs = rows.shape[1] // tokens_of_one
-        sizes = tokens, experts, experts, rows.shape[1]
+        programs = keys.stride // tokens_of_one
+        sizes = tokens, experts, experts, keys.stride
         _run(kernel, programs, (logits, rows, *winners), sizes)
         if summarized:
             keys.summaries.fill_(-99)
             (kernel,) = compiled["_summaries_kernel"]
-            programs = rows.shape[1] // GROUP * -(-experts // rounding_keys._SUMMARY_BLOCK)
+            programs = keys.stride // GROUP * -(-experts // rounding_keys._SUMMARY_BLOCK)
             _run(kernel, programs, (logits, keys.marks, keys.summaries), sizes)
         results.append((keys, *winners))
     (written, *winners), (keys, *others) = results
@@ -169,7 +169,7 @@ def _overlapping(compiled, policy, without_wait):  # noqa: F811
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0)).bfloat16()
     logits[:, :few] += 2
     keys, *winners = rounding_keys.keys_of_logits(logits, top_k, False, True)
-    stride = keys.marks.shape[1]
+    stride = keys.stride
     groups = stride // GROUP
     words, before = _poisoned(groups, experts), _poisoned(groups, experts)
     counts, load = _poisoned(experts), _poisoned(experts)
