@@ -31,7 +31,7 @@ from sonic.triton.common import (
     power_of_2,
     row_major,
 )
-from sonic.triton.launch import Launcher, let_next_launch_start, wait_for_earlier_launches
+from sonic.triton.launch import Launcher, wait_for_earlier_launches
 from sonic.triton.topk import (
     HIGHEST,
     LOWEST,
@@ -132,14 +132,18 @@ def _store_marks(marks, token, mask, values, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_marks(marks, token, mask):
-    """Of a block of tokens; two of the four numbers at once, so that a thread needs no other."""
+def _load_keys_of_logits(address, marks, token, expert, mask, BITS: tl.constexpr):
+    """Of a block of tokens; two of the four marks at once, so that a thread needs no other."""
+    value = tl.load(address, mask=mask, other=0.0)
     pair = (marks + 4 * token.to(tl.int64)).to(tl.pointer_type(tl.int64), bitcast=True)
     scale = tl.load(pair, mask=mask, other=0)
+    # Or a key's loads wait for those of the key before: compilers order what takes few registers.
+    tl.debug_barrier()
     order = tl.load(pair + 1, mask=mask, other=0)
     top = scale.to(tl.int32).to(tl.float32, bitcast=True)
     inverse = (scale >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return top, inverse, order.to(tl.int32), (order >> 32).to(tl.int32)
+    of_token = top, inverse, order.to(tl.int32), (order >> 32).to(tl.int32)
+    return _key_of_logit(value.to(tl.float32), expert, of_token, BITS)
 
 
 @triton.jit
@@ -151,9 +155,7 @@ def _load_keys(keys, logits, marks, token, expert, mask, stride, key_stride, BIT
         return tl.load(address, mask=mask, other=LOWEST)
     else:
         address = logits + token.to(tl.int64) * stride + expert
-        value = tl.load(address, mask=mask, other=0.0).to(tl.float32)
-        of_token = _load_marks(marks, token, mask)
-        key = _key_of_logit(value, expert, of_token, BITS)
+        key = _load_keys_of_logits(address, marks, token, expert, mask, BITS)
         return tl.where(mask, key, LOWEST)
 
 
@@ -334,8 +336,6 @@ def _logit_scores_kernel(
     winners and their scores (T, TOP_K), and ``lse_by_token``, the logarithm of the scores' divisor.
     EXACT: there are BLOCK_E experts, and no mask is needed."""
     wait_for_earlier_launches()
-    if scores is None:
-        let_next_launch_start()
     num_experts = BLOCK_E if EXACT else num_experts
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_token = token < num_tokens
@@ -393,7 +393,6 @@ def _summaries_kernel(
     """summaries (E, groups, 4) of one group and BLOCK_E experts: a thread has all tokens of its
     PER_THREAD experts, one after another, and waits for no other."""
     wait_for_earlier_launches()
-    let_next_launch_start()
     group = tl.program_id(0) // BLOCKS
     place = tl.max_contiguous(tl.arange(0, BLOCK_E), PER_THREAD)
     expert = tl.program_id(0) % BLOCKS * BLOCK_E + place

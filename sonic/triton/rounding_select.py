@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from sonic.triton.common import cdiv, power_of_2
-from sonic.triton.launch import Launcher, let_next_launch_start, wait_for_earlier_launches
+from sonic.triton.launch import Launcher, wait_for_earlier_launches
 from sonic.triton.rounding_keys import (
     GROUP,
     Keys,
@@ -522,7 +522,6 @@ def _select_kernel(
     expert: two lists, to drop and to add, what ``_gather_first`` writes, each group's kept tokens,
     and unless HELD greatest ranks to drop and to add."""
     wait_for_earlier_launches()
-    let_next_launch_start()
     expert = tl.program_id(0)
     column = keys, logits, marks, expert, stride, key_stride, BITS
     kept: tl.constexpr = 1 if HELD else 3
@@ -612,7 +611,6 @@ def _select_kernel(
 @triton.jit
 def _frequency_kernel(keys, frequency, key_stride, BLOCK: tl.constexpr):
     wait_for_earlier_launches()
-    let_next_launch_start()
     expert = tl.program_id(0)
     column = keys + expert.to(tl.int64) * key_stride
     count = 0
@@ -640,7 +638,6 @@ def _balance_kernel(frequency, count_by_expert, num_tokens, num_experts, tile, B
     than ``2 top_k`` of these, and they are visited one by one.
     """
     wait_for_earlier_launches()
-    let_next_launch_start()
     tile = tl.minimum(tile, num_tokens)
     index = tl.arange(0, BLOCK)
     shift = tl.zeros([], tl.int64)

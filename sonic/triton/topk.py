@@ -25,7 +25,7 @@ from sonic.triton.common import (
     power_of_2,
     row_major,
 )
-from sonic.triton.launch import Launcher, let_next_launch_start, wait_for_earlier_launches
+from sonic.triton.launch import Launcher, wait_for_earlier_launches
 
 # Key of a padded column: below the key of -inf, the least of any logit.
 LOWEST = tl.constexpr(-(2**31))
@@ -281,7 +281,6 @@ def _topk_chunk_kernel(
     """Winners of one chunk of one row: chunk_keys, chunk_ids (T, chunks, TOP_K); with FULL its
     maximum and exp-sum."""
     wait_for_earlier_launches()
-    let_next_launch_start()
     row = (tl.program_id(0) // num_chunks).to(tl.int64)
     chunk = tl.program_id(0) % num_chunks
     expert = chunk * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
