@@ -45,10 +45,10 @@ def _table(tokens, ties, seed):
 
 def _launch_of(kernel, arrays, sizes, waits=True):
     """What a machine has to know of a launch of tensors and numbers, in this order; unless it
-    ``waits``, of a kernel that forgets to."""
-    text = kernel.asm["ptx"]
-    if not waits:
-        text = re.sub(r"griddepcontrol\.wait\s*;", "", text)
+    ``waits``, of a kernel that forgets to. The next one may start as early as ever possible."""
+    wait = r"griddepcontrol\.wait\s*;"
+    start = "griddepcontrol.launch_dependents;"
+    text = re.sub(wait, f"griddepcontrol.wait; {start}" if waits else start, kernel.asm["ptx"])
     (parsed,) = ptx.parse(text).values()
     values = [*(array.data_ptr() for array in arrays), *sizes, 0, 0]  # no scratch of Triton's own
     raw = [
