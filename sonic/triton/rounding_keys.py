@@ -132,18 +132,14 @@ def _store_marks(marks, token, mask, values, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_keys_of_logits(address, marks, token, expert, mask, BITS: tl.constexpr):
-    """Of a block of tokens; two of the four marks at once, so that a thread needs no other."""
-    value = tl.load(address, mask=mask, other=0.0)
+def _load_marks(marks, token, mask):
+    """Of a block of tokens; two of the four numbers at once, so that a thread needs no other."""
     pair = (marks + 4 * token.to(tl.int64)).to(tl.pointer_type(tl.int64), bitcast=True)
     scale = tl.load(pair, mask=mask, other=0)
-    # Or a key's loads wait for those of the key before: compilers order what takes few registers.
-    tl.debug_barrier()
     order = tl.load(pair + 1, mask=mask, other=0)
     top = scale.to(tl.int32).to(tl.float32, bitcast=True)
     inverse = (scale >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    of_token = top, inverse, order.to(tl.int32), (order >> 32).to(tl.int32)
-    return _key_of_logit(value.to(tl.float32), expert, of_token, BITS)
+    return top, inverse, order.to(tl.int32), (order >> 32).to(tl.int32)
 
 
 @triton.jit
@@ -155,7 +151,9 @@ def _load_keys(keys, logits, marks, token, expert, mask, stride, key_stride, BIT
         return tl.load(address, mask=mask, other=LOWEST)
     else:
         address = logits + token.to(tl.int64) * stride + expert
-        key = _load_keys_of_logits(address, marks, token, expert, mask, BITS)
+        value = tl.load(address, mask=mask, other=0.0).to(tl.float32)
+        of_token = _load_marks(marks, token, mask)
+        key = _key_of_logit(value, expert, of_token, BITS)
         return tl.where(mask, key, LOWEST)
 
 

@@ -225,7 +225,6 @@ def _emit_kernel(
             slot = before + start + tl.arange(0, PAIRS)
             live = slot < before + total
             pair = tl.load(row_by_slot + slot, mask=live, other=0)
-            tl.debug_barrier()
             expert, row = _row_of(pair, words, first_rows, line, live)
             member = pid * GROUP + pair % GROUP
             weight = _load_weight(
