@@ -1,8 +1,8 @@
 """Token rounding from router logits as one operator: weights and plan, and the logits' gradient.
 
 What :func:`sonic.routing.token_rounding_plan` makes of :func:`sonic.routing.rounding_scores`,
-without a (T, E) table of scores in memory: three launches forward, or four, and one backward on a
-GPU.
+without a (T, E) table of scores in memory: on a GPU three launches forward, four with 257 to 512
+experts, five for ``balance-f``, and one backward.
 
 Symbols: T tokens, E experts, S slots.
 """

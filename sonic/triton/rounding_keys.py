@@ -61,7 +61,7 @@ _PARTS = tl.constexpr(4)  # how often
 _LEAST_GROUPED = 256  # experts of a block that is searched by groups of columns
 
 # Experts from which, up to which, and groups from which on there are summaries instead of a table:
-# where reading columns is much of the selection.
+# where reading columns is much of the selection. Timed with 512 experts.
 _LEAST_SUMMARIZED = 257
 _MOST_SUMMARIZED = 512
 _LEAST_GROUPS = 256
@@ -124,10 +124,9 @@ def _key_of_logit(value, expert, marks, BITS: tl.constexpr):
 @triton.jit
 def _store_marks(marks, token, mask, values, ROWS: tl.constexpr):
     top, inverse, turn, bound = values
-    scale = top.to(tl.int32, bitcast=True), inverse.to(tl.int32, bitcast=True)
-    # Joined twice, the numbers of the first pair lie apart.
-    words = tl.join(tl.join(scale[0], turn), tl.join(scale[1], bound))
-    words = tl.reshape(words, [ROWS, 4])
+    top, inverse = top.to(tl.int32, bitcast=True), inverse.to(tl.int32, bitcast=True)
+    # What is joined first lies farther apart: top, inverse, turn, bound.
+    words = tl.reshape(tl.join(tl.join(top, turn), tl.join(inverse, bound)), [ROWS, 4])
     tl.store(marks + _offset_of_four(token.to(tl.int64)), words, mask=mask[:, None])
 
 
@@ -500,17 +499,19 @@ class Keys(NamedTuple):
     bits: int = 0
 
     @property
-    def by_token(self) -> torch.Tensor:
-        """The table (E, stride) or, as (4, stride), the marks."""
-        if self.table is not None:
-            return self.table
-        assert self.marks is not None
-        return self.marks.T
+    def device(self) -> torch.device:
+        return self._table_or_marks.device
 
     @property
     def stride(self) -> int:
         """Tokens of the table or of the marks, whole groups of them."""
-        return self.by_token.shape[1]
+        return self._table_or_marks.shape[0 if self.table is None else 1]
+
+    @property
+    def _table_or_marks(self) -> torch.Tensor:
+        found = self.marks if self.table is None else self.table
+        assert found is not None
+        return found
 
 
 def are_summarized(logits: torch.Tensor) -> bool:
@@ -523,18 +524,29 @@ def are_summarized(logits: torch.Tensor) -> bool:
 
 
 def _launch(
-    logits: torch.Tensor, outputs: tuple[torch.Tensor | None, ...], top_k: int, full: bool
+    logits: torch.Tensor,
+    scores: torch.Tensor | None,
+    keys: Keys | None,
+    winners: tuple[torch.Tensor | None, ...],
+    top_k: int,
+    full: bool,
 ) -> None:
+    """Whichever there is: scores (T, E), the table or the marks of keys, and the ``winners`` with
+    what their gradient needs, three tensors."""
+    table, marks = (None, None) if keys is None else (keys.table, keys.marks)
     num_tokens, num_experts = logits.shape
     block_e = power_of_2(num_experts)
     rows, num_warps, piece = _blocks(block_e, logits.itemsize, full)
-    if outputs[2] is not None and not full:
+    if marks is not None and not full:
         rows, num_warps, piece = _winner_blocks(block_e, logits.itemsize)
     stride = _key_stride(num_tokens)
     _logit_scores(
         cdiv(stride, rows),
         logits,
-        *outputs,
+        scores,
+        table,
+        marks,
+        *winners,
         num_tokens,
         num_experts,
         logits.stride(0),
@@ -557,17 +569,16 @@ def _summarize_logits(keys: Keys) -> None:
     _, logits, marks, summaries, bits = keys
     assert logits is not None and summaries is not None
     num_tokens, num_experts = logits.shape
-    stride = _key_stride(num_tokens)
     blocks = cdiv(num_experts, _SUMMARY_BLOCK)
     _summaries(
-        stride // GROUP.value * blocks,
+        keys.stride // GROUP.value * blocks,
         logits,
         marks,
         summaries,
         num_tokens,
         num_experts,
         logits.stride(0),
-        stride,
+        keys.stride,
         BITS=bits,
         BLOCK_E=_SUMMARY_BLOCK,
         BLOCKS=blocks,
@@ -584,7 +595,7 @@ def keys_of_logits(
     Args:
         logits: (T, E) bf16, fp16 or fp32, rows dense, T at least 1, E at most 4096.
         top_k: 1 to min(64, E). full: divide by the sum over all experts, not over the winners.
-        summarized: no table.
+        summarized: no table, for dtypes of which :func:`are_summarized` may be true.
 
     Returns:
         The keys, ``winner_scores (T, top_k)`` fp32, ``winner_ids (T, top_k)`` int32, ``lse (T,)``
@@ -603,7 +614,7 @@ def keys_of_logits(
     winner_scores = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
     winner_ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
     lse = torch.empty(num_tokens, dtype=torch.float32, device=device)
-    _launch(logits, (None, keys.table, keys.marks, winner_scores, winner_ids, lse), top_k, full)
+    _launch(logits, None, keys, (winner_scores, winner_ids, lse), top_k, full)
     if summarized:
         _summarize_logits(keys)
     return keys, winner_scores, winner_ids, lse
@@ -652,7 +663,7 @@ def winner_softmax(logits: torch.Tensor, top_k: int, full: bool) -> torch.Tensor
     scores = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
         with device_of(logits):
-            _launch(row_major(logits), (scores, *[None] * 5), top_k, full)
+            _launch(row_major(logits), scores, None, (None, None, None), top_k, full)
     return scores
 
 

@@ -246,7 +246,8 @@ def _load_listed(column, listed, start, size, num_tokens, num_groups, BLOCK: tl.
     entry = start + tl.arange(0, BLOCK)
     group = tl.load(listed + entry, mask=entry < size, other=num_groups)
     if marks is not None:
-        # Or the compiler loads one group behind another, and the keys of each before the next.
+        # Or the compiler loads one group behind another, and the keys of each before the next
+        # (selection 22.0 to 18.9 us with 512 experts, 2026-11-28).
         tl.debug_barrier()
     # A thread loads single keys, and a warp a group: as they have to lie for sums over a group, and
     # for stores to places that are next to one another.

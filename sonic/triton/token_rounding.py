@@ -1,7 +1,8 @@
 """Token rounding: every expert's row count becomes a multiple of the tile, and the routing plan of
 the pairs that are kept follows in the same launches.
 
-T tokens, E experts, S slots. Three launches, four where there is no table of keys::
+T tokens, E experts, S slots. Three launches, four where there is no table of keys, five of the rule
+``balance-f``::
 
     keys     how experts rank tokens, from scores or logits     sonic.triton.rounding_keys
     select   counts, and a verdict on every token and expert    sonic.triton.rounding_select
@@ -180,7 +181,7 @@ def _emit_kernel(
     """The first ``num_groups`` programs write a group of tokens each, the others what lies behind
     the last pair. A group's pairs are put in order of their slots first, so that threads next to
     one another write slots that are; until then ``row_by_slot`` holds them. ``stride`` is that of
-    scores or logits, ``key_stride`` that of keys or marks. ONE: a block holds all experts."""
+    scores or logits, ``key_stride`` that of the table of keys. ONE: a block holds all experts."""
     wait_for_earlier_launches()
     pid = tl.program_id(0)
     if pid < num_groups:
@@ -391,7 +392,7 @@ def _emit(
     num_tokens, num_experts = shape
     table, logits, marks, _, _ = keys
     rows = logits if scores is None else scores
-    device = keys.by_token.device
+    device = keys.device
     num_groups = cdiv(num_tokens, GROUP.value)
     options: dict[str, Any] = {"dtype": torch.int32, "device": device}
     size = num_groups * num_experts
