@@ -26,6 +26,7 @@ from sonic.enums import ScoreOrder
 from sonic.plan import build_plan, build_plan_flat
 from sonic.runtime.route import Route
 from sonic.triton import bias_grad, combine, parts, score_grad, tail, topk
+from sonic.triton.launch import Launcher
 
 # By walking the package, so that a kernel that no function below launches makes the test fail.
 MODULES = {
@@ -230,34 +231,25 @@ def _waits_first(text: str) -> bool:
 
 @every_architecture
 def test_launches_that_overlap_wait_before_anything_else(compiled):
-    _launch_token_rounding(MODULES["token_rounding"])
-    for tokens, experts in ((64, 128), (4000, 128)):
-        build_plan(_ids(tokens, 8), experts, impl="triton")
-    for experts in (128, 65536):
-        logits = torch.zeros(4, experts, dtype=torch.bfloat16)
-        topk.topk_scores(logits, 8, ScoreOrder.SOFTMAX_OVER_TOPK)
-    overlapping = set()
+    """And of the plan alone it is known what comes behind its kernels, which may start early."""
+    _launch_all()
+    let_next_start = {"_rank_kernel", "_scan_tiles_kernel", "_scan_experts_kernel"}
+    waiting = set()
     for name, variants in compiled.items():
         for kernel in variants:
-            overlaps = bool(kernel.metadata.launch_pdl)
-            assert _waits_first(kernel.asm["ptx"]) == overlaps, name
-            overlapping |= {name} if overlaps else set()
-    assert overlapping == {
-        "_logit_scores_kernel",
-        "_summaries_kernel",
-        "_frequency_kernel",
-        "_balance_kernel",
-        "_select_kernel",
-        "_emit_kernel",
-        "_topk_kernel",
-        "_topk_chunk_kernel",
-        "_topk_merge_kernel",
-        "_direct_kernel",
-        "_rank_kernel",
-        "_scan_tiles_kernel",
-        "_scan_experts_kernel",
-        "_scatter_kernel",
-    }
+            text, overlaps = kernel.asm["ptx"], bool(kernel.metadata.launch_pdl)
+            assert _waits_first(text) == overlaps, name
+            waiting |= {name} if overlaps else set()
+            lets = "griddepcontrol.launch_dependents" in text
+            assert lets == (name in let_next_start), name
+    launchers = [
+        value
+        for module in MODULES.values()
+        for value in vars(module).values()
+        if isinstance(value, Launcher)
+    ]
+    overlapping = {launcher.kernel.__name__ for launcher in launchers if launcher._overlapping}
+    assert waiting == overlapping and waiting > let_next_start and len(waiting) > 10
 
 
 def test_a_late_wait_is_noticed(compiled):
