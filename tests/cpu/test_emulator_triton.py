@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import triton
 
 from sonic.triton import rounding_keys, rounding_select
-from sonic.triton.topk import LOWEST
+from sonic.triton.topk import HIGHEST, LOWEST
 from tests.cpu.test_triton_compile import compiled  # noqa: F401
 from tests.emulator import Fault, Policy, ptx
 from tests.emulator.program import Program
@@ -43,12 +43,22 @@ def _table(tokens, ties, seed):
     return keys, scores, chosen
 
 
+def _logits(tokens, ties, seed):
+    """Of which a token chooses two experts of three: one few do, one most."""
+    logits = torch.randn(tokens, EXPERTS, generator=torch.Generator().manual_seed(seed))
+    logits += torch.tensor([-0.5, 0.5, 1.5])
+    return (logits.sign() if ties else logits).bfloat16()
+
+
 def _launch_of(kernel, arrays, sizes, waits=True):
     """What a machine has to know of a launch of tensors and numbers, in this order; unless it
     ``waits``, of a kernel that forgets to. The next one may start as early as ever possible."""
     wait = r"griddepcontrol\.wait\s*;"
     start = "griddepcontrol.launch_dependents;"
-    text = re.sub(wait, f"griddepcontrol.wait; {start}" if waits else start, kernel.asm["ptx"])
+    text, waited = re.subn(
+        wait, f"griddepcontrol.wait; {start}" if waits else start, kernel.asm["ptx"]
+    )
+    assert waited == 1  # of these kernels every one, or there was nothing to forget
     (parsed,) = ptx.parse(text).values()
     values = [*(array.data_ptr() for array in arrays), *sizes, 0, 0]  # no scratch of Triton's own
     raw = [
@@ -72,6 +82,31 @@ def _machine(arrays, policy):
 def _run(kernel, programs, arrays, sizes):
     program, block, shared, raw = _launch_of(kernel, arrays, sizes)
     _machine(arrays, Policy(0)).launch(program, (programs, 1, 1), block, (1, 1, 1), shared, raw)
+
+
+def _keys_of(compiled, logits, top_k, full, summarized):  # noqa: F811
+    """Keys and winners, written by the kernels."""
+    # Nothing runs, so that what is returned holds what was there.
+    keys, *winners = rounding_keys.keys_of_logits(logits, top_k, full, summarized)
+    rows = keys.marks if summarized else keys.table
+    for result in (rows, *winners):
+        result.fill_(-99)
+    experts = logits.shape[1]
+    block_e = 1 << (experts - 1).bit_length()
+    tokens_of_one, *_ = (
+        rounding_keys._winner_blocks(block_e, logits.itemsize)
+        if summarized and not full
+        else rounding_keys._blocks(block_e, logits.itemsize, full)
+    )
+    sizes = *logits.shape, experts, keys.stride
+    kernel = compiled["_logit_scores_kernel"][-1]
+    _run(kernel, -(-keys.stride // tokens_of_one), (logits, rows, *winners), sizes)
+    if summarized:
+        keys.summaries.fill_(-99)
+        (kernel,) = compiled["_summaries_kernel"]
+        programs = keys.stride // GROUP * -(-experts // rounding_keys._SUMMARY_BLOCK)
+        _run(kernel, programs, (logits, keys.marks, keys.summaries), sizes)
+    return keys, *winners
 
 
 def _kept(scores, chosen, tile, rule):
@@ -98,18 +133,26 @@ def _poisoned(*shape):
     [(3000, 128, "nr"), (3001, 100, "up"), (3000, 128, "down"), (1500, 700, "down")],
 )
 def test_selection(compiled, tokens, tile, rule, ties, summarized):  # noqa: F811
-    keys, scores, chosen = _table(tokens, ties, seed=tokens)
-    groups = -(-tokens // GROUP)
-    summaries = summaries_of(keys, tokens) if summarized else None
+    if summarized:
+        logits = _logits(tokens, ties, seed=tokens)
+        (table, *_), *_ = _keys_of(compiled, logits, 2, False, False)
+        keys, *_ = _keys_of(compiled, logits, 2, False, True)
+        scores = (table[:, :tokens] & HIGHEST.value).view(torch.float32)
+        chosen = table[:, :tokens] >= 0
+        row_stride = EXPERTS
+    else:
+        table, scores, chosen = _table(tokens, ties, seed=tokens)
+        keys, row_stride = rounding_keys.Keys(table), 0
+    groups = keys.stride // GROUP
     words, before = _poisoned(groups, EXPERTS), _poisoned(groups, EXPERTS)
     counts, load = _poisoned(EXPERTS), _poisoned(EXPERTS)
     scratch = _poisoned(rounding_select.scratch_size(tokens, EXPERTS, tile, rule))
     decisions = rounding_select.Decisions(words, before, counts, load)
-    given = rounding_keys.Keys(keys, summaries=summaries)
-    rounding_select.decide(given, None, decisions, scratch, tokens, tile, rule)
+    rounding_select.decide(keys, None, decisions, scratch, tokens, tile, rule)
     (kernel,) = compiled["_select_kernel"]
-    arrays = load, keys, *([summaries] if summarized else []), counts, words, before, scratch
-    _run(kernel, EXPERTS, arrays, (tokens, EXPERTS, groups, 0, keys.shape[1], tile))
+    given = [part for part in keys[:4] if part is not None]
+    arrays = load, *given, counts, words, before, scratch
+    _run(kernel, EXPERTS, arrays, (tokens, EXPERTS, groups, row_stride, keys.stride, tile))
 
     kept = torch.zeros(EXPERTS, groups * GROUP, dtype=torch.bool)
     kept[:, :tokens] = _kept(scores, chosen, tile, rule)
@@ -133,38 +176,17 @@ def test_summaries(compiled, full):  # noqa: F811
     """The same keys are summarized as are written, by threads that hold other logits."""
     tokens, experts, top_k = 75, 300, 3
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0)).bfloat16()
-    results = []
-    for summarized in (False, True):
-        # Nothing runs, so that what is returned holds what was there.
-        keys, *winners = rounding_keys.keys_of_logits(logits, top_k, full, summarized)
-        rows = keys.marks if summarized else keys.table
-        for result in (rows, *winners):
-            result.fill_(-99)
-        kernel = compiled["_logit_scores_kernel"][-1]
-        tokens_of_one, *_ = (
-            rounding_keys._winner_blocks(512, logits.itemsize)
-            if summarized and not full
-            else rounding_keys._blocks(512, logits.itemsize, full)
-        )
-        programs = keys.stride // tokens_of_one
-        sizes = tokens, experts, experts, keys.stride
-        _run(kernel, programs, (logits, rows, *winners), sizes)
-        if summarized:
-            keys.summaries.fill_(-99)
-            (kernel,) = compiled["_summaries_kernel"]
-            programs = keys.stride // GROUP * -(-experts // rounding_keys._SUMMARY_BLOCK)
-            _run(kernel, programs, (logits, keys.marks, keys.summaries), sizes)
-        results.append((keys, *winners))
-    (written, *winners), (keys, *others) = results
-    table = written.table
+    (table, *_), *winners = _keys_of(compiled, logits, top_k, full, False)
+    keys, *others = _keys_of(compiled, logits, top_k, full, True)
     assert torch.equal((table[:, :tokens] >= 0).sum(0), torch.full((tokens,), top_k))
     assert torch.equal(keys.summaries, summaries_of(table, tokens))
     assert all(map(torch.equal, winners, others))
 
 
-def _overlapping(compiled, policy, without_wait):  # noqa: F811
-    """Winners, summaries, and selection for the first six experts, launched together; the counts
-    and loads of these, and how many tokens chose them."""
+def _in_turn(compiled, policy, overlapping=True, without_wait=None):  # noqa: F811
+    """Winners, summaries, and selection for the first six experts, launched together or each once
+    the one before has ended: counts, loads, words and counts before of these, then marks, summaries
+    and winners."""
     tokens, experts, top_k, tile, few = 75, 300, 3, 4, 6
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0)).bfloat16()
     logits[:, :few] += 2
@@ -191,19 +213,26 @@ def _overlapping(compiled, policy, without_wait):  # noqa: F811
         wait = name != without_wait
         program, block, shared, raw = _launch_of(kernel, arrays, numbers, wait)
         machine.enqueue(program, (grid, 1, 1), block, (1, 1, 1), shared, raw, programmatic=True)
+        if not overlapping:
+            machine.synchronize()
     machine.synchronize()
-    return counts[:few], load[:few], winners[1].flatten().bincount(minlength=experts)[:few]
+    decided = counts[:few], load[:few], words[:, :few], before[:, :few]
+    return *decided, keys.marks, keys.summaries, *winners
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_launches_that_overlap(compiled, seed):  # noqa: F811
-    counts, load, expected = _overlapping(compiled, Policy(seed), None)
-    assert torch.equal(load.long(), expected) and expected.all()
+    results = _in_turn(compiled, Policy(seed))
+    counts, load = results[:2]
+    chosen = results[-2].flatten().bincount(minlength=load.numel())[: load.numel()]
+    assert torch.equal(load.long(), chosen) and chosen.all()
     assert torch.equal(counts, (load + 3) // 4 * 4)
+    alone = _in_turn(compiled, Policy(seed), overlapping=False)
+    assert all(map(torch.equal, results, alone))
 
 
 @pytest.mark.parametrize("name", ["_summaries_kernel", "_select_kernel"])
 def test_a_launch_that_overlaps_has_to_wait(compiled, name):  # noqa: F811
     with pytest.raises(Fault, match="race: "):
         for seed in range(4):
-            _overlapping(compiled, Policy(seed), name)
+            _in_turn(compiled, Policy(seed), without_wait=name)
