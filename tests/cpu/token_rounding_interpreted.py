@@ -195,9 +195,10 @@ def always_summarized(monkeypatch):
 @pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
 @pytest.mark.parametrize("sizes", [(150, 70, 4), (64, 5, 5), (75, 300, 3), (9, 3, 1)], ids=str)
 def test_summaries(sizes, full, always_summarized):
-    """Of whole groups, and of one that has only some tokens; experts in one block and in two."""
+    """Of whole groups, and of one that has only some tokens; experts in one block and in two; of
+    logits that are columns of a wider tensor."""
     tokens, experts, top_k = sizes
-    logits = torch.randn(tokens, experts).bfloat16()
+    logits = torch.randn(tokens, experts + 9).bfloat16()[:, 4 : experts + 4]
     inf, nan = torch.inf, torch.nan
     logits[5, 0], logits[6, 1:] = nan, -nan
     for token, values in enumerate(
@@ -216,7 +217,10 @@ def test_selection_from_summaries(index, rule, guarded, always_summarized):
     kinds = ("softmax", 70, False), ("ties", 20, True), ("softmax", 5, False)
     kind, experts, full = kinds[index % len(kinds)]
     case = Case(150, experts, 4, 8, rule, kind)
-    logits = guarded.copy_of(logits_of(case, torch.bfloat16))
+    logits = logits_of(case, torch.bfloat16)
+    # Columns of a wider tensor, in which others would win.
+    wide = guarded.copy_of(torch.cat((logits + 9, logits, logits + 9), dim=1))
+    logits = wide[:, experts : 2 * experts]
     checks.check_logits(logits, checks.uniform_of(case), case, full)
 
 

@@ -1,7 +1,6 @@
 """Token rounding's kernels on a GPU: against oracle and twin, in graphs, without a host wait."""
 
 import contextlib
-import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -128,8 +127,9 @@ def test_logits_to_plan(sizes, dtype, full, guarded):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_keys_without_a_table_are_the_same_bits(rule, dtype, monkeypatch):
+    """Of logits that are columns of a wider tensor."""
     tokens, experts, top_k = 9000, 500, 4
-    logits = torch.randn(tokens, experts, device=CUDA).to(dtype)
+    logits = torch.randn(tokens, 2 * experts, device=CUDA).to(dtype)[:, 8 : experts + 8]
     logits[:, 3] = logits[:, 5] = -0.0
     for value in (torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0):
         logits[torch.rand(logits.shape, device=CUDA) < 2e-4] = value
@@ -146,14 +146,19 @@ def test_keys_without_a_table_are_the_same_bits(rule, dtype, monkeypatch):
         assert actual is wanted or torch.equal(actual.view(torch.int32), wanted.view(torch.int32))
 
 
-def test_fused_and_separate_scores_are_the_same_bits():
-    """One kernel makes both, so that the layer and its parts choose the same pairs."""
-    for experts, order in itertools.product((16, 128, 512), ScoreOrder):
-        logits = _logits(5000, experts)
-        expected = token_rounding_plan(rounding_scores(logits, 4, order=order), 4, 128)
-        weights, plan = rounded_routing(logits, 4, 128, order=order)
-        assert torch.equal(weights, expected[0])
-        assert_same_plan(plan, expected[1])
+@pytest.mark.parametrize("order", ScoreOrder, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"),
+    [*((5000, experts, 4) for experts in (16, 128, 512)), *((9000, 512, k) for k in (8, 16, 64))],
+)
+def test_fused_and_separate_scores_are_the_same_bits(tokens, experts, top_k, order):
+    """So that the layer and its parts choose the same pairs: whether one kernel makes both, with a
+    table of keys, or there is none, and other threads have a token's winners."""
+    logits = _logits(tokens, experts)
+    expected = token_rounding_plan(rounding_scores(logits, top_k, order=order), top_k, 128)
+    weights, plan = rounded_routing(logits, top_k, 128, order=order)
+    assert torch.equal(weights, expected[0])
+    assert_same_plan(plan, expected[1])
 
 
 def _everything(logits, rule):
@@ -205,10 +210,12 @@ def test_no_host_synchronization(rule, poisoned):
         token_rounding(logits.softmax(1), 4, 128, rule, generator)
 
 
+@pytest.mark.parametrize("sizes", [(5000, 64), (9000, 300)], ids=["table", "summaries"])
 @every_rule
-def test_cuda_graph(rule):
+def test_cuda_graph(rule, sizes):
     """Captured once, replayed on other logits; random rules draw anew at every replay."""
-    logits = _logits()
+    logits = _logits(*sizes)
+    assert rounding_keys.are_summarized(logits) == (sizes[1] == 300)
     graph, captured = capture(lambda: _everything(logits, rule))
     for skew in (0.0, 4.0):
         logits.copy_(torch.randn_like(logits))
