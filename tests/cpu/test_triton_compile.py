@@ -98,18 +98,19 @@ def _launch_token_rounding(module) -> None:
     for logits in (torch.zeros(64, 128), torch.zeros(64, 4096, dtype=torch.bfloat16)):
         scores = MODULES["rounding_keys"].winner_softmax(logits, 8, False)
         MODULES["rounding_keys"].winner_softmax_grad(scores, scores, 8, False, logits.dtype)
-    for tokens, experts, dtype, full in (
-        (300, 16, torch.bfloat16, False),
-        (300, 256, torch.bfloat16, False),
-        (300, 512, torch.float32, True),
-        (300, 4096, torch.float16, False),
-        # Keys with summaries.
-        (16384, 512, torch.bfloat16, False),
-        (8192, 200, torch.float32, True),
+    for tokens, experts, top_k, dtype, full in (
+        (300, 16, 8, torch.bfloat16, False),
+        (300, 256, 8, torch.bfloat16, False),
+        (300, 512, 8, torch.float32, True),
+        (300, 4096, 8, torch.float16, False),
+        # Without a table of keys; the last group of tokens is whole, and is not.
+        (16384, 512, 8, torch.bfloat16, False),
+        (8200, 300, 64, torch.float16, True),
     ):
         logits = torch.zeros(tokens, experts, dtype=dtype)
-        slots = 8 * tokens + 64 * experts
-        rounded, _, *winners = module.round_logits(logits, None, 8, 128, "nr", slots, full)
+        assert MODULES["rounding_keys"].are_summarized(logits) == (tokens > 300)
+        slots = top_k * tokens + 64 * experts
+        rounded, _, *winners = module.round_logits(logits, None, top_k, 128, "nr", slots, full)
         module.round_logits_grad(
             rounded.weights, rounded.weights, rounded.expert_ids, rounded.offset_by_token,
             *winners, logits if full else None, experts, dtype,
