@@ -475,9 +475,13 @@ def _blocks(block_e: int, itemsize: int, full: bool) -> tuple[int, int, int]:
     return rows, num_warps, max(min(block_e, _LEAST_PIECE // itemsize), block_e // parts)
 
 
-def _winner_blocks(block_e: int, itemsize: int) -> tuple[int, int, int]:
-    """The same of a block that leaves marks and adds up winners only: one warp, which has a row at
-    once, as a number that a whole warp finds takes one instruction."""
+def _winner_blocks(
+    block_e: int, itemsize: int, full: bool, leaves_marks: bool
+) -> tuple[int, int, int]:
+    """The same, whatever the block leaves. With marks and without a sum over all experts it is one
+    warp, which has a row at once, as a number that a whole warp finds takes one instruction."""
+    if full or not leaves_marks:
+        return _blocks(block_e, itemsize, full)
     rows = max(1, _WINNER_ELEMENTS // block_e)
     return rows, max(1, block_e // _WINNER_ELEMENTS), min(block_e, 32 * _BYTES_PER_LOAD // itemsize)
 
@@ -536,9 +540,7 @@ def _launch(
     table, marks = (None, None) if keys is None else (keys.table, keys.marks)
     num_tokens, num_experts = logits.shape
     block_e = power_of_2(num_experts)
-    rows, num_warps, piece = _blocks(block_e, logits.itemsize, full)
-    if marks is not None and not full:
-        rows, num_warps, piece = _winner_blocks(block_e, logits.itemsize)
+    rows, num_warps, piece = _winner_blocks(block_e, logits.itemsize, full, marks is not None)
     stride = _key_stride(num_tokens)
     _logit_scores(
         cdiv(stride, rows),

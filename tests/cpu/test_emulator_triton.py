@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 import triton
 
 from sonic.triton import rounding_keys, rounding_select
+from sonic.triton.common import power_of_2
 from sonic.triton.topk import HIGHEST, LOWEST
 from tests.cpu.test_triton_compile import compiled  # noqa: F401
 from tests.emulator import Fault, Policy, ptx
@@ -92,11 +93,8 @@ def _keys_of(compiled, logits, top_k, full, summarized):  # noqa: F811
     for result in (rows, *winners):
         result.fill_(-99)
     experts = logits.shape[1]
-    block_e = 1 << (experts - 1).bit_length()
-    tokens_of_one, *_ = (
-        rounding_keys._winner_blocks(block_e, logits.itemsize)
-        if summarized and not full
-        else rounding_keys._blocks(block_e, logits.itemsize, full)
+    tokens_of_one, *_ = rounding_keys._winner_blocks(
+        power_of_2(experts), logits.itemsize, full, summarized
     )
     sizes = *logits.shape, experts, keys.stride
     kernel = compiled["_logit_scores_kernel"][-1]
@@ -202,7 +200,8 @@ def _in_turn(compiled, policy, overlapping=True, without_wait=None):  # noqa: F8
         result.fill_(-99)
     chosen = load, logits, keys.marks, keys.summaries, counts, words, before, scratch
     sizes = tokens, experts, experts, stride
-    programs = stride // rounding_keys._winner_blocks(512, logits.itemsize)[0]
+    tokens_of_one, *_ = rounding_keys._winner_blocks(512, logits.itemsize, False, True)
+    programs = stride // tokens_of_one
     machine = _machine((*chosen, *winners), policy)
     for name, grid, arrays, numbers in (
         ("_logit_scores_kernel", programs, (logits, keys.marks, *winners), sizes),
