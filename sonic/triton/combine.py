@@ -25,19 +25,112 @@ from sonic.triton.common import (
 )
 from sonic.triton.launch import Fixed, Launcher
 
-# Rows of a token whose loads are in flight together.
-_MAX_UNROLL = 16
-_RAGGED_UNROLL = 2, 8  # with up to about four slots a token on average, and with more
+_MAX_UNROLL = 16  # slots of a token in one round, of which all loads are under way together
+_RAGGED_UNROLL = 2, 8  # the same with up to about four slots a token on average, and with more
+_IN_FLIGHT = 8  # loads of 16 bytes that a thread may have under way: slots times blocks of columns
+_MAX_CHUNKS = 4  # blocks of columns of one program, which looks up its slots once for all of them
 
 
 @triton.jit
-def _load_row(rows, row, column, hidden_size, stride):
-    """One block of a row in fp32, zeros for row -1."""
-    limit = tl.where(row >= 0, hidden_size, 0)
-    address = rows + row.to(tl.int64) * stride + column
-    # Every row is read once: keep the cache for what is read again.
-    value = tl.load(address, mask=column < limit, other=0.0, eviction_policy="evict_first")
-    return value.to(tl.float32)
+def _load_slots(row_by_slot, slot_by_position, first, start, count, UNROLL: tl.constexpr):
+    """The next slots of a token and their rows, -1 behind its last slot."""
+    slots: tl.tuple = ()
+    for step in tl.static_range(UNROLL):
+        slot = first.to(tl.int64) + start + step
+        if slot_by_position is not None:
+            slot = tl.load(slot_by_position + slot, mask=start + step < count, other=0)
+        slots = slots + (slot,)
+    row_ids: tl.tuple = ()
+    for step in tl.static_range(UNROLL):
+        inside = start + step < count
+        row_ids = row_ids + (tl.load(row_by_slot + slots[step], mask=inside, other=-1),)
+    return slots, row_ids
+
+
+@triton.jit
+def _load_rows(
+    rows,
+    row_ids,
+    column,
+    hidden_size,
+    stride,
+    UNROLL: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Blocks of rows as they are stored, slot by slot, zeros for row -1."""
+    values: tl.tuple = ()
+    for step in tl.static_range(UNROLL):
+        limit = tl.where(row_ids[step] >= 0, hidden_size, 0)
+        address = rows + row_ids[step].to(tl.int64) * stride + column
+        for chunk in tl.static_range(CHUNKS):
+            mask = column + chunk * BLOCK_H < limit
+            # Every row is read once: keep the cache for what is read again.
+            value = tl.load(
+                address + chunk * BLOCK_H, mask=mask, other=0.0, eviction_policy="evict_first"
+            )
+            values = values + (value,)
+    return values
+
+
+@triton.jit
+def _load_weights(
+    row_by_slot, scores, slots, row_ids, UNROLL: tl.constexpr, HAS_SCORES: tl.constexpr
+):
+    """What rows are multiplied by, loaded behind the rows.
+
+    Left alone, ptxas may put the sum of one row ahead of the load of the next, which then waits for
+    it. No load passes a barrier, and no sum goes ahead of the load of what it multiplies by.
+    """
+    tl.debug_barrier()
+    weights: tl.tuple = ()
+    if HAS_SCORES:
+        for step in tl.static_range(UNROLL):
+            weight = tl.load(scores + slots[step], mask=row_ids[step] >= 0, other=0.0)
+            weights = weights + (weight,)
+    else:
+        # One, which the compiler does not know.
+        mask = row_ids[0] >= 0
+        one = tl.where(tl.load(row_by_slot + slots[0], mask=mask, other=0) >= 0, 1.0, 0.0)
+        for _ in tl.static_range(UNROLL):
+            weights = weights + (one,)
+    return weights
+
+
+@triton.jit
+def _add_rows(totals, values, weights, UNROLL: tl.constexpr, CHUNKS: tl.constexpr):
+    """Add slots one after another, in fp32."""
+    sums: tl.tuple = ()
+    for chunk in tl.static_range(CHUNKS):
+        total = totals[chunk]
+        for step in tl.static_range(UNROLL):
+            total += values[step * CHUNKS + chunk].to(tl.float32) * weights[step]
+        sums = sums + (total,)
+    return sums
+
+
+@triton.jit
+def _zeros(CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr):
+    totals: tl.tuple = ()
+    for _ in tl.static_range(CHUNKS):
+        totals = totals + (tl.zeros([BLOCK_H], tl.float32),)
+    return totals
+
+
+@triton.jit
+def _place(PROGRAMS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The token of a program, one of ``PROGRAMS`` of it, and the columns of its first block."""
+    token = (tl.program_id(0) // PROGRAMS).to(tl.int64)
+    column = (tl.program_id(0) % PROGRAMS) * (CHUNKS * BLOCK_H) + tl.arange(0, BLOCK_H)
+    return token, column
+
+
+@triton.jit
+def _store(out, totals, column, hidden_size, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr):
+    for chunk in tl.static_range(CHUNKS):
+        mask = column + chunk * BLOCK_H < hidden_size
+        value = totals[chunk].to(out.dtype.element_ty)
+        tl.store(out + column + chunk * BLOCK_H, value, mask=mask)
 
 
 @triton.jit
@@ -52,25 +145,18 @@ def _combine_kernel(
     TOP_K: tl.constexpr,
     UNROLL: tl.constexpr,
     HAS_SCORES: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    blocks = tl.cdiv(hidden_size, BLOCK_H)
-    token = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-    total = tl.zeros([BLOCK_H], tl.float32)
+    token, column = _place(PROGRAMS, CHUNKS, BLOCK_H)
+    totals = _zeros(CHUNKS, BLOCK_H)
     for start in range(0, TOP_K, UNROLL):
-        for step in tl.static_range(UNROLL):
-            slot = token * TOP_K + start + step
-            row = tl.load(row_by_slot + slot)
-            value = _load_row(rows, row, column, hidden_size, stride)
-            if HAS_SCORES:
-                value = value * tl.load(scores + slot, mask=row >= 0, other=0.0)
-            total += value
-    tl.store(
-        out + token * out_stride + column,
-        total.to(out.dtype.element_ty),
-        mask=column < hidden_size,
-    )
+        slots, row_ids = _load_slots(row_by_slot, None, token * TOP_K, start, TOP_K, UNROLL)
+        values = _load_rows(rows, row_ids, column, hidden_size, stride, UNROLL, CHUNKS, BLOCK_H)
+        weights = _load_weights(row_by_slot, scores, slots, row_ids, UNROLL, HAS_SCORES)
+        totals = _add_rows(totals, values, weights, UNROLL, CHUNKS)
+    _store(out + token * out_stride, totals, column, hidden_size, CHUNKS, BLOCK_H)
 
 
 @triton.jit
@@ -86,32 +172,26 @@ def _combine_ragged_kernel(
     out_stride,
     UNROLL: tl.constexpr,
     HAS_SCORES: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    blocks = tl.cdiv(hidden_size, BLOCK_H)
-    token = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-    total = tl.zeros([BLOCK_H], tl.float32)
+    token, column = _place(PROGRAMS, CHUNKS, BLOCK_H)
+    totals = _zeros(CHUNKS, BLOCK_H)
     first = tl.load(offset_by_token + token)
     # Counted from zero: position + UNROLL could leave int32 near 2^31 slots.
     count = tl.load(offset_by_token + token + 1) - first
+    slots, row_ids = _load_slots(row_by_slot, slot_by_position, first, 0, count, UNROLL)
     for start in range(0, count, UNROLL):
-        for step in tl.static_range(UNROLL):
-            inside = start + step < count
-            position = first.to(tl.int64) + start + step
-            slot = position
-            if slot_by_position is not None:
-                slot = tl.load(slot_by_position + position, mask=inside, other=0)
-            row = tl.load(row_by_slot + slot, mask=inside, other=-1)
-            value = _load_row(rows, row, column, hidden_size, stride)
-            if HAS_SCORES:
-                value = value * tl.load(scores + slot, mask=inside & (row >= 0), other=0.0)
-            total += value
-    tl.store(
-        out + token * out_stride + column,
-        total.to(out.dtype.element_ty),
-        mask=column < hidden_size,
-    )
+        values = _load_rows(rows, row_ids, column, hidden_size, stride, UNROLL, CHUNKS, BLOCK_H)
+        # Ahead of the barrier, so that the next rows wait for no slots.
+        next_slots, next_row_ids = _load_slots(
+            row_by_slot, slot_by_position, first, start + UNROLL, count, UNROLL
+        )
+        weights = _load_weights(row_by_slot, scores, slots, row_ids, UNROLL, HAS_SCORES)
+        totals = _add_rows(totals, values, weights, UNROLL, CHUNKS)
+        slots, row_ids = next_slots, next_row_ids
+    _store(out + token * out_stride, totals, column, hidden_size, CHUNKS, BLOCK_H)
 
 
 _combine = Launcher(_combine_kernel)
@@ -131,14 +211,26 @@ def _launch(
     """The kernel, of fixed top-k unless that is 0, and its grid."""
     vector = 16 // element_size
     block_h = _block_size(hidden_size, vector)
-    num_warps = max(1, block_h // (32 * vector))  # one 16-byte load per thread and row
-    options = {"HAS_SCORES": has_scores, "BLOCK_H": block_h, "num_warps": num_warps}
-    if top_k == 0:
-        kernel = _combine_ragged.bind(UNROLL=ragged_unroll, **options)
-    else:
-        unroll = next(n for n in range(_MAX_UNROLL, 0, -1) if top_k % n == 0)
-        kernel = _combine.bind(TOP_K=top_k, UNROLL=unroll, **options)
-    return kernel.fix(num_tokens * cdiv(hidden_size, block_h), hidden_size, *strides)
+    blocks = cdiv(hidden_size, block_h)
+    unroll = ragged_unroll or next(n for n in range(_MAX_UNROLL, 0, -1) if top_k % n == 0)
+    chunks = _chunks(blocks, unroll)
+    options = {
+        "UNROLL": unroll,
+        "HAS_SCORES": has_scores,
+        "PROGRAMS": cdiv(blocks, chunks),
+        "CHUNKS": chunks,
+        "BLOCK_H": block_h,
+        "num_warps": max(1, block_h // (32 * vector)),  # one 16-byte load per thread and block
+    }
+    kernel = _combine.bind(TOP_K=top_k, **options) if top_k else _combine_ragged.bind(**options)
+    return kernel.fix(num_tokens * cdiv(blocks, chunks), hidden_size, *strides)
+
+
+def _chunks(blocks: int, unroll: int) -> int:
+    """Blocks of columns of a program, of ``blocks`` of a row, where ``unroll`` slots are loaded at
+    once: as many as a thread may have loads under way, spread evenly over programs."""
+    most = max(1, min(_MAX_CHUNKS, _IN_FLIGHT // unroll))
+    return cdiv(blocks, cdiv(blocks, most))
 
 
 def _block_size(hidden_size: int, vector: int) -> int:

@@ -312,6 +312,30 @@ def test_rows_move_in_16_byte_pieces(compiled):
     assert _vector_loads(compiled["_topk_kernel"]) >= 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("with_scores", [True, False], ids=["scores", "plain"])
+def test_rows_are_under_way_together(with_scores, dtype, compiled):
+    """No row waits for the sum of another one of its round."""
+    slots, offset = _ids(64), _ids(33)
+    scores = torch.zeros(64) if with_scores else None
+    rows = torch.zeros(64, 3072 // dtype.itemsize, dtype=dtype)
+    combine.combine(rows, slots, scores, None, None, 32, 2)
+    combine.combine(rows, slots, scores, None, None, 8, 8)
+    combine.combine(rows, slots, scores, offset, None, 32, 0)
+    combine.combine(rows, slots, scores, offset[:9], slots, 8, 0)
+    for name in ("_combine_kernel", "_combine_ragged_kernel"):
+        few, many = (_loads_and_sums(kernel) for kernel in compiled[name])
+        # Two slots with three blocks of columns, and eight with one.
+        assert few.startswith("l" * 6 + "s") and few.count("l") == 6
+        assert many.startswith("l" * 8 + "s") and many.count("l") == 8
+
+
+def _loads_and_sums(kernel) -> str:
+    """The order of 16-byte loads and floating-point sums, as ``l`` and ``s``."""
+    found = re.finditer(r"\bLDG\.\S*128\b|\b(FFMA|FADD)\b", kernel.asm["sass"])
+    return "".join("s" if match[1] else "l" for match in found)
+
+
 def test_the_number_of_tokens_does_not_recompile(compiled):
     """Sizes that change from step to step are not specialised on: one kernel serves them all."""
     for tokens in (1024, 1025, 1111, 4000):

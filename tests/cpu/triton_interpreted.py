@@ -259,6 +259,26 @@ def test_combine_in_blocks_without_empty_columns(guarded):
     assert [_block_size(hidden, 8) for hidden in (8, 1536, 2880, 4096)] == [8, 512, 1024, 1024]
 
 
+@pytest.mark.parametrize("with_scores", [True, False], ids=["scores", "plain"])
+def test_combine_of_several_blocks_a_program(with_scores, guarded):
+    from sonic.triton.combine import _chunks
+
+    checks.check_combine(checks.topk_plan(4, 2, 5, CPU), 1536, torch.float16, with_scores)
+    checks.check_combine(checks.flat_plan(6, 14, 5, CPU), 1536, torch.float16, with_scores)
+    # Ten blocks of 512 by three programs of four: the last one has two empty ones.
+    checks.check_combine(checks.topk_plan(4, 1, 5, CPU), 5000, torch.float32, with_scores)
+    assert [_chunks(blocks, 2) for blocks in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 3, 4, 3, 4, 3]
+    assert [_chunks(10, unroll) for unroll in (1, 2, 3, 4, 5, 8, 16)] == [4, 4, 2, 2, 1, 1, 1]
+
+
+def test_combine_of_one_token_with_nearly_all_slots(guarded):
+    """Many rounds of it, while the others, with two slots on average, have one or none."""
+    tokens = torch.where(torch.rand(90) < 0.8, 7, torch.randint(0, 40, (90,)))
+    plan = build_plan_flat(tokens, torch.randint(0, 5, (90,)), 40, 5, impl="torch")
+    checks.check_combine(plan, 24, torch.float32, True)
+    checks.check_combine(plan, 24, torch.float32, False)
+
+
 def test_combine_without_slots(poisoned):
     rows = torch.empty(0, 16)
     plan = build_plan_flat(

@@ -160,7 +160,15 @@ def test_topk_routing_under_compile(order):
 @every_dtype
 @pytest.mark.parametrize(
     "case",
-    [(1, 1, 1, 8), (1000, 8, 64, 2880), (4097, 2, 7, 1024), (63, 33, 40, 100), (5, 64, 64, 4099)],
+    [
+        (1, 1, 1, 8),
+        (1000, 8, 64, 2880),
+        (4097, 2, 7, 1024),
+        (900, 2, 9, 1536),
+        (700, 1, 9, 10_000),
+        (63, 33, 40, 100),
+        (5, 64, 64, 4099),
+    ],
     ids=str,
 )
 def test_combine(case, dtype, with_scores, guarded):
@@ -173,7 +181,11 @@ def test_combine(case, dtype, with_scores, guarded):
 
 @pytest.mark.parametrize("with_scores", [True, False], ids=["scores", "plain"])
 @every_dtype
-@pytest.mark.parametrize("case", [(1000, 5000, 64, 2048), (300, 200, 5, 77)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [(1000, 5000, 64, 2048), (300, 200, 5, 77), (2000, 4000, 9, 1536), (400, 4000, 9, 2880)],
+    ids=str,
+)
 def test_combine_of_general_routing(case, dtype, with_scores, guarded):
     tokens, slots, experts, hidden = case
     plan = checks.flat_plan(tokens, slots, experts, CUDA)
