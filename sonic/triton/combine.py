@@ -28,7 +28,9 @@ from sonic.triton.launch import Fixed, Launcher
 _MAX_UNROLL = 16  # slots of a token in one round, of which all loads are under way together
 _RAGGED_UNROLL = 2, 8  # the same with up to about four slots a token on average, and with more
 _IN_FLIGHT = 8  # loads of 16 bytes that a thread may have under way: slots times blocks of columns
-_MAX_CHUNKS = 4  # blocks of columns of one program, which looks up its slots once for all of them
+# Blocks of columns of one program of a general plan, which looks up its slots once for all of them;
+# with fixed top-k, and with four blocks, single ones were as fast or faster.
+_MAX_CHUNKS = 3
 
 
 @triton.jit
@@ -213,7 +215,7 @@ def _launch(
     block_h = _block_size(hidden_size, vector)
     blocks = cdiv(hidden_size, block_h)
     unroll = ragged_unroll or next(n for n in range(_MAX_UNROLL, 0, -1) if top_k % n == 0)
-    chunks = _chunks(blocks, unroll)
+    chunks = 1 if top_k else _chunks(blocks, unroll)
     options = {
         "UNROLL": unroll,
         "HAS_SCORES": has_scores,
@@ -227,7 +229,7 @@ def _launch(
 
 
 def _chunks(blocks: int, unroll: int) -> int:
-    """Blocks of columns of a program, of ``blocks`` of a row, where ``unroll`` slots are loaded at
+    """Blocks of columns of a program, of ``blocks`` of a row, if ``unroll`` slots are loaded at
     once: as many as a thread may have loads under way, spread evenly over programs."""
     most = max(1, min(_MAX_CHUNKS, _IN_FLIGHT // unroll))
     return cdiv(blocks, cdiv(blocks, most))
