@@ -8,7 +8,7 @@ import triton.language as tl
 
 from sonic.runtime.route import Route, ScoreFunction
 from sonic.triton.common import cdiv, device_of, power_of_2, row_major
-from sonic.triton.launch import Launcher
+from sonic.triton.launch import Launcher, wait_for_earlier_launches
 from sonic.triton.scores import SCORES, _load_values, _probabilities, row_major_mask
 
 # Tiles and columns that a program of the reduction takes at a time.
@@ -37,6 +37,7 @@ def _reduce_kernel(
 ):
     """prefix[e, tile] = winners of column e in earlier tiles; count, prob_sum and live by
     sequence; sums = squared logsumexp and entropy. The last program has the sums by tile."""
+    wait_for_earlier_launches()
     column_programs = tl.cdiv(num_columns, COLUMNS)
     if tl.program_id(0) < column_programs:
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -126,6 +127,7 @@ def _finish_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: the scan over experts, the losses and the mean entropy."""
+    wait_for_earlier_launches()
     column = tl.arange(0, BLOCK)
     is_column = column < num_columns
     total = tl.zeros([BLOCK], tl.int32)
@@ -246,8 +248,8 @@ def _loss_weight_kernel(
 # ------------------------------------------------------------------------------- launchers
 
 
-_reduce = Launcher(_reduce_kernel)
-_finish = Launcher(_finish_kernel)
+_reduce = Launcher(_reduce_kernel, overlapping=True)
+_finish = Launcher(_finish_kernel, overlapping=True)
 
 
 def reduce_tiles(

@@ -23,7 +23,7 @@ from sonic.triton.common import (
     power_of_2,
     row_major,
 )
-from sonic.triton.launch import Fixed, Launcher
+from sonic.triton.launch import Fixed, Launcher, wait_for_earlier_launches
 
 # Rows of a token whose loads are in flight together.
 _MAX_UNROLL = 16
@@ -54,6 +54,7 @@ def _combine_kernel(
     HAS_SCORES: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    wait_for_earlier_launches()
     blocks = tl.cdiv(hidden_size, BLOCK_H)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -88,6 +89,7 @@ def _combine_ragged_kernel(
     HAS_SCORES: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    wait_for_earlier_launches()
     blocks = tl.cdiv(hidden_size, BLOCK_H)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -114,8 +116,8 @@ def _combine_ragged_kernel(
     )
 
 
-_combine = Launcher(_combine_kernel)
-_combine_ragged = Launcher(_combine_ragged_kernel)
+_combine = Launcher(_combine_kernel, overlapping=True)
+_combine_ragged = Launcher(_combine_ragged_kernel, overlapping=True)
 
 
 @functools.lru_cache(maxsize=4096)
