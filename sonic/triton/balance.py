@@ -199,11 +199,11 @@ def _column_sums_kernel(
 
 @triton.jit(do_not_specialize=["num_sequences"])
 def _loss_weight_kernel(
+    count,
     dprob_sum,
     dswitch,
     dsequence,
     dz,
-    count,
     live,
     weight,
     dz_sum,
@@ -215,6 +215,7 @@ def _loss_weight_kernel(
 ):
     """weight[s, e]: gradient of prob_sum, that through the losses included; dz_sum: of the sum of
     squared logsumexp."""
+    wait_for_earlier_launches()
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_column = column < num_columns
     one = tl.arange(0, 1)
@@ -250,6 +251,7 @@ def _loss_weight_kernel(
 
 _reduce = Launcher(_reduce_kernel, overlapping=True)
 _finish = Launcher(_finish_kernel, overlapping=True)
+_loss_weight = Launcher(_loss_weight_kernel, overlapping=True)
 
 
 def reduce_tiles(
@@ -402,12 +404,13 @@ def loss_weights(
         return None, None
     block = min(power_of_2(num_columns), 1024)
     with device_of(count):
-        _loss_weight_kernel[(cdiv(num_columns, block),)](
+        _loss_weight(
+            cdiv(num_columns, block),
+            count,
             None if dprob_sum is None else dprob_sum.contiguous(),
             dswitch,
             dsequence,
             dz,
-            count,
             live,
             weight,
             dz_sum,
