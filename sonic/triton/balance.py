@@ -8,7 +8,7 @@ import triton.language as tl
 
 from sonic.runtime.route import Route, ScoreFunction
 from sonic.triton.common import cdiv, device_of, power_of_2, row_major
-from sonic.triton.launch import Launcher
+from sonic.triton.launch import Launcher, wait_for_earlier_launches
 from sonic.triton.scores import SCORES, _load_values, _probabilities, row_major_mask
 
 # Tiles and columns that a program of the reduction takes at a time.
@@ -37,6 +37,7 @@ def _reduce_kernel(
 ):
     """prefix[e, tile] = winners of column e in earlier tiles; count, prob_sum and live by
     sequence; sums = squared logsumexp and entropy. The last program has the sums by tile."""
+    wait_for_earlier_launches()
     column_programs = tl.cdiv(num_columns, COLUMNS)
     if tl.program_id(0) < column_programs:
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -126,6 +127,7 @@ def _finish_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: the scan over experts, the losses and the mean entropy."""
+    wait_for_earlier_launches()
     column = tl.arange(0, BLOCK)
     is_column = column < num_columns
     total = tl.zeros([BLOCK], tl.int32)
@@ -197,11 +199,11 @@ def _column_sums_kernel(
 
 @triton.jit(do_not_specialize=["num_sequences"])
 def _loss_weight_kernel(
+    count,
     dprob_sum,
     dswitch,
     dsequence,
     dz,
-    count,
     live,
     weight,
     dz_sum,
@@ -213,6 +215,7 @@ def _loss_weight_kernel(
 ):
     """weight[s, e]: gradient of prob_sum, that through the losses included; dz_sum: of the sum of
     squared logsumexp."""
+    wait_for_earlier_launches()
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_column = column < num_columns
     one = tl.arange(0, 1)
@@ -246,8 +249,9 @@ def _loss_weight_kernel(
 # ------------------------------------------------------------------------------- launchers
 
 
-_reduce = Launcher(_reduce_kernel)
-_finish = Launcher(_finish_kernel)
+_reduce = Launcher(_reduce_kernel, overlapping=True)
+_finish = Launcher(_finish_kernel, overlapping=True)
+_loss_weight = Launcher(_loss_weight_kernel, overlapping=True)
 
 
 def reduce_tiles(
@@ -400,12 +404,13 @@ def loss_weights(
         return None, None
     block = min(power_of_2(num_columns), 1024)
     with device_of(count):
-        _loss_weight_kernel[(cdiv(num_columns, block),)](
+        _loss_weight(
+            cdiv(num_columns, block),
+            count,
             None if dprob_sum is None else dprob_sum.contiguous(),
             dswitch,
             dsequence,
             dz,
-            count,
             live,
             weight,
             dz_sum,

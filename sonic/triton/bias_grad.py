@@ -22,7 +22,7 @@ from sonic.triton.common import (
     check_shape,
     row_major,
 )
-from sonic.triton.launch import Fixed, Launcher
+from sonic.triton.launch import Fixed, Launcher, wait_for_earlier_launches
 
 _BLOCK_N = 256
 _BLOCK_R = 16
@@ -49,6 +49,7 @@ def _segment_sum_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    wait_for_earlier_launches()
     blocks = tl.cdiv(width, BLOCK_N)
     column = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     share = (tl.program_id(0) // blocks) % SHARES
@@ -79,6 +80,7 @@ def _segment_sum_kernel(
 
 @triton.jit(do_not_specialize=["size"])
 def _add_shares_kernel(partial, out, size, SHARES: tl.constexpr, BLOCK: tl.constexpr):
+    wait_for_earlier_launches()
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
     total = tl.zeros([BLOCK], tl.float32)
@@ -87,8 +89,8 @@ def _add_shares_kernel(partial, out, size, SHARES: tl.constexpr, BLOCK: tl.const
     tl.store(out + index, total.to(out.dtype.element_ty), mask=mask)
 
 
-_sum_segments = Launcher(_segment_sum_kernel)
-_add_shares = Launcher(_add_shares_kernel)
+_sum_segments = Launcher(_segment_sum_kernel, overlapping=True)
+_add_shares = Launcher(_add_shares_kernel, overlapping=True)
 
 
 def _shares_for(num_rows: int, num_experts: int, width: int) -> int:

@@ -23,7 +23,7 @@ from sonic.triton.common import (
     power_of_2,
     row_major,
 )
-from sonic.triton.launch import Fixed, Launcher
+from sonic.triton.launch import Fixed, Launcher, wait_for_earlier_launches
 
 _MAX_UNROLL = 16  # slots of a token in one round, of which all loads are under way together
 _RAGGED_UNROLL = 2, 8  # the same with up to about four slots a token on average, and with more
@@ -151,6 +151,7 @@ def _combine_kernel(
     CHUNKS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    wait_for_earlier_launches()
     token, column = _place(PROGRAMS, CHUNKS, BLOCK_H)
     totals = _zeros(CHUNKS, BLOCK_H)
     for start in range(0, TOP_K, UNROLL):
@@ -178,6 +179,7 @@ def _combine_ragged_kernel(
     CHUNKS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    wait_for_earlier_launches()
     token, column = _place(PROGRAMS, CHUNKS, BLOCK_H)
     totals = _zeros(CHUNKS, BLOCK_H)
     first = tl.load(offset_by_token + token)
@@ -196,8 +198,8 @@ def _combine_ragged_kernel(
     _store(out + token * out_stride, totals, column, hidden_size, CHUNKS, BLOCK_H)
 
 
-_combine = Launcher(_combine_kernel)
-_combine_ragged = Launcher(_combine_ragged_kernel)
+_combine = Launcher(_combine_kernel, overlapping=True)
+_combine_ragged = Launcher(_combine_ragged_kernel, overlapping=True)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -40,8 +40,9 @@ def wait_for_earlier_launches():
 
     The first thing that each program of an overlapping kernel does, ahead of any load, as data may
     not be there, and of any store, as the memory may have been that of something which an earlier
-    launch still reads. Of launches of which every program waits, the end of one is that of all
-    before it.
+    launch still reads: the caching allocator hands memory on in the order of the stream. Of
+    launches of which every program waits, the end of one is that of all before it; a kernel of
+    others that comes behind starts no earlier than that all programs have ended.
     """
     if _COMPILED and cuda_capability_geq(_OVERLAPS, 0):
         tl.extra.cuda.gdc_wait()

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from sonic.triton.common import cdiv, check_contiguous, check_shape, power_of_2
-from sonic.triton.launch import Fixed, Launcher
+from sonic.triton.launch import Fixed, Launcher, wait_for_earlier_launches
 
 _BLOCK = 2048
 _NONE = tl.constexpr(2**31 - 1)
@@ -42,6 +42,7 @@ def _add_parts_kernel(
     BLOCK: tl.constexpr,
 ):
     """A block of the outputs of all experts that have more than one part."""
+    wait_for_earlier_launches()
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     expert = tl.arange(0, BLOCK_E)
@@ -63,7 +64,7 @@ def _add_parts_kernel(
         split_expert = tl.min(tl.where(split & (expert > split_expert), expert, _NONE), axis=0)
 
 
-_add_parts = Launcher(_add_parts_kernel)
+_add_parts = Launcher(_add_parts_kernel, overlapping=True)
 
 
 @functools.lru_cache(maxsize=4096)

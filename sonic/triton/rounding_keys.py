@@ -681,6 +681,7 @@ def _winner_softmax_grad_kernel(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    wait_for_earlier_launches()
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, BLOCK_E)
     mask = (token[:, None] < num_tokens) & (expert[None, :] < num_experts)
@@ -695,7 +696,7 @@ def _winner_softmax_grad_kernel(
     tl.store(dlogits + offset, result.to(dlogits.dtype.element_ty), mask=mask)
 
 
-_winner_softmax_grad = Launcher(_winner_softmax_grad_kernel)
+_winner_softmax_grad = Launcher(_winner_softmax_grad_kernel, overlapping=True)
 
 
 def winner_softmax_grad(

@@ -24,7 +24,7 @@ from sonic.runtime.route import Route, RouteTensors, ScoreFunction
 from sonic.triton import plan as triton_plan
 from sonic.triton.balance import finish, reduce_tiles
 from sonic.triton.common import cdiv, check_float, device_of, power_of_2, row_major
-from sonic.triton.launch import Launcher
+from sonic.triton.launch import Launcher, wait_for_earlier_launches
 from sonic.triton.scores import (
     EPSILON,
     SCORES,
@@ -151,6 +151,7 @@ def _route_kernel(
     FUSED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    wait_for_earlier_launches()
     # Every group starts at a power of two of the block, so that a reshape separates them.
     BLOCK: tl.constexpr = GROUPS_PAD * GROUP_PAD
     NUM_COLUMNS: tl.constexpr = NUM_GROUPS * GROUP_SIZE
@@ -239,7 +240,7 @@ def _route_kernel(
 # ------------------------------------------------------------------------------- launchers
 
 
-_route = Launcher(_route_kernel)
+_route = Launcher(_route_kernel, overlapping=True)
 
 
 def _block_shape(num_columns: int, num_groups: int) -> tuple[int, int]:

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 from sonic.runtime.route import Route, ScoreFunction
-from sonic.triton.common import check_float, device_of, row_major
+from sonic.triton.common import cdiv, check_float, device_of, power_of_2, row_major
+from sonic.triton.launch import Launcher, wait_for_earlier_launches
 from sonic.triton.scores import (
     EPSILON,
     SCORES,
@@ -102,10 +103,10 @@ def _row_projection(
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_sequence"])
 def _route_grad_kernel(
+    logits,
     dscores,
     weight,
     dz_sum,
-    logits,
     mask,
     scores,
     ids,
@@ -125,6 +126,7 @@ def _route_grad_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_earlier_launches()
     FULL: tl.constexpr = (SCORE == SOFTMAX) and (not RENORMALIZE)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < num_rows
@@ -197,6 +199,9 @@ def _route_grad_kernel(
         tl.store(dlogits + offset, result.to(dlogits.dtype.element_ty), mask=inside)
 
 
+_route_grad = Launcher(_route_grad_kernel, overlapping=True)
+
+
 def route_grad(
     dscores: torch.Tensor | None,
     weight: torch.Tensor | None,
@@ -223,14 +228,15 @@ def route_grad(
     mask, mask_stride = row_major_mask(mask)
     num_rows, num_columns = logits.shape
     dlogits = torch.empty(num_rows, num_columns, dtype=logits.dtype, device=logits.device)
-    block = min(triton.next_power_of_2(num_columns), 2048)
+    block = min(power_of_2(num_columns), 2048)
     rows = max(1, 2048 // block)
     with device_of(logits):
-        _route_grad_kernel[(triton.cdiv(num_rows, rows),)](
+        _route_grad(
+            cdiv(num_rows, rows),
+            logits,
             None if dscores is None else dscores.contiguous(),
             weight,
             dz_sum,
-            logits,
             mask,
             scores,
             ids,
@@ -246,7 +252,7 @@ def route_grad(
             SCORE=SCORES[ScoreFunction(route.score)],
             RENORMALIZE=route.renormalize,
             TOP_K=route.top_k,
-            K_PAD=triton.next_power_of_2(route.top_k),
+            K_PAD=power_of_2(route.top_k),
             ROWS=rows,
             BLOCK=block,
             num_warps=4,

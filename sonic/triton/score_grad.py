@@ -21,7 +21,7 @@ from sonic.triton.common import (
     check_shape,
     row_major,
 )
-from sonic.triton.launch import Fixed, Launcher
+from sonic.triton.launch import Fixed, Launcher, wait_for_earlier_launches
 
 
 @triton.jit
@@ -58,6 +58,7 @@ def _score_grad_kernel(
     BLOCK: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    wait_for_earlier_launches()
     slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(row_by_slot + slot, mask=slot < num_slots, other=-1)
     live = row >= 0
@@ -80,14 +81,15 @@ def _score_grad_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _gather_scores_kernel(scores, slot_by_row, score_by_row, num_rows, BLOCK: tl.constexpr):
+    wait_for_earlier_launches()
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slot_by_row + row, mask=row < num_rows, other=-1)
     score = tl.load(scores + slot, mask=slot >= 0, other=0.0)
     tl.store(score_by_row + row, score, mask=row < num_rows)
 
 
-_score_grad = Launcher(_score_grad_kernel)
-_gather_scores = Launcher(_gather_scores_kernel)
+_score_grad = Launcher(_score_grad_kernel, overlapping=True)
+_gather_scores = Launcher(_gather_scores_kernel, overlapping=True)
 
 
 @functools.lru_cache(maxsize=4096)

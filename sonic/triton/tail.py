@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from sonic.triton.common import cdiv, check_contiguous, device_of, power_of_2
-from sonic.triton.launch import Launcher
+from sonic.triton.launch import Launcher, wait_for_earlier_launches
 
 _ROWS = 64
 _MAX_BLOCK = 256
@@ -21,6 +21,7 @@ def _zero_tail_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_earlier_launches()
     live = tl.load(offset_by_expert + num_experts)
     first = tl.program_id(0) * ROWS
     # Nearly every program leaves here: without a tail the whole launch is a few microseconds.
@@ -34,7 +35,7 @@ def _zero_tail_kernel(
             tl.store(address, zero, mask=dead[:, None] & (column[None, :] < WIDTH))
 
 
-_zero_tail = Launcher(_zero_tail_kernel)
+_zero_tail = Launcher(_zero_tail_kernel, overlapping=True)
 
 
 def zero_tail(rows: torch.Tensor, offset_by_expert: torch.Tensor) -> torch.Tensor:

@@ -264,6 +264,7 @@ def _scatter_kernel(
     BLOCK: tl.constexpr,
 ):
     """dscores (T, E), zero before; pairs are distinct, so that no two slots meet."""
+    wait_for_earlier_launches()
     slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = slot < num_slots
     token = tl.load(token_ids + slot, mask=inside, other=num_tokens).to(tl.int64)
@@ -329,6 +330,7 @@ def _logit_grad_kernel(
 ):
     """With w and d the kept pairs' weights and their gradients, and p the sum of w d over a token:
     ``w d`` at its pairs, less ``score p`` at its winners, or at all experts if there are logits."""
+    wait_for_earlier_launches()
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_token = token < num_tokens
     first = tl.load(offset_by_token + token, mask=is_token, other=0)
@@ -374,8 +376,8 @@ def _logit_grad_kernel(
 
 
 _emit_pairs = Launcher(_emit_kernel, overlapping=True)
-_scatter = Launcher(_scatter_kernel)
-_logit_grad = Launcher(_logit_grad_kernel)
+_scatter = Launcher(_scatter_kernel, overlapping=True)
+_logit_grad = Launcher(_logit_grad_kernel, overlapping=True)
 
 
 def _emit(

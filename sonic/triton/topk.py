@@ -349,7 +349,9 @@ def _topk_grad_kernel(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    wait_for_earlier_launches()
+    blocks = tl.cdiv(num_experts, BLOCK_E)
+    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     row_mask = row < num_rows
     row = row.to(tl.int64)
     lane = tl.arange(0, K_PAD)
@@ -359,7 +361,7 @@ def _topk_grad_kernel(
     score = tl.load(scores + offset, mask=mask, other=0.0)
     mean = tl.sum(grad * score, axis=1)
 
-    expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    expert = tl.program_id(0) % blocks * BLOCK_E + tl.arange(0, BLOCK_E)
     result = tl.zeros([ROWS, BLOCK_E], tl.float32)
     for rank in range(TOP_K):
         winner = tl.load(ids + row * TOP_K + rank, mask=row_mask, other=-1)
@@ -386,6 +388,7 @@ def _topk_grad_kernel(
 _topk = Launcher(_topk_kernel, overlapping=True)
 _topk_chunk = Launcher(_topk_chunk_kernel, overlapping=True)
 _topk_merge = Launcher(_topk_merge_kernel, overlapping=True)
+_topk_grad = Launcher(_topk_grad_kernel, overlapping=True)
 
 
 def topk_scores(
@@ -509,7 +512,8 @@ def topk_scores_grad(
     block_e = min(power_of_2(num_experts), 1024)
     rows = max(1, 512 // block_e)
     with device_of(scores):
-        _topk_grad_kernel[(cdiv(num_rows, rows), cdiv(num_experts, block_e))](
+        _topk_grad(
+            cdiv(num_rows, rows) * cdiv(num_experts, block_e),
             dscores.contiguous(),
             logits,
             scores.contiguous(),

@@ -1,8 +1,11 @@
-"""Compiles a share of the layer's kernels and prints what the assembler says of each."""
+"""Compiles a share of the layer's kernels and prints what the assembler says of each, and what is
+wrong with its wait for earlier launches."""
 
 import sys
+import tempfile
 from dataclasses import replace
 
+from kernels_sm90.compile import compile_kernel
 from kernels_sm90.search import swapped_space
 from sonic.enums import ActivationType
 from sonic.runtime.backend import load_backend
@@ -14,6 +17,8 @@ from sonic.runtime.problem import (
     layer_problems,
     weight_grad_problem,
 )
+from tests.emulator.compiled import ptx_of
+from tests.waits import fault_of_wait
 
 _USUAL = (2048, 1024, 1024, 128)  # rows per expert, n, k, experts
 _FEW_ROWS = (16, 1024, 1024, 128)
@@ -61,11 +66,12 @@ def kernels(arch: Arch) -> list[tuple[Problem, TileConfig]]:
 
 def main() -> None:
     first, step = int(sys.argv[1]), int(sys.argv[2])
-    backend = load_backend(Arch.SM90)
     for problem, config in kernels(Arch.SM90)[first::step]:
         print(f"KERNEL {problem.name} {config.name}", flush=True)
-        backend.compile(problem, config)
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = compile_kernel(problem, config, f"--keep-ptx --dump-dir {folder}")
         sys.stderr.flush()
+        print(f"WAIT {fault_of_wait(ptx_of(compiled)) or 'first'};", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Every kernel of the layer compiles for its GPU on a machine without one, hardly spilling."""
+"""Every kernel of the layer compiles for its GPU on a machine without one, hardly spilling, and
+waits for earlier launches before it touches memory."""
 
 import os
 import re
@@ -22,6 +23,7 @@ from sonic.runtime.problem import (
     weight_grad_problem,
 )
 from tests.cpu.compile_worker import kernels
+from tests.waits import START, WAIT, fault_of_wait
 
 _ROOT = Path(__file__).parents[2]
 _PARTS = 16
@@ -30,6 +32,7 @@ _SWAPPED_SPILLS = 384
 _REPORT = {"CUTE_DSL_COMPILER_OPT": "remarks{ptx}"}  # registers and spills, on stderr
 _SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill")
 _REGISTERS = re.compile(r"Used (\d+) registers")
+_WAIT = re.compile(r"WAIT ([^;]+);")
 
 
 def _allowed_spills(kernel: str) -> int:
@@ -66,7 +69,7 @@ def compilations():
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("part", range(_PARTS))
-def test_kernels_compile_with_hardly_a_spill(part, compilations):
+def test_kernels_compile_with_hardly_a_spill_and_wait_first(part, compilations):
     expected = kernels(Arch.SM90)[part::_PARTS]
     run = compilations[part].result()
     assert run.returncode == 0, run.stdout[-4000:]
@@ -83,7 +86,43 @@ def test_kernels_compile_with_hardly_a_spill(part, compilations):
             faults.append(
                 f"{name}: stack frame, spill stores, loads {spills}, registers {registers}"
             )
+        (wait,) = _WAIT.findall(text)
+        if wait != "first":
+            faults.append(f"{name}: {wait}")
     assert not faults, "\n".join(faults)
+
+
+def _begins(*instructions: str) -> str:
+    return ".entry kernel(.param .b64 p)\n{\n" + "\n".join(instructions) + "\nret;\n}"
+
+
+_INIT = "@%p1 bra $L1;", "mbarrier.init.shared.b64 [b], 1;", "$L1:", "ld.param.b64 %rd1, [p];"
+_LOAD = "ld.global.b32 %r1, [%rd1];"
+
+
+@pytest.mark.parametrize(
+    ("instructions", "fault"),
+    [
+        ((*_INIT, f"{WAIT};", _LOAD), None),
+        ((*_INIT, _LOAD, f"{WAIT};"), "ld.global.b32 comes"),
+        ((*_INIT, "@%p2 st.b32 [%rd1], 0;", f"{WAIT};"), "st.b32 comes"),
+        ((*_INIT, "{ atom.global.add.u32 %r1, [%rd1], 1; }", f"{WAIT};"), "atom"),
+        ((*_INIT, "cp.async.cg.shared.global [b], [%rd1], 16;", f"{WAIT};"), "cp.async"),
+        (
+            (*_INIT, "cp.async.bulk.tensor.2d.shared::cluster.global.tile [b], [m];", f"{WAIT};"),
+            "cp.async.bulk",
+        ),
+        ((*_INIT, _LOAD), "0 places"),
+        ((*_INIT, f"{WAIT};", f"{WAIT};"), "2 places"),
+        ((*_INIT, f"@%p1 {WAIT};"), "do not wait"),
+        (("@%p1 bra $L2;", f"{WAIT};", "$L2:", _LOAD), "pass by"),
+        (("@%p1 ret;", f"{WAIT};", _LOAD), "pass by"),
+        ((*_INIT, f"{WAIT};", f"{START};"), "start early"),
+    ],
+)
+def test_a_late_wait_is_noticed(instructions, fault):
+    found = fault_of_wait(_begins(*instructions))
+    assert found is None if fault is None else fault in found
 
 
 def test_inventory_is_not_empty():

@@ -217,6 +217,10 @@ def test_no_kernel_spills(compiled, tmp_path):
     assert compiled and not spilled
 
 
+# Launched by Triton itself, when the launch before is over.
+_APART = {
+    "_column_sums_kernel", "_keys_kernel", "_product_key_grad_kernel", "_product_key_kernel",
+}  # fmt: skip
 _GLOBAL = r"\b(?:ld|st|atom|red|cp)\b[\w.:]*\.global"
 _BRANCH = r"\bbra\b|^\$L__BB"
 
@@ -249,8 +253,8 @@ def test_launches_that_overlap_wait_before_anything_else(compiled):
         for value in vars(module).values()
         if isinstance(value, Launcher)
     ]
-    overlapping = {launcher.kernel.__name__ for launcher in launchers if launcher._overlapping}
-    assert waiting == overlapping and waiting > let_next_start and len(waiting) > 10
+    assert waiting == {launcher.kernel.__name__ for launcher in launchers if launcher._overlapping}
+    assert waiting > let_next_start and set(compiled) - waiting == _APART
 
 
 def test_a_late_wait_is_noticed(compiled):

@@ -46,7 +46,18 @@ class Emulator:
         numbers, None, STREAM, a host.Pointer to an array, or tuples of all these. `sm_count` is
         what the host code reads as the number of SMs. Raises Fault for what the emulator finds.
         """
-        memory, packed, regions = GlobalMemory(), [], {}
+        machine = self.machine = Machine(GlobalMemory(), policy or Policy(), **machine_options)
+        self.enqueue(args, machine, sm_count)
+        machine.synchronize()
+        return machine
+
+    def enqueue(self, args, machine, sm_count=None):
+        """Calls the function, whose launches join those that the machine has not run yet.
+
+        The caller keeps `args` until they have run. Memory that a launch before named keeps that
+        name.
+        """
+        memory, packed, regions = machine.memory, [], {}
         for i, a in enumerate(args):
             found = []
             packed.append(buffers_of(a, found))
@@ -54,8 +65,8 @@ class Emulator:
                 if len(b.data):
                     regions.setdefault(b.base, (b.data, f"argument {i} {b.dtype}{list(b.shape)}"))
         for base, (data, label) in regions.items():
-            memory.add(base, data, label)
-        machine = self.machine = Machine(memory, policy or Policy(), **machine_options)
+            if base not in memory.bases:
+                memory.add(base, data, label)
         target = next(iter(self.programs.values())).kernel.target
         gpu = machine.gpu_for(target)
 
@@ -82,8 +93,6 @@ class Emulator:
             )
 
         self.host(packed, on_launch, gpu.smem_block, sm_count or gpu.sms)
-        machine.synchronize()
-        return machine
 
 
 @dataclass(frozen=True)
