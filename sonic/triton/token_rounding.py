@@ -396,7 +396,7 @@ def _emit(
     num_groups = cdiv(num_tokens, GROUP.value)
     options: dict[str, Any] = {"dtype": torch.int32, "device": device}
     size = num_groups * num_experts
-    extra = scratch_size(num_tokens, num_experts, tile, rule)
+    extra = scratch_size(keys, num_tokens, num_experts, tile, rule)
     # What has to lie at a multiple of eight bytes is first.
     sizes = [extra, size, size, size, num_experts]
     scratch, words, before, first_rows, counts = torch.empty(sum(sizes), **options).split(sizes)

@@ -144,7 +144,7 @@ def test_selection(compiled, tokens, tile, rule, ties, summarized):  # noqa: F81
     groups = keys.stride // GROUP
     words, before = _poisoned(groups, EXPERTS), _poisoned(groups, EXPERTS)
     counts, load = _poisoned(EXPERTS), _poisoned(EXPERTS)
-    scratch = _poisoned(rounding_select.scratch_size(tokens, EXPERTS, tile, rule))
+    scratch = _poisoned(rounding_select.scratch_size(keys, tokens, EXPERTS, tile, rule))
     decisions = rounding_select.Decisions(words, before, counts, load)
     rounding_select.decide(keys, None, decisions, scratch, tokens, tile, rule)
     (kernel,) = compiled["_select_kernel"]
@@ -163,7 +163,7 @@ def test_selection(compiled, tokens, tile, rule, ties, summarized):  # noqa: F81
     assert not torch.equal(kept[:, :tokens], chosen)
     # Where few tokens are left they are compared with one another, where many tie they are not.
     room = rounding_select._room(tokens, tile, rule)
-    lists = 2 * rounding_select._list_size(tokens, tile, rule)
+    lists = 2 * rounding_select._list_size(tokens, tile, rule) * (4 if summarized else 1)
     found = scratch.view(EXPERTS, -1)[:, lists : lists + 2 * room]
     changed = counts != load
     assert (found[changed] != -99).any(1).all() != (ties or tile > 2 * room)
@@ -193,7 +193,7 @@ def _in_turn(compiled, policy, overlapping=True, without_wait=None):  # noqa: F8
     groups = stride // GROUP
     words, before = _poisoned(groups, experts), _poisoned(groups, experts)
     counts, load = _poisoned(experts), _poisoned(experts)
-    scratch = _poisoned(rounding_select.scratch_size(tokens, experts, tile, "up"))
+    scratch = _poisoned(rounding_select.scratch_size(keys, tokens, experts, tile, "up"))
     decisions = rounding_select.Decisions(words, before, counts, load)
     rounding_select.decide(keys, None, decisions, scratch, tokens, tile, "up")
     for result in (keys.marks, keys.summaries, *winners):
