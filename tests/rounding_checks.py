@@ -194,10 +194,9 @@ def summaries_of(keys: Tensor, tokens: int) -> Tensor:
     chosen, rank = groups >= 0, groups & (2**31 - 1)
     word = (chosen.long() << torch.arange(32)).sum(-1)
     to_add = torch.where(~chosen & is_token, rank, -1)
-    # Behind the last token there is the least rank, to which the seconds are indifferent.
-    by_part = torch.where(chosen, 0, rank).unflatten(-1, (4, 8)).amax(-1)
     to_drop = torch.where(chosen, 2**31 - 1 - rank, -1).amax(-1)
-    # Of parts that tie the last one is first.
+    # Of parts that tie the last one is first; a part has no rank to add if all its tokens chose.
+    by_part = (rank.long() - chosen.long() * 2**31).unflatten(-1, (4, 8)).amax(-1)
     first = 3 - by_part.flip(-1).argmax(-1)
     others = by_part.scatter(-1, first[..., None], 0).amax(-1)
     second = others // 4 * 4 + first
