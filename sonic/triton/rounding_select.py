@@ -29,7 +29,6 @@ from sonic.triton.launch import Launcher, wait_for_earlier_launches
 from sonic.triton.rounding_keys import (
     GROUP,
     PART,
-    PARTS,
     Keys,
     _load_keys,
     _load_summaries,
@@ -43,6 +42,7 @@ from sonic.triton.rounding_keys import (
 )
 from sonic.triton.topk import HIGHEST, LOWEST
 
+_ALL_PARTS = tl.constexpr(0b1111)
 _COMPARED = tl.constexpr(16)  # tokens that others are compared with at once
 
 _MAX_HELD = 1024  # groups whose greatest ranks stay in registers
@@ -195,8 +195,7 @@ def _halved(middle, count, want, low, reach, high, beyond):
 def _parts_that_may_reach(word, second, low, up):
     """Of groups in which a token of rank ``low`` or more is, as bits, the parts that may have one:
     that of the first one to add, all if other parts have one too; those with tokens to drop."""
-    all_parts = (1 << PARTS) - 1
-    with_added = tl.where(most_of_other_parts(second) >= low, all_parts, 1 << first_part(second))
+    with_added = tl.where(most_of_other_parts(second) >= low, _ALL_PARTS, 1 << first_part(second))
     # The least bit of each byte is whether there is any, and the four move to one place.
     some = word.to(tl.uint32, bitcast=True)
     some = some | (some >> 4)
