@@ -18,7 +18,7 @@ rank to add, in two bits, and in the others those of the greatest one of the oth
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -467,6 +467,7 @@ def _summaries_kernel(
     logits,
     marks,
     summaries,
+    words,
     num_tokens,
     num_experts,
     stride,
@@ -476,7 +477,7 @@ def _summaries_kernel(
     BLOCKS: tl.constexpr,
     PER_THREAD: tl.constexpr,
 ):
-    """summaries (E, groups, 4) of one group and BLOCK_E experts: a thread has all tokens of its
+    """summaries (E, groups, 4) of one group and BLOCK_E experts, and words (groups, E) once more: a thread has all tokens of its
     PER_THREAD experts, one after another, and waits for no other."""
     wait_for_earlier_launches()
     group = tl.program_id(0) // BLOCKS
@@ -500,6 +501,7 @@ def _summaries_kernel(
     summary = tl.reshape(summary, [BLOCK_E, 4])
     offset = _offset_of_four(expert.to(tl.int64) * (key_stride // GROUP) + group)
     tl.store(summaries + offset, summary, mask=(expert < num_experts)[:, None])
+    tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=expert < num_experts)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -579,12 +581,13 @@ def _key_stride(num_tokens: int) -> int:
 class Keys(NamedTuple):
     """Keys, as a ``table (E, stride)`` int32 with ``stride`` at least T; or ``logits (T, E)``, of
     which so many low ``bits`` carry nothing once they are fp32, ``marks (stride, 4)`` int32 that
-    make keys of them, and ``summaries (E, groups, 4)`` int32."""
+    make keys of them, ``summaries (E, groups, 4)`` int32, and their ``words (groups, E)``."""
 
     table: torch.Tensor | None
     logits: torch.Tensor | None = None
     marks: torch.Tensor | None = None
     summaries: torch.Tensor | None = None
+    words: torch.Tensor | None = None
     bits: int = 0
 
     @property
@@ -653,7 +656,7 @@ def _launch(
 
 def _summarize_logits(keys: Keys) -> None:
     """Fill in the summaries of keys that have marks."""
-    _, logits, marks, summaries, bits = keys
+    _, logits, marks, summaries, words, bits = keys
     assert logits is not None and summaries is not None
     num_tokens, num_experts = logits.shape
     blocks = cdiv(num_experts, _SUMMARY_BLOCK)
@@ -662,6 +665,7 @@ def _summarize_logits(keys: Keys) -> None:
         logits,
         marks,
         summaries,
+        words,
         num_tokens,
         num_experts,
         logits.stride(0),
@@ -692,10 +696,12 @@ def keys_of_logits(
     device = logits.device
     stride = _key_stride(num_tokens)
     if summarized:
-        shape = num_experts, stride // GROUP.value, 4
-        marks = torch.empty(stride, 4, dtype=torch.int32, device=device)
-        summaries = torch.empty(shape, dtype=torch.int32, device=device)
-        keys = Keys(None, logits, marks, summaries, free_bits(logits.dtype, num_experts))
+        options: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        groups = stride // GROUP.value
+        marks = torch.empty(stride, 4, **options)
+        summaries = torch.empty(num_experts, groups, 4, **options)
+        words = torch.empty(groups, num_experts, **options)
+        keys = Keys(None, logits, marks, summaries, words, free_bits(logits.dtype, num_experts))
     else:
         keys = Keys(torch.empty(num_experts, stride, dtype=torch.int32, device=device))
     winner_scores = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)

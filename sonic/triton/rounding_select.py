@@ -385,11 +385,13 @@ def _gather_first(
     num_units,
     BLOCK: tl.constexpr,
     ALL: tl.constexpr,
+    ROOM: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """Write entries of the listed tokens that reach a rank."""
+    """Write entries of the listed tokens that reach a rank, the first ROOM of them, and behind them
+    some that none is. Returns how many tokens reach it."""
     lane = tl.arange(0, UNIT)[:, None]
-    first = 0
+    count = 0
     for start in range(0, size, BLOCK):
         key, unit = _listed_from(
             column, listed, held, start, size, num_tokens, num_units, BLOCK, ALL, UNIT
@@ -398,11 +400,14 @@ def _gather_first(
         reached = rank >= bound
         word = tl.sum(reached.to(tl.int32) << lane, axis=0)
         number = popcount(word)
-        index = first + tl.cumsum(number, axis=0) - number
+        index = count + tl.cumsum(number, axis=0) - number
         index = index[None, :] + popcount(word[None, :] & ((1 << lane) - 1))
-        tl.store(found + index, _entry(rank, _places(unit, num_tokens, up, UNIT)), mask=reached)
-        if not ALL:
-            first += tl.sum(number, axis=0)
+        entry = _entry(rank, _places(unit, num_tokens, up, UNIT))
+        tl.store(found + index, entry, mask=reached & (index < ROOM))
+        count += tl.sum(number, axis=0)
+    behind = tl.minimum(count, ROOM) + tl.arange(0, _COMPARED)
+    tl.store(found + behind, tl.full([_COMPARED], -1, tl.int64))
+    return count
 
 
 @triton.jit
@@ -419,8 +424,7 @@ def _end_of(found, want, count, ROOM: tl.constexpr):
     better = tl.zeros([_COMPARED, ROOM], tl.int32)
     for start in range(0, count, _COMPARED):
         # Along the first axis, which a thread sums by itself.
-        index = start + tl.arange(0, _COMPARED)
-        other = tl.load(found + index, mask=index < count, other=-1)
+        other = tl.load(found + start + tl.arange(0, _COMPARED))
         better += (other[:, None] > entry[None, :]).to(tl.int32)
     is_last = tl.sum(better, axis=0) == want - 1
     last = tl.max(tl.where(is_last, entry, -1), axis=0)
@@ -457,27 +461,31 @@ def _search(
     # this program loaded of `found` before what this one stores there.
     tl.debug_barrier()
     first = _load_listed(column, listed, 0, size, num_tokens, num_units, LIST_BLOCK, UNIT)
-    reach = _count_listed(
-        column, listed, first, low.to(tl.int32), None, size, up, num_tokens, num_units, LIST_BLOCK,
-        ALL, UNIT,
+    reach = _gather_first(
+        column, listed, first, found, low.to(tl.int32), size, up, num_tokens, num_units, LIST_BLOCK,
+        ALL, ROOM, UNIT,
     )  # fmt: skip
     beyond = 0
-    few = tl.maximum(want, ROOM)
-    while (reach > few) & (beyond < want) & (high - low > 1):
-        middle = (low + high) >> 1
-        count = _count_listed(
-            column, listed, first, middle.to(tl.int32), None, size, up, num_tokens, num_units,
-            LIST_BLOCK, ALL, UNIT,
-        )  # fmt: skip
-        low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
+    if reach > ROOM:
+        few = tl.maximum(want, ROOM)
+        while (reach > few) & (beyond < want) & (high - low > 1):
+            middle = (low + high) >> 1
+            count = _count_listed(
+                column, listed, first, middle.to(tl.int32), None, size, up, num_tokens, num_units,
+                LIST_BLOCK, ALL, UNIT,
+            )  # fmt: skip
+            low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
+        if (reach > want) & (reach <= ROOM):
+            # What other threads wrote there first.
+            tl.debug_barrier()
+            _gather_first(
+                column, listed, first, found, low.to(tl.int32), size, up, num_tokens, num_units,
+                LIST_BLOCK, ALL, ROOM, UNIT,
+            )  # fmt: skip
     exact = (beyond == want) & (reach > want)
     bound = tl.where(exact, high - 1, low).to(tl.int32)
     limit = tl.where(exact, 0, num_tokens)
     if (reach > want) & (reach <= ROOM) & (want > 0):
-        _gather_first(
-            column, listed, first, found, low.to(tl.int32), size, up, num_tokens, num_units,
-            LIST_BLOCK, ALL, UNIT,
-        )  # fmt: skip
         # Orders what other threads found before the loads.
         tl.debug_barrier()
         bound, last = _end_of(found, want, reach, ROOM)
@@ -652,10 +660,10 @@ def _select_kernel(
     ALL: tl.constexpr = UNITS <= LIST_BLOCK
     kept: tl.constexpr = 1 if HELD else 3
     # An even number, as what is found has eight bytes.
-    line = 2 * (UNITS + ROOM + (kept * num_groups + 1) // 2)
+    line = 2 * (UNITS + ROOM + _COMPARED + (kept * num_groups + 1) // 2)
     listed = scratch + expert.to(tl.int64) * line
     entries = (listed + 2 * UNITS).to(tl.pointer_type(tl.int64), bitcast=True)
-    sizes = listed + 2 * UNITS + 2 * ROOM
+    sizes = listed + 2 * (UNITS + ROOM + _COMPARED)
     tops = sizes + num_groups
     frequency = 0
     word = tl.zeros([BLOCK], tl.int32)
@@ -669,7 +677,8 @@ def _select_kernel(
         size = popcount(word)
         group = first + tl.arange(0, BLOCK)
         inside = group < num_groups
-        tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=inside)
+        if summaries is None:
+            tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=inside)
         tl.store(sizes + group, size if UNIT == GROUP else ones_by_byte(word), mask=inside)
         if not HELD:
             tl.store(tops + group, to_drop, mask=inside)
@@ -833,7 +842,7 @@ def scratch_size(keys: Keys, num_tokens: int, num_experts: int, tile: int, rule:
     num_groups = cdiv(num_tokens, GROUP.value)
     kept = 3 if num_groups > _MAX_HELD else 1
     units = _list_size(num_tokens, tile, rule) * GROUP.value // _unit(keys)
-    entries = _room(num_tokens, tile, rule)
+    entries = _room(num_tokens, tile, rule) + _COMPARED.value
     return num_experts * 2 * (units + entries + cdiv(kept * num_groups, 2))
 
 
@@ -849,13 +858,14 @@ def decide(
     """Fills in ``decisions``: one launch, three for ``"balance-f"``.
 
     Args:
-        keys: of :mod:`sonic.triton.rounding_keys`, with a table for ``"balance-f"``.
+        keys: of :mod:`sonic.triton.rounding_keys`, with a table for ``"balance-f"``; if they have
+            words, these are those of ``decisions``.
         uniform: (E,) fp32 in [0, 1), for ``"sr"`` and ``"nr-s"``.
         scratch: int32, of as many elements as :func:`scratch_size` says, overwritten; at an address
             that is a multiple of eight.
         num_tokens: T, at least 1. tile: M. rule: see :mod:`sonic.routing.token_rounding`.
     """
-    _, logits, _, summaries, _ = keys
+    _, logits, _, summaries, *_ = keys
     unit = _unit(keys)
     most_held = _MAX_HELD_LIST if summaries is None else _MAX_HELD_PARTS
     num_experts = decisions.load.shape[0]
