@@ -167,7 +167,7 @@ def test_selection(compiled, tokens, tile, rule, ties, summarized):  # noqa: F81
     room = rounding_select._room(tokens, tile, rule)
     lists = 2 * rounding_select._list_size(tokens, tile, rule) * (4 if summarized else 1)
     found = scratch.view(EXPERTS, -1)[counts != load, lists : lists + 2 * room]
-    assert ((found == -99).any(1) != (ties or tile > 2 * room)).all()
+    assert (found == -99).any(1).all() != (ties or tile > 2 * room)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
