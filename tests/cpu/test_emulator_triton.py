@@ -163,11 +163,11 @@ def test_selection(compiled, tokens, tile, rule, ties, summarized):  # noqa: F81
     assert torch.equal(before.long(), sizes.cumsum(0) - sizes)
     assert torch.equal(counts.long(), kept.sum(1)) and torch.equal(load.long(), chosen.sum(1))
     assert not torch.equal(kept[:, :tokens], chosen)
-    # Where few tokens are left there is room for all, and they are compared with one another.
+    # Where few tokens are left they are compared with one another, and there is an end of them.
     room = rounding_select._room(tokens, tile, rule)
     lists = 2 * rounding_select._list_size(tokens, tile, rule) * (4 if summarized else 1)
     found = scratch.view(EXPERTS, -1)[counts != load, lists : lists + 2 * room]
-    assert (found == -99).any(1).all() != (ties or tile > 2 * room)
+    assert (found == -1).any(1).all() != (ties or tile > 2 * room)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
