@@ -74,7 +74,7 @@ _LEAST_GROUPS = 256
 # There a program that finds winners is one warp, so that no reduction leaves it.
 _WINNER_ELEMENTS = 2048  # of it: several tokens, whose searches wait side by side
 _SUMMARY_BLOCK = 256  # experts of a program that summarizes, which has one group of tokens
-_EXPERTS_PER_THREAD = 2  # of it
+_EXPERTS_PER_THREAD = 4  # of it
 
 
 @triton.jit

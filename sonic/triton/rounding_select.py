@@ -461,27 +461,27 @@ def _search(
     # this program loaded of `found` before what this one stores there.
     tl.debug_barrier()
     first = _load_listed(column, listed, 0, size, num_tokens, num_units, LIST_BLOCK, UNIT)
-    reach = _gather_first(
-        column, listed, first, found, low.to(tl.int32), size, up, num_tokens, num_units, LIST_BLOCK,
-        ALL, ROOM, UNIT,
-    )  # fmt: skip
+    reach = 0
     beyond = 0
-    if reach > ROOM:
-        few = tl.maximum(want, ROOM)
-        while (reach > few) & (beyond < want) & (high - low > 1):
-            middle = (low + high) >> 1
-            count = _count_listed(
-                column, listed, first, middle.to(tl.int32), None, size, up, num_tokens, num_units,
-                LIST_BLOCK, ALL, UNIT,
-            )  # fmt: skip
-            low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
-        if (reach > want) & (reach <= ROOM):
-            # What other threads wrote there first.
+    again = True
+    while again:
+        again = False
+        reach = _gather_first(
+            column, listed, first, found, low.to(tl.int32), size, up, num_tokens, num_units,
+            LIST_BLOCK, ALL, ROOM, UNIT,
+        )  # fmt: skip
+        if reach > ROOM:
+            few = tl.maximum(want, ROOM)
+            while (reach > few) & (beyond < want) & (high - low > 1):
+                middle = (low + high) >> 1
+                count = _count_listed(
+                    column, listed, first, middle.to(tl.int32), None, size, up, num_tokens,
+                    num_units, LIST_BLOCK, ALL, UNIT,
+                )  # fmt: skip
+                low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
+            again = (reach > want) & (reach <= ROOM)
+            # What other threads wrote comes before what they write then.
             tl.debug_barrier()
-            _gather_first(
-                column, listed, first, found, low.to(tl.int32), size, up, num_tokens, num_units,
-                LIST_BLOCK, ALL, ROOM, UNIT,
-            )  # fmt: skip
     exact = (beyond == want) & (reach > want)
     bound = tl.where(exact, high - 1, low).to(tl.int32)
     limit = tl.where(exact, 0, num_tokens)
@@ -882,6 +882,8 @@ def decide(
     elif num_warps == 4:
         # Four programs run at once. Without a number it spills here too, of fewer registers.
         registers["maxnreg"] = _REGISTERS // (4 * 32 * num_warps)
+    elif num_warps == 8:
+        registers["maxnreg"] = 80
     balanced = rule == "balance-f"
     if balanced:
         assert keys.table is not None
