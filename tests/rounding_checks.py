@@ -193,9 +193,15 @@ def summaries_of(keys: Tensor, tokens: int) -> Tensor:
     is_token = (torch.arange(keys.shape[1]) < tokens).view(-1, 32)
     chosen, rank = groups >= 0, groups & (2**31 - 1)
     word = (chosen.long() << torch.arange(32)).sum(-1)
-    to_add = torch.where(~chosen & is_token, rank, -1).amax(-1)
+    to_add = torch.where(~chosen & is_token, rank, -1)
     to_drop = torch.where(chosen, 2**31 - 1 - rank, -1).amax(-1)
-    numbers = word - ((word >= 2**31).long() << 32), to_add, chosen.sum(-1), to_drop
+    # Of parts that tie the last one is first; a part has no rank to add if all its tokens chose.
+    by_part = (rank.long() - chosen.long() * 2**31).unflatten(-1, (4, 8)).amax(-1)
+    first = 3 - by_part.flip(-1).argmax(-1)
+    others = by_part.scatter(-1, first[..., None], 0).amax(-1)
+    second = others // 4 * 4 + first
+    signed = word - ((word >= 2**31).long() << 32)
+    numbers = signed, to_add.amax(-1), second, to_drop
     return torch.stack(numbers, dim=-1).int()
 
 

@@ -9,14 +9,16 @@ Keys are written column by column, from given scores or, in one pass that also f
 from logits. The score of expert e is then ``exp(v_e)`` over the sum of ``exp(v)``, of the token's
 winners or of all experts.
 
-A column is searched by GROUPs of 32 tokens, of which four numbers matter, a *summary*: which tokens
-chose the expert, as a word, how many, and the greatest *ranks* of one to add and of one to drop.
-Where columns are many there is no table of keys: the kernel that finds the winners leaves four
-*marks* of each token, which make any key of it from the logit, and a second one reads the logits
-again, by expert, and leaves summaries.
+A column is searched by GROUPs of 32 tokens, of which a few numbers matter: which tokens chose the
+expert, as a word, and the greatest *ranks* of one to add and of one to drop. Where columns are many
+there is no table of keys: the kernel that finds the winners leaves four *marks* of each token, which
+make any key of it from the logit, and a second one reads the logits again, by expert, and leaves
+*summaries*. These have a fourth number, the *second*: which PART of eight tokens has the greatest
+rank to add, in two bits, and in the others those of the greatest one of the other parts.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,6 +30,7 @@ from sonic.triton.common import (
     check_float,
     check_shape,
     device_of,
+    is_interpreted,
     power_of_2,
     row_major,
 )
@@ -48,6 +51,9 @@ from sonic.triton.topk import (
     topk_scores,
 )
 
+_INTERPRETED = tl.constexpr(is_interpreted())
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
 MAX_BLOCK_E = 4096  # experts of a token in one block
 _ELEMENTS = 4096  # of a block, or those of one token
 _ELEMENTS_PER_THREAD = 32  # where tokens choose from many experts
@@ -56,8 +62,8 @@ _BYTES_PER_LOAD = 16  # of a thread
 _LEAST_PIECE = 32  # bytes of a row that are loaded together, a sector
 
 GROUP = tl.constexpr(32)  # tokens of a summary
-_LANES = tl.constexpr(8)  # of these, keys that are loaded at once
-_PARTS = tl.constexpr(4)  # how often
+PART = tl.constexpr(8)  # of these, those whose keys or logits are loaded at once
+PARTS = tl.constexpr(4)  # of a group
 _LEAST_GROUPED = 256  # experts of a block that is searched by groups of columns
 
 # Experts from which, up to which, and groups from which on there are summaries instead of a table:
@@ -68,8 +74,23 @@ _LEAST_GROUPS = 256
 # There a program that finds winners is one warp, so that no reduction leaves it.
 _WINNER_ELEMENTS = 2048  # of it: several tokens, whose searches wait side by side
 _SUMMARY_BLOCK = 256  # experts of a program that summarizes, which has one group of tokens
-_EXPERTS_PER_THREAD = 2  # of it
-_AT_ONCE = tl.constexpr(8)  # tokens whose logits it loads together
+_EXPERTS_PER_THREAD = 4  # of it
+
+
+@triton.jit
+def _exp(value):
+    """Of fp32 numbers; 0 for what is less than 2^-126, which saves three instructions of five."""
+    if _INTERPRETED:
+        return tl.exp(value)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;",
+            "=f,f",
+            [value * _LOG2_E],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -118,7 +139,7 @@ def _key_of_logit(value, expert, marks, BITS: tl.constexpr):
     # Logits of the other sign than the last winner's are in their places too.
     order = (_plain_bits(value) ^ turn) & (-1 << BITS)
     won = order >= bound + expert
-    return _key_of(tl.exp(value - top) * inverse, won, 0)
+    return _key_of(_exp(value - top) * inverse, won, 0)
 
 
 @triton.jit
@@ -165,13 +186,24 @@ def _store_columns(keys, key, token, expert, num_experts, key_stride):
 
 
 @triton.jit
-def popcount(word):
-    """Ones in each int32; in the form that compilers know to be one instruction."""
+def ones_by_byte(word):
+    """Ones in each byte of each int32, in that byte."""
     word = word.to(tl.uint32, bitcast=True)
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24).to(tl.int32, bitcast=True)
+    return ((word + (word >> 4)) & 0x0F0F0F0F).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def sum_of_bytes(word):
+    """Of each int32, less than 256."""
+    return ((word.to(tl.uint32, bitcast=True) * 0x01010101) >> 24).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def popcount(word):
+    """Ones in each int32; in the form that compilers know to be one instruction."""
+    return sum_of_bytes(ones_by_byte(word))
 
 
 @triton.jit
@@ -185,15 +217,27 @@ def _greatest_ranks(least, greatest, all_chose):
 
 
 @triton.jit
+def first_part(second):
+    """Of a group, that with the greatest rank to add."""
+    return second & (PARTS - 1)
+
+
+@triton.jit
+def most_of_other_parts(second):
+    """At least the greatest rank to add of the others, if they have one, and at most three more."""
+    return second | (PARTS - 1)
+
+
+@triton.jit
 def _summarize(column, num_tokens, BLOCK: tl.constexpr):
-    """Words, sizes, and greatest ranks to add and to drop, of BLOCK groups, given by the addresses
-    of their first keys and by how many tokens there are from there on."""
-    lane = tl.arange(0, _LANES)[None, :]
-    free = tl.zeros([BLOCK, _LANES], tl.uint32)
-    least = tl.full([BLOCK, _LANES], 0xFFFFFFFF, tl.uint32)
-    greatest = tl.zeros([BLOCK, _LANES], tl.uint32)
-    for part in range(_PARTS):
-        place = (_PARTS - 1 - part) * _LANES + lane
+    """Words, and greatest ranks to add and to drop, of BLOCK groups, given by the addresses of their
+    first keys and by how many tokens there are from there on."""
+    lane = tl.arange(0, PART)[None, :]
+    free = tl.zeros([BLOCK, PART], tl.uint32)
+    least = tl.full([BLOCK, PART], 0xFFFFFFFF, tl.uint32)
+    greatest = tl.zeros([BLOCK, PART], tl.uint32)
+    for part in range(PARTS):
+        place = (PARTS - 1 - part) * PART + lane
         key = tl.load(column[:, None] + place).to(tl.uint32, bitcast=True)
         free = (free << 1) | (key >> 31)
         least = tl.minimum(least, key)
@@ -205,7 +249,7 @@ def _summarize(column, num_tokens, BLOCK: tl.constexpr):
     to_add, to_drop = _greatest_ranks(
         tl.min(least, axis=1), tl.max(greatest, axis=1), size >= tl.minimum(num_tokens, GROUP)
     )
-    return word, size, to_add, to_drop
+    return word, to_add, to_drop
 
 
 @triton.jit
@@ -216,13 +260,13 @@ def _offset_of_four(index):
 
 @triton.jit
 def _load_summaries(summaries, expert, group, num_groups, BLOCK: tl.constexpr):
-    """Words, sizes, and greatest ranks to add and to drop, of an expert's groups."""
+    """Words, seconds, and greatest ranks to add and to drop, of an expert's groups."""
     index = expert.to(tl.int64) * num_groups + group
     summary = tl.load(summaries + _offset_of_four(index))
-    counted, greatest = tl.split(tl.reshape(summary, [BLOCK, 2, 2]))
-    word, size = tl.split(counted)
-    to_add, to_drop = tl.split(greatest)
-    return word, size, to_add, to_drop
+    even, odd = tl.split(tl.reshape(summary, [BLOCK, 2, 2]))
+    word, second = tl.split(even)
+    to_add, to_drop = tl.split(odd)
+    return word, second, to_add, to_drop
 
 
 @triton.jit
@@ -346,15 +390,15 @@ def _logit_scores_kernel(
 
     lane = tl.arange(0, K_PAD)
     top = _value_of(first)
-    winner_term = tl.where(lane[None, :] < TOP_K, tl.exp(_value_of(best) - top[:, None]), 0.0)
+    winner_term = tl.where(lane[None, :] < TOP_K, _exp(_value_of(best) - top[:, None]), 0.0)
     if FULL:
-        term = tl.exp(value - top[:, None])
+        term = _exp(value - top[:, None])
         total = tl.sum(term if EXACT else tl.where(is_expert[None, :], term, 0.0), axis=1)
     else:
         total = _sum_of_winners(winner_term, ROWS, K_PAD)
     inverse = 1.0 / total
     if scores is not None:
-        score = tl.exp(value - top[:, None]) * inverse[:, None]
+        score = _exp(value - top[:, None]) * inverse[:, None]
         offset = token.to(tl.int64)[:, None] * num_experts + expert[None, :]
         tl.store(scores + offset, score, mask=is_token[:, None] & is_expert[None, :])
     else:
@@ -364,7 +408,7 @@ def _logit_scores_kernel(
         tl.store(winner_ids + offset, winner, mask=is_slot)
         tl.store(lse_by_token + token, top + tl.log(total), mask=is_token)
         if keys is not None:
-            term = tl.exp(value - top[:, None])
+            term = _exp(value - top[:, None])
             score = term * tl.where(is_token, inverse, 0.0)[:, None]
             key = _key_of(score, won, tl.where(is_token, 0, LOWEST)[:, None])
             _store_columns(keys, key, token, expert, num_experts, key_stride)
@@ -373,11 +417,57 @@ def _logit_scores_kernel(
             _store_marks(marks, token, token < key_stride, values, ROWS)
 
 
+@triton.jit
+def _extremes_of_group(
+    logits,
+    marks,
+    group,
+    expert,
+    num_tokens,
+    num_experts,
+    stride,
+    BITS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Of each expert which tokens of the group did not choose it, as a word, the least and the
+    greatest key, the greatest one of other parts, and which part has the greatest. FULL: there are
+    all tokens. Behind the last expert anything."""
+    free = tl.zeros([BLOCK_E], tl.uint32)
+    least = tl.full([BLOCK_E], 0xFFFFFFFF, tl.uint32)
+    greatest = tl.zeros([BLOCK_E], tl.uint32)
+    second = tl.zeros([BLOCK_E], tl.uint32)
+    first = tl.zeros([BLOCK_E], tl.int32)
+    # The last token first, whose bit goes farthest.
+    for index in tl.range(PARTS):
+        part = PARTS - 1 - index
+        greatest_here = tl.zeros([BLOCK_E], tl.uint32)
+        for lane in tl.static_range(PART - 1, -1, -1):
+            token = group * GROUP + part * PART + lane
+            of_token = _marks_of_one(marks + 4 * token.to(tl.int64))
+            address = logits + token.to(tl.int64) * stride + expert
+            if FULL:
+                value = tl.load(address, mask=expert < num_experts)
+            else:
+                mask = expert < tl.where(token < num_tokens, num_experts, 0)
+                value = tl.load(address, mask=mask, other=0.0)
+            key = _key_of_logit(value.to(tl.float32), expert, of_token, BITS)
+            key = key.to(tl.uint32, bitcast=True)
+            free = (free << 1) | (key >> 31)
+            least = tl.minimum(least, key)
+            greatest_here = tl.maximum(greatest_here, key)
+        second = tl.maximum(second, tl.minimum(greatest, greatest_here))
+        first = tl.where(greatest_here > greatest, part, first)
+        greatest = tl.maximum(greatest, greatest_here)
+    return free, least, greatest, second, first
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _summaries_kernel(
     logits,
     marks,
     summaries,
+    words,
     num_tokens,
     num_experts,
     stride,
@@ -387,34 +477,31 @@ def _summaries_kernel(
     BLOCKS: tl.constexpr,
     PER_THREAD: tl.constexpr,
 ):
-    """summaries (E, groups, 4) of one group and BLOCK_E experts: a thread has all tokens of its
+    """summaries (E, groups, 4) of one group and BLOCK_E experts, and words (groups, E) once more: a thread has all tokens of its
     PER_THREAD experts, one after another, and waits for no other."""
     wait_for_earlier_launches()
     group = tl.program_id(0) // BLOCKS
     place = tl.max_contiguous(tl.arange(0, BLOCK_E), PER_THREAD)
     expert = tl.program_id(0) % BLOCKS * BLOCK_E + place
-    free = tl.zeros([BLOCK_E], tl.uint32)
-    least = tl.full([BLOCK_E], 0xFFFFFFFF, tl.uint32)
-    greatest = tl.zeros([BLOCK_E], tl.uint32)
-    # The last token first, whose bit goes farthest.
-    for index in tl.range(GROUP, loop_unroll_factor=_AT_ONCE):
-        token = group * GROUP + (GROUP - 1) - index
-        of_token = _marks_of_one(marks + 4 * token.to(tl.int64))
-        address = logits + token.to(tl.int64) * stride + expert
-        mask = expert < tl.where(token < num_tokens, num_experts, 0)
-        value = tl.load(address, mask=mask, other=0.0).to(tl.float32)
-        key = _key_of_logit(value, expert, of_token, BITS).to(tl.uint32, bitcast=True)
-        free = (free << 1) | (key >> 31)
-        least = tl.minimum(least, key)
-        greatest = tl.maximum(greatest, key)
+    if (group + 1) * GROUP <= num_tokens:
+        free, least, greatest, second, first = _extremes_of_group(
+            logits, marks, group, expert, num_tokens, num_experts, stride, BITS, BLOCK_E, True
+        )
+    else:
+        free, least, greatest, second, first = _extremes_of_group(
+            logits, marks, group, expert, num_tokens, num_experts, stride, BITS, BLOCK_E, False
+        )
     word = ~free.to(tl.int32, bitcast=True)
-    size = popcount(word)
-    all_chose = size >= tl.minimum(num_tokens - group * GROUP, GROUP)
+    all_chose = popcount(word) >= tl.minimum(num_tokens - group * GROUP, GROUP)
     to_add, to_drop = _greatest_ranks(least, greatest, all_chose)
-    summary = tl.join(tl.join(word, size), tl.join(to_add, to_drop))
+    # Of a part whose tokens all chose the expert it is a key below 2^31, and no rank to add.
+    second = tl.where(second >> 31 == 1, second, 0).to(tl.int32, bitcast=True) & HIGHEST
+    second = (second & -PARTS) | first
+    summary = tl.join(tl.join(word, second), tl.join(to_add, to_drop))
     summary = tl.reshape(summary, [BLOCK_E, 4])
     offset = _offset_of_four(expert.to(tl.int64) * (key_stride // GROUP) + group)
     tl.store(summaries + offset, summary, mask=(expert < num_experts)[:, None])
+    tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=expert < num_experts)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -494,12 +581,13 @@ def _key_stride(num_tokens: int) -> int:
 class Keys(NamedTuple):
     """Keys, as a ``table (E, stride)`` int32 with ``stride`` at least T; or ``logits (T, E)``, of
     which so many low ``bits`` carry nothing once they are fp32, ``marks (stride, 4)`` int32 that
-    make keys of them, and ``summaries (E, groups, 4)`` int32."""
+    make keys of them, ``summaries (E, groups, 4)`` int32, and their ``words (groups, E)``."""
 
     table: torch.Tensor | None
     logits: torch.Tensor | None = None
     marks: torch.Tensor | None = None
     summaries: torch.Tensor | None = None
+    words: torch.Tensor | None = None
     bits: int = 0
 
     @property
@@ -568,7 +656,7 @@ def _launch(
 
 def _summarize_logits(keys: Keys) -> None:
     """Fill in the summaries of keys that have marks."""
-    _, logits, marks, summaries, bits = keys
+    _, logits, marks, summaries, words, bits = keys
     assert logits is not None and summaries is not None
     num_tokens, num_experts = logits.shape
     blocks = cdiv(num_experts, _SUMMARY_BLOCK)
@@ -577,6 +665,7 @@ def _summarize_logits(keys: Keys) -> None:
         logits,
         marks,
         summaries,
+        words,
         num_tokens,
         num_experts,
         logits.stride(0),
@@ -607,10 +696,12 @@ def keys_of_logits(
     device = logits.device
     stride = _key_stride(num_tokens)
     if summarized:
-        shape = num_experts, stride // GROUP.value, 4
-        marks = torch.empty(stride, 4, dtype=torch.int32, device=device)
-        summaries = torch.empty(shape, dtype=torch.int32, device=device)
-        keys = Keys(None, logits, marks, summaries, free_bits(logits.dtype, num_experts))
+        options: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        groups = stride // GROUP.value
+        marks = torch.empty(stride, 4, **options)
+        summaries = torch.empty(num_experts, groups, 4, **options)
+        words = torch.empty(groups, num_experts, **options)
+        keys = Keys(None, logits, marks, summaries, words, free_bits(logits.dtype, num_experts))
     else:
         keys = Keys(torch.empty(num_experts, stride, dtype=torch.int32, device=device))
     winner_scores = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)

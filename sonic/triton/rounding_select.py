@@ -8,9 +8,10 @@ A program decides for one expert. It needs of every GROUP of 32 tokens the great
 the keys' summaries have, or which it finds reading the column of keys once. The n first tokens lie
 in the n groups whose greatest ranks come first, since these are n tokens of n groups. So a search
 over the groups, by four at a step, finds a few that are listed, with a rank that the n tokens reach
-and few others do. All that reach it are compared with one another, which gives the token at which
-the n tokens end; where too many tie for that, a bisection over the listed tokens does. Nothing is
-sorted.
+and few others do. What is listed are UNITs of so many tokens: the groups, or by summaries, which say
+where in a group these tokens may be, parts of it. All that reach the rank are compared with one
+another, which gives the token at which the n tokens end; where too many tie for that, a bisection
+over the listed tokens does. Nothing is sorted.
 
 What is left behind is 32 tokens' verdicts in a word, and the expert's kept tokens before them.
 
@@ -27,20 +28,27 @@ from sonic.triton.common import cdiv, power_of_2
 from sonic.triton.launch import Launcher, wait_for_earlier_launches
 from sonic.triton.rounding_keys import (
     GROUP,
+    PART,
     Keys,
     _load_keys,
     _load_summaries,
     _score_of,
     _summarize,
+    first_part,
+    most_of_other_parts,
+    ones_by_byte,
     popcount,
+    sum_of_bytes,
 )
 from sonic.triton.topk import HIGHEST, LOWEST
 
+_ALL_PARTS = tl.constexpr(0b1111)
 _COMPARED = tl.constexpr(16)  # tokens that others are compared with at once
 
 _MAX_HELD = 1024  # groups whose greatest ranks stay in registers
 _MAX_COUNTED = 512  # groups whose ranks are counted at once where they do not
-_MAX_HELD_LIST = 256  # listed groups whose keys do
+_MAX_HELD_LIST = 8192  # listed tokens whose keys do
+_MAX_HELD_PARTS = 1024  # where parts are listed, of which there are hardly ever more
 _LEAST_LIST = 16
 _MAX_COMPARED = 256  # tokens that are compared with one another
 _GROUPS_PER_WARP = 64
@@ -85,28 +93,31 @@ def _rank(key, up):
 @triton.jit
 def _summaries_from(
     column,
-    summaries,
     first,
     num_tokens,
     num_groups,
     BLOCK: tl.constexpr,
 ):
-    """Words, sizes, and greatest ranks to add and to drop of BLOCK groups."""
-    keys, _, _, expert, _, key_stride, _ = column
+    """Words, seconds, and greatest ranks to add and to drop of BLOCK groups: no token chose, and
+    there are no ranks, where there is no group. Of keys in a table the seconds are nothing."""
+    keys, _, _, summaries, expert, _, key_stride, _ = column
     group = first + tl.arange(0, BLOCK)
     inside = group < num_groups
     # The last group once more, where there is none.
     source = tl.minimum(group, num_groups - 1)
     if summaries is None:
         first_token = source * GROUP
-        word, size, to_add, to_drop = _summarize(
+        word, to_add, to_drop = _summarize(
             keys + expert.to(tl.int64) * key_stride + first_token, num_tokens - first_token, BLOCK
         )
+        second = word
     else:
-        word, size, to_add, to_drop = _load_summaries(summaries, expert, source, num_groups, BLOCK)
+        word, second, to_add, to_drop = _load_summaries(
+            summaries, expert, source, num_groups, BLOCK
+        )
     return (
-        word,
-        tl.where(inside, size, 0),
+        tl.where(inside, word, 0),
+        second,
         tl.where(inside, to_add, -1),
         tl.where(inside, to_drop, -1),
     )
@@ -181,20 +192,46 @@ def _halved(middle, count, want, low, reach, high, beyond):
 
 
 @triton.jit
-def _list_groups(
+def _parts_that_may_reach(word, second, low, up):
+    """Of groups in which a token of rank ``low`` or more is, as bits, the parts that may have one:
+    that of the first one to add, all if other parts have one too; those with tokens to drop."""
+    with_added = tl.where(most_of_other_parts(second) >= low, _ALL_PARTS, 1 << first_part(second))
+    # The least bit of each byte is whether there is any, and the four move to one place.
+    some = word.to(tl.uint32, bitcast=True)
+    some = some | (some >> 4)
+    some = some | (some >> 2)
+    some = (some | (some >> 1)) & 0x01010101
+    with_dropped = ((some * 0x10204080) >> 28).to(tl.int32, bitcast=True)
+    return tl.where(up, with_added, with_dropped)
+
+
+@triton.jit
+def _tied_apart(taken, tie, ties, LIST: tl.constexpr, beyond, reach, up):
+    """Of too many groups that tie the first ones, or the last to drop, with LIST in all."""
+    before = ties + tl.cumsum(tie.to(tl.int32), axis=0) - tie.to(tl.int32)
+    before -= tl.where(up, 0, reach - LIST)
+    return taken & (~tie | ((before >= 0) & (before < LIST - beyond)))
+
+
+@triton.jit
+def _list_units(
+    column,
     tops,
     held,
     listed,
     want,
     up,
+    num_tokens,
     num_groups,
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,
     LIST: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
-    """Write groups, LIST at most, that hold the ``want`` first tokens, ascending. Returns how many,
-    a rank that all these tokens reach, and one that none does."""
-    reach, greatest, least = _spread(tops, held, num_groups, BLOCK, HELD)
+    """Write units that hold the ``want`` first tokens, ascending, of LIST groups at most. Returns
+    how many, a rank that all these tokens reach, and one that none does."""
+    top, word, second = held
+    reach, greatest, least = _spread(tops, top, num_groups, BLOCK, HELD)
     beyond = 0
     # Fewer groups than wanted tokens: some of these are not the first of their group.
     low = tl.where(reach < want, 0, least).to(tl.uint32)
@@ -206,60 +243,90 @@ def _list_groups(
         below, above = (low + middle) >> 1, (middle + high) >> 1
         # Not all groups reach `middle`, which is above the least rank.
         count_below, count, count_above = _groups_from(
-            tops, held, below.to(tl.int32), middle.to(tl.int32), above.to(tl.int32), num_groups,
+            tops, top, below.to(tl.int32), middle.to(tl.int32), above.to(tl.int32), num_groups,
             BLOCK, HELD,
         )  # fmt: skip
         low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
         middle = tl.where(count >= want, above, below)
         count = tl.where(count >= want, count_above, count_below)
         low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
-    # Too many are left only if they tie: then the first of them are enough, or the last to drop.
-    room = tl.where(reach > LIST, LIST - beyond, LIST)
-    skipped = tl.where((reach > LIST) & (up == 0), reach - LIST, 0)
-    better = 0
-    ties = -skipped
+    bound = low.to(tl.int32)
+    size = 0
+    ties = 0
     for first in range(0, BLOCK if HELD else num_groups, BLOCK):
-        top = _tops(tops, held, first, num_groups, BLOCK, HELD)
-        is_better = top > low.to(tl.int32)
-        is_tied = (top == low.to(tl.int32)) & (top >= 0)
-        # At most LIST are better, unless none is wanted.
-        number = (is_better.to(tl.int32) << 16) + is_tied.to(tl.int32)
-        before = tl.cumsum(number, axis=0) - number
-        tie = ties + (before & 0xFFFF)
-        taken = is_better | (is_tied & (tie >= 0) & (tie < room))
-        taken = (taken & (want > 0)).to(tl.int32)
-        place = better + (before >> 16) + tl.minimum(tl.maximum(tie, 0), room)
-        tl.store(listed + place, first + tl.arange(0, BLOCK), mask=taken != 0)
-        if not HELD:
-            number = tl.sum(number, axis=0)
-            better += number >> 16
-            ties += number & 0xFFFF
-    size = tl.where(want > 0, tl.minimum(reach, LIST), 0)
+        top = _tops(tops, top, first, num_groups, BLOCK, HELD)
+        taken = (top >= bound) & (top >= 0) & (want > 0)
+        # Too many are left only if they tie.
+        if reach > LIST:
+            tie = (top == bound) & taken
+            taken = _tied_apart(taken, tie, ties, LIST, beyond, reach, up)
+            ties += tl.sum(tie.to(tl.int32), axis=0)
+        units = taken.to(tl.int32)
+        if UNIT != GROUP:
+            if not HELD:
+                word, second, _, _ = _summaries_from(column, first, num_tokens, num_groups, BLOCK)
+            units = tl.where(taken, _parts_that_may_reach(word, second, bound, up), 0)
+        number = popcount(units)
+        place = size + tl.cumsum(number, axis=0) - number
+        unit = (first + tl.arange(0, BLOCK)) * (GROUP // UNIT)
+        for part in tl.static_range(GROUP // UNIT):
+            here = (units >> part) & 1
+            tl.store(listed + place, unit + part, mask=here != 0)
+            place += here
+        if UNIT != GROUP or not HELD:
+            size += tl.sum(number, axis=0)
+    if UNIT == GROUP:
+        size = tl.where(want > 0, tl.minimum(reach, LIST), 0)
     return size, low, end
 
 
 @triton.jit
-def _load_listed(column, listed, start, size, num_tokens, num_groups, BLOCK: tl.constexpr):
-    """Keys (GROUP, BLOCK) of the groups listed from the ``start``-th on, and these groups, with
-    ``num_groups`` behind the last one."""
-    keys, logits, marks, expert, stride, key_stride, BITS = column
+def _load_listed(
+    column, listed, start, size, num_tokens, num_units, BLOCK: tl.constexpr, UNIT: tl.constexpr
+):
+    """Keys (UNIT, BLOCK) of the units listed from the ``start``-th on, and these units, with
+    ``num_units`` behind the last one."""
+    keys, logits, marks, _, expert, stride, key_stride, BITS = column
     entry = start + tl.arange(0, BLOCK)
-    group = tl.load(listed + entry, mask=entry < size, other=num_groups)
+    unit = tl.load(listed + entry, mask=entry < size, other=num_units)
     if marks is not None:
-        # Or the compiler loads one group behind another, and the keys of each before the next
+        # Or the compiler loads one unit behind another, and the keys of each before the next
         # (selection 22.0 to 18.9 us with 512 experts, 2026-11-28).
         tl.debug_barrier()
-    # A thread loads single keys, and a warp a group: as they have to lie for sums over a group, and
-    # for stores to places that are next to one another.
-    token = tl.max_contiguous(group[None, :] * GROUP + tl.arange(0, GROUP)[:, None], [1, 1])
+    # A thread loads single keys, and neighbours those of a unit: as they have to lie for sums over
+    # it, and for stores to places that are next to one another.
+    token = tl.max_contiguous(unit[None, :] * UNIT + tl.arange(0, UNIT)[:, None], [1, 1])
     mask = token < num_tokens
-    return _load_keys(keys, logits, marks, token, expert, mask, stride, key_stride, BITS), group
+    return _load_keys(keys, logits, marks, token, expert, mask, stride, key_stride, BITS), unit
 
 
 @triton.jit
-def _places(group, num_tokens, up):
-    """Places of these groups' tokens: of equal ranks the lowest place comes first."""
-    token = group[None, :] * GROUP + tl.arange(0, GROUP)[:, None]
+def _listed_from(
+    column,
+    listed,
+    held,
+    start,
+    size,
+    num_tokens,
+    num_units,
+    BLOCK: tl.constexpr,
+    ALL: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """The same, of which the first block is ``held``. ALL: that is all there may be."""
+    key, unit = held
+    if not ALL:
+        if start > 0:
+            key, unit = _load_listed(
+                column, listed, start, size, num_tokens, num_units, BLOCK, UNIT
+            )
+    return key, unit
+
+
+@triton.jit
+def _places(unit, num_tokens, up, UNIT: tl.constexpr):
+    """Places of these units' tokens: of equal ranks the lowest place comes first."""
+    token = unit[None, :] * UNIT + tl.arange(0, UNIT)[:, None]
     return tl.where(up, token, num_tokens - 1 - token)
 
 
@@ -267,29 +334,29 @@ def _places(group, num_tokens, up):
 def _count_listed(
     column,
     listed,
-    held_key,
-    held_group,
+    held,
     bound,
     place_limit,
     size,
     up,
     num_tokens,
-    num_groups,
+    num_units,
     BLOCK: tl.constexpr,
-    HELD: tl.constexpr,
+    ALL: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Listed tokens of rank above ``bound``, at least 0, or equal to it: at places below the limit
     if there is one."""
     count = 0
     for start in range(0, size, BLOCK):
-        key, group = held_key, held_group
-        if not HELD:
-            key, group = _load_listed(column, listed, start, size, num_tokens, num_groups, BLOCK)
+        key, unit = _listed_from(
+            column, listed, held, start, size, num_tokens, num_units, BLOCK, ALL, UNIT
+        )
         rank = _rank(key, up)
         if place_limit is None:
             first = rank >= bound
         else:
-            first = _comes_first(rank, _places(group, num_tokens, up), bound, place_limit)
+            first = _comes_first(rank, _places(unit, num_tokens, up, UNIT), bound, place_limit)
         count += _total(first.to(tl.int32))
     return count
 
@@ -309,33 +376,38 @@ def _total(block):
 def _gather_first(
     column,
     listed,
-    held_key,
-    held_group,
+    held,
     found,
     bound,
     size,
     up,
     num_tokens,
-    num_groups,
+    num_units,
     BLOCK: tl.constexpr,
-    HELD: tl.constexpr,
+    ALL: tl.constexpr,
+    ROOM: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
-    """Write entries of the listed tokens that reach a rank."""
-    lane = tl.arange(0, GROUP)[:, None]
-    first = 0
+    """Write entries of the listed tokens that reach a rank, the first ROOM of them, and behind them
+    some that none is. Returns how many tokens reach it."""
+    lane = tl.arange(0, UNIT)[:, None]
+    count = 0
     for start in range(0, size, BLOCK):
-        key, group = held_key, held_group
-        if not HELD:
-            key, group = _load_listed(column, listed, start, size, num_tokens, num_groups, BLOCK)
+        key, unit = _listed_from(
+            column, listed, held, start, size, num_tokens, num_units, BLOCK, ALL, UNIT
+        )
         rank = _rank(key, up)
         reached = rank >= bound
         word = tl.sum(reached.to(tl.int32) << lane, axis=0)
         number = popcount(word)
-        index = first + tl.cumsum(number, axis=0) - number
+        index = count + tl.cumsum(number, axis=0) - number
         index = index[None, :] + popcount(word[None, :] & ((1 << lane) - 1))
-        tl.store(found + index, _entry(rank, _places(group, num_tokens, up)), mask=reached)
-        if not HELD:
-            first += tl.sum(number, axis=0)
+        entry = _entry(rank, _places(unit, num_tokens, up, UNIT))
+        tl.store(found + index, entry, mask=reached & (index < ROOM))
+        count += tl.sum(number, axis=0)
+    behind = tl.minimum(count, ROOM) + tl.arange(0, _COMPARED)
+    tl.store(found + behind, tl.full([_COMPARED], -1, tl.int64))
+    return count
 
 
 @triton.jit
@@ -352,8 +424,7 @@ def _end_of(found, want, count, ROOM: tl.constexpr):
     better = tl.zeros([_COMPARED, ROOM], tl.int32)
     for start in range(0, count, _COMPARED):
         # Along the first axis, which a thread sums by itself.
-        index = start + tl.arange(0, _COMPARED)
-        other = tl.load(found + index, mask=index < count, other=-1)
+        other = tl.load(found + start + tl.arange(0, _COMPARED))
         better += (other[:, None] > entry[None, :]).to(tl.int32)
     is_last = tl.sum(better, axis=0) == want - 1
     last = tl.max(tl.where(is_last, entry, -1), axis=0)
@@ -376,37 +447,45 @@ def _search(
     LIST: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
     ROOM: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
-    """Groups that hold the ``want`` first tokens, listed, and where these tokens end: those of
-    ranks above a bound, and of equal rank at places below a limit. Returns the number of groups,
-    bound and limit, and keys and groups of the first LIST_BLOCK that are listed."""
-    ALL: tl.constexpr = LIST <= LIST_BLOCK
-    size, low, high = _list_groups(tops, held, listed, want, up, num_groups, BLOCK, HELD, LIST)
+    """Units that hold the ``want`` first tokens, listed, and where these tokens end: those of ranks
+    above a bound, and of equal rank at places below a limit. Returns the number of units, bound and
+    limit, and keys and units of the first LIST_BLOCK that are listed."""
+    num_units = num_groups * (GROUP // UNIT)
+    ALL: tl.constexpr = LIST * (GROUP // UNIT) <= LIST_BLOCK
+    size, low, high = _list_units(
+        column, tops, held, listed, want, up, num_tokens, num_groups, BLOCK, HELD, LIST, UNIT
+    )
     # Orders the list, which other threads wrote, before the loads, and what an earlier search of
     # this program loaded of `found` before what this one stores there.
     tl.debug_barrier()
-    key, group = _load_listed(column, listed, 0, size, num_tokens, num_groups, LIST_BLOCK)
-    reach = _count_listed(
-        column, listed, key, group, low.to(tl.int32), None, size, up, num_tokens, num_groups,
-        LIST_BLOCK, ALL,
-    )  # fmt: skip
+    first = _load_listed(column, listed, 0, size, num_tokens, num_units, LIST_BLOCK, UNIT)
+    reach = 0
     beyond = 0
-    few = tl.maximum(want, ROOM)
-    while (reach > few) & (beyond < want) & (high - low > 1):
-        middle = (low + high) >> 1
-        count = _count_listed(
-            column, listed, key, group, middle.to(tl.int32), None, size, up, num_tokens, num_groups,
-            LIST_BLOCK, ALL,
+    again = True
+    while again:
+        again = False
+        reach = _gather_first(
+            column, listed, first, found, low.to(tl.int32), size, up, num_tokens, num_units,
+            LIST_BLOCK, ALL, ROOM, UNIT,
         )  # fmt: skip
-        low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
+        if reach > ROOM:
+            few = tl.maximum(want, ROOM)
+            while (reach > few) & (beyond < want) & (high - low > 1):
+                middle = (low + high) >> 1
+                count = _count_listed(
+                    column, listed, first, middle.to(tl.int32), None, size, up, num_tokens,
+                    num_units, LIST_BLOCK, ALL, UNIT,
+                )  # fmt: skip
+                low, reach, high, beyond = _halved(middle, count, want, low, reach, high, beyond)
+            again = (reach > want) & (reach <= ROOM)
+            # What other threads wrote comes before what they write then.
+            tl.debug_barrier()
     exact = (beyond == want) & (reach > want)
     bound = tl.where(exact, high - 1, low).to(tl.int32)
     limit = tl.where(exact, 0, num_tokens)
     if (reach > want) & (reach <= ROOM) & (want > 0):
-        _gather_first(
-            column, listed, key, group, found, low.to(tl.int32), size, up, num_tokens, num_groups,
-            LIST_BLOCK, ALL,
-        )  # fmt: skip
         # Orders what other threads found before the loads.
         tl.debug_barrier()
         bound, last = _end_of(found, want, reach, ROOM)
@@ -417,13 +496,13 @@ def _search(
         while (reach > want) & (beyond < want) & (limit - limit_low > 1):
             middle = (limit_low + limit) >> 1
             count = _count_listed(
-                column, listed, key, group, bound, middle, size, up, num_tokens, num_groups,
-                LIST_BLOCK, ALL,
+                column, listed, first, bound, middle, size, up, num_tokens, num_units, LIST_BLOCK,
+                ALL, UNIT,
             )  # fmt: skip
             enough = count >= want
             limit_low = tl.where(enough, limit_low, middle)
             limit = tl.where(enough, middle, limit)
-    return size, bound, limit, key, group
+    return size, bound, limit, first
 
 
 @triton.jit
@@ -435,14 +514,15 @@ def _mass(
     limit,
     up,
     num_tokens,
-    num_groups,
+    num_units,
     BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Sum of the scores of the tokens that :func:`_search` found."""
     mass = tl.zeros([], tl.float64)
     for start in range(0, size, BLOCK):
-        key, group = _load_listed(column, listed, start, size, num_tokens, num_groups, BLOCK)
-        place = _places(group, num_tokens, up)
+        key, unit = _load_listed(column, listed, start, size, num_tokens, num_units, BLOCK, UNIT)
+        place = _places(unit, num_tokens, up, UNIT)
         first = _comes_first(_rank(key, up), place, bound, limit)
         mass += _total(tl.where(first, _score_of(key), 0.0).to(tl.float64))
     return mass
@@ -478,8 +558,54 @@ def _rounded_count(
 
 
 @triton.jit
+def _change_verdicts(
+    column,
+    words,
+    sizes,
+    num_experts,
+    listed,
+    found,
+    up,
+    num_tokens,
+    num_units,
+    BLOCK: tl.constexpr,
+    ALL: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """Of the listed units, and how many tokens the expert keeps of each: what :func:`_search`
+    ``found`` is added or dropped."""
+    size, bound, limit, held = found
+    expert = column[4]
+    PARTS_OF_WORD: tl.constexpr = GROUP // UNIT
+    if UNIT != GROUP:
+        # A part's verdicts are a byte of the group's word, the first part's the lowest.
+        words = words.to(tl.pointer_type(tl.int8), bitcast=True)
+        sizes = sizes.to(tl.pointer_type(tl.int8), bitcast=True)
+    for start in range(0, size, BLOCK):
+        key, unit = _listed_from(
+            column, listed, held, start, size, num_tokens, num_units, BLOCK, ALL, UNIT
+        )
+        place = _places(unit, num_tokens, up, UNIT)
+        changed = _comes_first(_rank(key, up), place, bound, limit)
+        bit = ((key >= 0) ^ changed).to(tl.int32) << tl.arange(0, UNIT)[:, None]
+        verdicts = tl.sum(bit, axis=0)
+        word = (unit // PARTS_OF_WORD).to(tl.int64) * num_experts + expert
+        offset = word * PARTS_OF_WORD + unit % PARTS_OF_WORD
+        inside = unit < num_units
+        tl.store(words + offset, verdicts.to(words.dtype.element_ty), mask=inside)
+        tl.store(sizes + unit, popcount(verdicts).to(sizes.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _count_verdicts(
-    sizes, counts_before, expert, num_experts, num_groups, BLOCK: tl.constexpr, HELD: tl.constexpr
+    sizes,
+    counts_before,
+    expert,
+    num_experts,
+    num_groups,
+    BLOCK: tl.constexpr,
+    HELD: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """counts_before of the expert, from the tokens that it keeps of each group."""
     before = 0
@@ -487,9 +613,12 @@ def _count_verdicts(
         group = first + tl.arange(0, BLOCK)
         offset = group.to(tl.int64) * num_experts + expert
         size = tl.load(sizes + group, mask=group < num_groups, other=0)
+        if UNIT != GROUP:
+            size = sum_of_bytes(size)
         place = before + tl.cumsum(size, axis=0) - size
         tl.store(counts_before + offset, place, mask=group < num_groups)
-        before += tl.sum(size, axis=0)
+        if not HELD:
+            before += tl.sum(size, axis=0)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_groups", "tile"])
@@ -517,6 +646,7 @@ def _select_kernel(
     LIST: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
     ROOM: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """The expert's rounded count; words and counts_before (groups, E). With the rule ``"given"``
     the count is read instead of written. HELD: BLOCK groups are all there are. Scratch of an
@@ -524,25 +654,32 @@ def _select_kernel(
     and unless HELD greatest ranks to drop and to add."""
     wait_for_earlier_launches()
     expert = tl.program_id(0)
-    column = keys, logits, marks, expert, stride, key_stride, BITS
+    column = keys, logits, marks, summaries, expert, stride, key_stride, BITS
+    num_units = num_groups * (GROUP // UNIT)
+    UNITS: tl.constexpr = LIST * (GROUP // UNIT)
+    ALL: tl.constexpr = UNITS <= LIST_BLOCK
     kept: tl.constexpr = 1 if HELD else 3
     # An even number, as what is found has eight bytes.
-    line = 2 * (LIST + ROOM + (kept * num_groups + 1) // 2)
+    line = 2 * (UNITS + ROOM + _COMPARED + (kept * num_groups + 1) // 2)
     listed = scratch + expert.to(tl.int64) * line
-    found = (listed + 2 * LIST).to(tl.pointer_type(tl.int64), bitcast=True)
-    sizes = listed + 2 * LIST + 2 * ROOM
+    entries = (listed + 2 * UNITS).to(tl.pointer_type(tl.int64), bitcast=True)
+    sizes = listed + 2 * (UNITS + ROOM + _COMPARED)
     tops = sizes + num_groups
     frequency = 0
+    word = tl.zeros([BLOCK], tl.int32)
+    second = tl.zeros([BLOCK], tl.int32)
     to_add = tl.full([BLOCK], -1, tl.int32)
     to_drop = tl.full([BLOCK], -1, tl.int32)
     for first in range(0, BLOCK if HELD else num_groups, BLOCK):
-        word, size, to_add, to_drop = _summaries_from(
-            column, summaries, first, num_tokens, num_groups, BLOCK
+        word, second, to_add, to_drop = _summaries_from(
+            column, first, num_tokens, num_groups, BLOCK
         )
+        size = popcount(word)
         group = first + tl.arange(0, BLOCK)
         inside = group < num_groups
-        tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=inside)
-        tl.store(sizes + group, size, mask=inside)
+        if summaries is None:
+            tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=inside)
+        tl.store(sizes + group, size if UNIT == GROUP else ones_by_byte(word), mask=inside)
         if not HELD:
             tl.store(tops + group, to_drop, mask=inside)
             tl.store(tops + num_groups + group, to_add, mask=inside)
@@ -553,57 +690,51 @@ def _select_kernel(
     tl.store(load + expert, frequency)
     lower, upper = _reachable(frequency, num_tokens, tile)
     if RULE == "nr-s":
-        size_down, bound_down, limit_down, _, _ = _search(
-            column, tops, to_drop, listed, found, frequency - lower, False, num_tokens,
-            num_groups, BLOCK, HELD, LIST, LIST_BLOCK, ROOM,
+        down = _search(
+            column, tops, (to_drop, word, second), listed, entries, frequency - lower, False,
+            num_tokens, num_groups, BLOCK, HELD, LIST, LIST_BLOCK, ROOM, UNIT,
         )  # fmt: skip
-        size_up, bound_up, limit_up, _, _ = _search(
-            column, tops + num_groups, to_add, listed + LIST, found, upper - frequency, True,
-            num_tokens, num_groups, BLOCK, HELD, LIST, LIST_BLOCK, ROOM,
+        up = _search(
+            column, tops + num_groups, (to_add, word, second), listed + UNITS, entries,
+            upper - frequency, True, num_tokens, num_groups, BLOCK, HELD, LIST, LIST_BLOCK, ROOM,
+            UNIT,
         )  # fmt: skip
         last = _mass(
-            column, listed, size_down, bound_down, limit_down, False, num_tokens, num_groups,
-            LIST_BLOCK,
+            column, listed, down[0], down[1], down[2], False, num_tokens, num_units, LIST_BLOCK,
+            UNIT,
         )  # fmt: skip
         added = _mass(
-            column, listed + LIST, size_up, bound_up, limit_up, True, num_tokens, num_groups,
-            LIST_BLOCK,
+            column, listed + UNITS, up[0], up[1], up[2], True, num_tokens, num_units, LIST_BLOCK,
+            UNIT,
         )  # fmt: skip
-        up = tl.load(uniform + expert).to(tl.float64) * (last + added) < last
-        tl.store(count_by_expert + expert, tl.where(up, upper, lower))
-        size = tl.where(up, size_up, size_down)
-        bound = tl.where(up, bound_up, bound_down)
-        limit = tl.where(up, limit_up, limit_down)
-        listed += tl.where(up, LIST, 0)
-        key, group = _load_listed(column, listed, 0, size, num_tokens, num_groups, LIST_BLOCK)
+        goes_up = tl.load(uniform + expert).to(tl.float64) * (last + added) < last
+        tl.store(count_by_expert + expert, tl.where(goes_up, upper, lower))
+        size = tl.where(goes_up, up[0], down[0])
+        bound = tl.where(goes_up, up[1], down[1])
+        limit = tl.where(goes_up, up[2], down[2])
+        listed += tl.where(goes_up, UNITS, 0)
+        held = _load_listed(column, listed, 0, size, num_tokens, num_units, LIST_BLOCK, UNIT)
+        found = size, bound, limit, held
     else:
         count = _rounded_count(
             count_by_expert, uniform, expert, frequency, lower, upper, tile, RULE
         )
         if RULE != "given":
             tl.store(count_by_expert + expert, count)
-        up = count > frequency
-        size, bound, limit, key, group = _search(
-            column, tops + tl.where(up, num_groups, 0), tl.where(up, to_add, to_drop), listed,
-            found, tl.abs(count - frequency), up, num_tokens, num_groups, BLOCK, HELD,
-            LIST, LIST_BLOCK, ROOM,
+        goes_up = count > frequency
+        found = _search(
+            column, tops + tl.where(goes_up, num_groups, 0),
+            (tl.where(goes_up, to_add, to_drop), word, second), listed, entries,
+            tl.abs(count - frequency), goes_up, num_tokens, num_groups, BLOCK, HELD, LIST,
+            LIST_BLOCK, ROOM, UNIT,
         )  # fmt: skip
-
-    for start in range(0, size, LIST_BLOCK):
-        if LIST > LIST_BLOCK:
-            key, group = _load_listed(
-                column, listed, start, size, num_tokens, num_groups, LIST_BLOCK
-            )
-        place = _places(group, num_tokens, up)
-        changed = _comes_first(_rank(key, up), place, bound, limit)
-        bit = ((key >= 0) ^ changed).to(tl.int32) << tl.arange(0, GROUP)[:, None]
-        word = tl.sum(bit, axis=0)
-        offset = group.to(tl.int64) * num_experts + expert
-        tl.store(words + offset, word, mask=group < num_groups)
-        tl.store(sizes + group, popcount(word), mask=group < num_groups)
+    _change_verdicts(
+        column, words, sizes, num_experts, listed, found, goes_up, num_tokens, num_units,
+        LIST_BLOCK, ALL, UNIT,
+    )  # fmt: skip
     # Orders the sizes that other threads changed before they are added up.
     tl.debug_barrier()
-    _count_verdicts(sizes, counts_before, expert, num_experts, num_groups, BLOCK, HELD)
+    _count_verdicts(sizes, counts_before, expert, num_experts, num_groups, BLOCK, HELD, UNIT)
 
 
 # --- counts that depend on one another ------------------------------------------------------------
@@ -701,12 +832,18 @@ def _most_changed(num_tokens: int, tile: int, rule: str) -> int:
     return max(1, min(tile // 2 if rule == "nr" else tile - 1, num_tokens))
 
 
-def scratch_size(num_tokens: int, num_experts: int, tile: int, rule: str) -> int:
+def _unit(keys: Keys) -> int:
+    """Tokens that are listed together."""
+    return GROUP.value if keys.summaries is None else PART.value
+
+
+def scratch_size(keys: Keys, num_tokens: int, num_experts: int, tile: int, rule: str) -> int:
     """Elements of ``scratch`` of :func:`decide`."""
     num_groups = cdiv(num_tokens, GROUP.value)
     kept = 3 if num_groups > _MAX_HELD else 1
-    lists = _list_size(num_tokens, tile, rule) + _room(num_tokens, tile, rule)
-    return num_experts * 2 * (lists + cdiv(kept * num_groups, 2))
+    units = _list_size(num_tokens, tile, rule) * GROUP.value // _unit(keys)
+    entries = _room(num_tokens, tile, rule) + _COMPARED.value
+    return num_experts * 2 * (units + entries + cdiv(kept * num_groups, 2))
 
 
 def decide(
@@ -721,13 +858,16 @@ def decide(
     """Fills in ``decisions``: one launch, three for ``"balance-f"``.
 
     Args:
-        keys: of :mod:`sonic.triton.rounding_keys`, with a table for ``"balance-f"``.
+        keys: of :mod:`sonic.triton.rounding_keys`, with a table for ``"balance-f"``; if they have
+            words, these are those of ``decisions``.
         uniform: (E,) fp32 in [0, 1), for ``"sr"`` and ``"nr-s"``.
         scratch: int32, of as many elements as :func:`scratch_size` says, overwritten; at an address
             that is a multiple of eight.
         num_tokens: T, at least 1. tile: M. rule: see :mod:`sonic.routing.token_rounding`.
     """
-    _, logits, _, summaries, _ = keys
+    _, logits, _, summaries, *_ = keys
+    unit = _unit(keys)
+    most_held = _MAX_HELD_LIST if summaries is None else _MAX_HELD_PARTS
     num_experts = decisions.load.shape[0]
     num_groups = decisions.words.shape[0]
     held = num_groups <= _MAX_HELD
@@ -742,6 +882,8 @@ def decide(
     elif num_warps == 4:
         # Four programs run at once. Without a number it spills here too, of fewer registers.
         registers["maxnreg"] = _REGISTERS // (4 * 32 * num_warps)
+    elif num_warps == 8:
+        registers["maxnreg"] = 80
     balanced = rule == "balance-f"
     if balanced:
         assert keys.table is not None
@@ -766,8 +908,9 @@ def decide(
         BLOCK=block,
         HELD=held,
         LIST=listed,
-        LIST_BLOCK=min(listed, _MAX_HELD_LIST),
+        LIST_BLOCK=min(listed * GROUP.value, most_held) // unit,
         ROOM=_room(num_tokens, tile, rule),
+        UNIT=unit,
         num_warps=num_warps,
         **registers,
     )

@@ -392,22 +392,23 @@ def _emit(
 ) -> tuple[Rounded, torch.Tensor]:
     """Pairs and plan of the keys, and how many tokens chose each expert (E,)."""
     num_tokens, num_experts = shape
-    table, logits, marks, _, _ = keys
+    table, logits, marks, *_ = keys
     rows = logits if scores is None else scores
     device = keys.device
     num_groups = cdiv(num_tokens, GROUP.value)
     options: dict[str, Any] = {"dtype": torch.int32, "device": device}
     size = num_groups * num_experts
-    extra = scratch_size(num_tokens, num_experts, tile, rule)
+    extra = scratch_size(keys, num_tokens, num_experts, tile, rule)
     # What has to lie at a multiple of eight bytes is first.
-    sizes = [extra, size, size, size, num_experts]
-    scratch, words, before, first_rows, counts = torch.empty(sum(sizes), **options).split(sizes)
+    sizes = [extra, size, size, num_experts]
+    scratch, before, first_rows, counts = torch.empty(sum(sizes), **options).split(sizes)
     verdicts = num_groups, num_experts
+    words = torch.empty(verdicts, **options) if keys.words is None else keys.words
     load = torch.empty(num_experts, **options)
     decide(
         keys,
         uniform,
-        Decisions(words.view(verdicts), before.view(verdicts), counts, load),
+        Decisions(words, before.view(verdicts), counts, load),
         scratch,
         num_tokens,
         tile,

@@ -101,9 +101,10 @@ def _keys_of(compiled, logits, top_k, full, summarized):  # noqa: F811
     _run(kernel, -(-keys.stride // tokens_of_one), (logits, rows, *winners), sizes)
     if summarized:
         keys.summaries.fill_(-99)
+        keys.words.fill_(-99)
         (kernel,) = compiled["_summaries_kernel"]
         programs = keys.stride // GROUP * -(-experts // rounding_keys._SUMMARY_BLOCK)
-        _run(kernel, programs, (logits, keys.marks, keys.summaries), sizes)
+        _run(kernel, programs, (logits, keys.marks, keys.summaries, keys.words), sizes)
     return keys, *winners
 
 
@@ -142,9 +143,10 @@ def test_selection(compiled, tokens, tile, rule, ties, summarized):  # noqa: F81
         table, scores, chosen = _table(tokens, ties, seed=tokens)
         keys, row_stride = rounding_keys.Keys(table), 0
     groups = keys.stride // GROUP
-    words, before = _poisoned(groups, EXPERTS), _poisoned(groups, EXPERTS)
+    words = _poisoned(groups, EXPERTS) if keys.words is None else keys.words
+    before = _poisoned(groups, EXPERTS)
     counts, load = _poisoned(EXPERTS), _poisoned(EXPERTS)
-    scratch = _poisoned(rounding_select.scratch_size(tokens, EXPERTS, tile, rule))
+    scratch = _poisoned(rounding_select.scratch_size(keys, tokens, EXPERTS, tile, rule))
     decisions = rounding_select.Decisions(words, before, counts, load)
     rounding_select.decide(keys, None, decisions, scratch, tokens, tile, rule)
     (kernel,) = compiled["_select_kernel"]
@@ -161,12 +163,11 @@ def test_selection(compiled, tokens, tile, rule, ties, summarized):  # noqa: F81
     assert torch.equal(before.long(), sizes.cumsum(0) - sizes)
     assert torch.equal(counts.long(), kept.sum(1)) and torch.equal(load.long(), chosen.sum(1))
     assert not torch.equal(kept[:, :tokens], chosen)
-    # Where few tokens are left they are compared with one another, where many tie they are not.
+    # Where few tokens are left they are compared with one another, and there is an end of them.
     room = rounding_select._room(tokens, tile, rule)
-    lists = 2 * rounding_select._list_size(tokens, tile, rule)
-    found = scratch.view(EXPERTS, -1)[:, lists : lists + 2 * room]
-    changed = counts != load
-    assert (found[changed] != -99).any(1).all() != (ties or tile > 2 * room)
+    lists = 2 * rounding_select._list_size(tokens, tile, rule) * (4 if summarized else 1)
+    found = scratch.view(EXPERTS, -1)[counts != load, lists : lists + 2 * room]
+    assert (found == -1).any(1).all() != (ties or tile > 2 * room)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
@@ -191,12 +192,12 @@ def _in_turn(compiled, policy, overlapping=True, without_wait=None):  # noqa: F8
     keys, *winners = rounding_keys.keys_of_logits(logits, top_k, False, True)
     stride = keys.stride
     groups = stride // GROUP
-    words, before = _poisoned(groups, experts), _poisoned(groups, experts)
+    words, before = keys.words, _poisoned(groups, experts)
     counts, load = _poisoned(experts), _poisoned(experts)
-    scratch = _poisoned(rounding_select.scratch_size(tokens, experts, tile, "up"))
+    scratch = _poisoned(rounding_select.scratch_size(keys, tokens, experts, tile, "up"))
     decisions = rounding_select.Decisions(words, before, counts, load)
     rounding_select.decide(keys, None, decisions, scratch, tokens, tile, "up")
-    for result in (keys.marks, keys.summaries, *winners):
+    for result in (keys.marks, keys.summaries, words, *winners):
         result.fill_(-99)
     chosen = load, logits, keys.marks, keys.summaries, counts, words, before, scratch
     sizes = tokens, experts, experts, stride
@@ -205,7 +206,7 @@ def _in_turn(compiled, policy, overlapping=True, without_wait=None):  # noqa: F8
     machine = _machine((*chosen, *winners), policy)
     for name, grid, arrays, numbers in (
         ("_logit_scores_kernel", programs, (logits, keys.marks, *winners), sizes),
-        ("_summaries_kernel", 2 * groups, (logits, keys.marks, keys.summaries), sizes),
+        ("_summaries_kernel", 2 * groups, (logits, keys.marks, keys.summaries, keys.words), sizes),
         ("_select_kernel", few, chosen, (tokens, experts, groups, experts, stride, tile)),
     ):
         (kernel,) = compiled[name]

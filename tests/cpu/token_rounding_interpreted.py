@@ -207,8 +207,9 @@ def test_summaries(sizes, full, always_summarized):
         logits[token] = torch.tensor(values)[torch.arange(experts) % 3]
     logits[7] = -logits[7].abs()
     (table, *_), *winners = keys.keys_of_logits(logits, top_k, full)
-    (*_, summaries, _), *others = keys.keys_of_logits(logits, top_k, full, summarized=True)
+    (*_, summaries, words, _), *others = keys.keys_of_logits(logits, top_k, full, summarized=True)
     assert torch.equal(summaries, checks.summaries_of(table, tokens))
+    assert torch.equal(words, summaries[:, :, 0].T)
     torch.testing.assert_close(others, winners, rtol=0, atol=0, equal_nan=True)
 
 
