@@ -265,8 +265,8 @@ def test_combine_of_several_blocks_a_program(with_scores, guarded):
 
     checks.check_combine(checks.topk_plan(4, 2, 5, CPU), 1536, torch.float16, with_scores)
     checks.check_combine(checks.flat_plan(6, 14, 5, CPU), 1536, torch.float16, with_scores)
-    # Ten blocks of 512 by three programs of four: the last one has two empty ones.
-    checks.check_combine(checks.topk_plan(4, 1, 5, CPU), 5000, torch.float32, with_scores)
+    # Ten blocks of 512 by four programs of three: the last one has two empty ones.
+    checks.check_combine(checks.flat_plan(4, 8, 5, CPU), 5000, torch.float32, with_scores)
     assert [_chunks(blocks, 2) for blocks in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 3, 2, 3, 3, 3]
     assert [_chunks(10, unroll) for unroll in (1, 2, 3, 4, 5, 8, 16)] == [3, 3, 2, 2, 1, 1, 1]
 
