@@ -55,7 +55,6 @@ _GROUPS_PER_WARP = 64
 _SUMMARIES_PER_WARP = 128
 _FEW_LISTED = 64  # whose keys take few registers
 _REGISTERS = 65536  # of a processor
-_RESIDENT = {4: 4, 8: 3}  # programs on it, by their warps
 _BALANCE_BLOCK = 1024  # experts whose running error is found at once
 
 
@@ -880,9 +879,9 @@ def decide(
     if listed > _FEW_LISTED or not held:
         # All that a program may have: left to itself, the compiler of Triton 3.9 spills before.
         registers["maxnreg"] = min(255, _REGISTERS // (32 * num_warps))
-    elif num_warps in _RESIDENT:
-        # Without a number it spills of fewer, or takes more.
-        registers["maxnreg"] = _REGISTERS // (_RESIDENT[num_warps] * 32 * num_warps)
+    elif num_warps == 4:
+        # Four programs run at once. Without a number it spills here too, of fewer registers.
+        registers["maxnreg"] = _REGISTERS // (4 * 32 * num_warps)
     balanced = rule == "balance-f"
     if balanced:
         assert keys.table is not None
