@@ -147,7 +147,7 @@ def check_gradient(
 def check_logits(logits: Tensor, uniform: Tensor, case: Case, full: bool) -> None:
     """The fused kernels on (T, E) logits: scores and winners to rounding, then pairs, weights and
     plan exactly those that the twin makes of these scores, then the gradient to rounding."""
-    from sonic.triton.rounding_keys import keys_of_logits
+    from sonic.triton.rounding_winners import keys_of_logits
     from sonic.triton.token_rounding import round_logits, round_logits_grad
 
     options = (case.top_k, case.tile, case.rule, case.num_pairs, full)
@@ -188,7 +188,7 @@ def check_logits(logits: Tensor, uniform: Tensor, case: Case, full: bool) -> Non
 
 
 def summaries_of(keys: Tensor, tokens: int) -> Tensor:
-    """Summaries (E, groups, 4) of keys (E, stride), see :mod:`sonic.triton.rounding_keys`."""
+    """Summaries (E, groups, 4) of keys (E, stride), see :mod:`sonic.triton.rounding_summaries`."""
     groups = keys.view(keys.shape[0], -1, 32)
     is_token = (torch.arange(keys.shape[1]) < tokens).view(-1, 32)
     chosen, rank = groups >= 0, groups & (2**31 - 1)
@@ -207,7 +207,7 @@ def summaries_of(keys: Tensor, tokens: int) -> Tensor:
 
 def check_winner_softmax(logits: Tensor, top_k: int, full: bool) -> None:
     """Scores of all experts and the gradient of the logits, to rounding."""
-    from sonic.triton.rounding_keys import winner_softmax, winner_softmax_grad
+    from sonic.triton.rounding_winners import winner_softmax, winner_softmax_grad
 
     actual = winner_softmax(logits, top_k, full)
     low = _winner_softmax_torch(logits, top_k, full)

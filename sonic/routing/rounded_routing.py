@@ -160,9 +160,9 @@ def _backward_torch(
 def _forward_cuda(
     logits: Tensor, uniform: Tensor | None, top_k: int, tile: int, rule: str, full: bool
 ) -> tuple[Tensor, ...]:
-    keys, kernels = triton_kernels(_OP, logits.device)
+    winners, kernels = triton_kernels(_OP, logits.device)
     num_tokens, num_experts = logits.shape
-    if logits.dtype == torch.float64 or num_tokens == 0 or num_experts > keys.MAX_BLOCK_E:
+    if logits.dtype == torch.float64 or num_tokens == 0 or num_experts > winners.MAX_EXPERTS:
         return _forward_torch(logits, uniform, top_k, tile, rule, full)
     num_slots = most_pairs(num_tokens, num_experts, top_k, tile, rule)
     rounded, *rest = kernels.round_logits(logits, uniform, top_k, tile, rule, num_slots, full)

@@ -491,20 +491,20 @@ def _backward_torch(
 
 
 def triton_kernels(op: str, device: torch.device) -> tuple[Any, Any]:
-    """The modules :mod:`sonic.triton.rounding_keys` and :mod:`sonic.triton.token_rounding`."""
+    """The modules :mod:`sonic.triton.rounding_winners` and :mod:`sonic.triton.token_rounding`."""
     try:
-        from sonic.triton import rounding_keys, token_rounding
+        from sonic.triton import rounding_winners, token_rounding
     except ImportError as error:
         raise MissingPackageError(
             f"{op}: tensors on {device} need triton, which cannot be imported ({error}). "
             "Install or repair it, or route on the CPU."
         ) from error
-    return rounding_keys, token_rounding
+    return rounding_winners, token_rounding
 
 
 def _winner_softmax_cuda(logits: Tensor, top_k: int, full: bool) -> Tensor:
     kernels, _ = triton_kernels("rounding_scores", logits.device)
-    if logits.dtype == torch.float64 or logits.shape[1] > kernels.MAX_BLOCK_E:
+    if logits.dtype == torch.float64 or logits.shape[1] > kernels.MAX_EXPERTS:
         return _winner_softmax_torch(logits, top_k, full)
     scores: Tensor = kernels.winner_softmax(logits, top_k, full)
     return scores
@@ -514,7 +514,7 @@ def _winner_softmax_grad_cuda(
     dscores: Tensor, scores: Tensor, top_k: int, full: bool, dtype: torch.dtype
 ) -> Tensor:
     kernels, _ = triton_kernels("rounding_scores", scores.device)
-    if scores.dtype == torch.float64 or scores.shape[1] > kernels.MAX_BLOCK_E:
+    if scores.dtype == torch.float64 or scores.shape[1] > kernels.MAX_EXPERTS:
         return _winner_softmax_grad_torch(dscores, scores, top_k, full, dtype)
     dlogits: Tensor = kernels.winner_softmax_grad(dscores, scores, top_k, full, dtype)
     return dlogits

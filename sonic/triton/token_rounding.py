@@ -4,8 +4,11 @@ the pairs that are kept follows in the same launches.
 T tokens, E experts, S slots. Three launches, four where there is no table of keys, five of the rule
 ``balance-f``::
 
-    keys     how experts rank tokens, from scores or logits     sonic.triton.rounding_keys
+    keys     how experts rank tokens, of given scores           sonic.triton.rounding_keys
+             the same of logits, with their winners             sonic.triton.rounding_winners
+             what is known of 32 tokens instead of a table      sonic.triton.rounding_summaries
     select   counts, and a verdict on every token and expert    sonic.triton.rounding_select
+             which tokens to add or to drop                     sonic.triton.rounding_search
     emit     pairs, slots and rows, read off the verdicts
 
 and one for the gradient. Nothing is sorted, and no kernel uses an atomic.
@@ -28,17 +31,10 @@ from sonic.triton.common import (
     row_major,
 )
 from sonic.triton.launch import Launcher, wait_for_earlier_launches
-from sonic.triton.rounding_keys import (
-    GROUP,
-    Keys,
-    _load_keys,
-    _score_of,
-    are_summarized,
-    keys_of_logits,
-    keys_of_scores,
-    popcount,
-)
+from sonic.triton.rounding_keys import GROUP, Keys, _load_keys, _score_of, keys_of_scores
 from sonic.triton.rounding_select import Decisions, decide, scratch_size
+from sonic.triton.rounding_summaries import are_summarized, popcount
+from sonic.triton.rounding_winners import keys_of_logits
 
 _TAIL = 1024  # slots that a program clears
 _MAX_PAIRS = 512  # whose rows and weights are found at once
@@ -494,7 +490,7 @@ def round_logits(
 
     Args:
         logits: (T, E) bf16, fp16 or fp32, T at least 1, E at most
-            :data:`sonic.triton.rounding_keys.MAX_BLOCK_E`.
+            :data:`sonic.triton.rounding_winners.MAX_EXPERTS`.
         full: scores are a softmax over all experts, not over the winners.
 
     Returns:

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from sonic.triton import rounding_keys, rounding_select
+from sonic.triton import rounding_keys, rounding_select, rounding_summaries, rounding_winners
 from sonic.triton.common import power_of_2
 from sonic.triton.topk import HIGHEST, LOWEST
 from tests.cpu.test_triton_compile import compiled  # noqa: F401
@@ -88,12 +88,12 @@ def _run(kernel, programs, arrays, sizes):
 def _keys_of(compiled, logits, top_k, full, summarized):  # noqa: F811
     """Keys and winners, written by the kernels."""
     # Nothing runs, so that what is returned holds what was there.
-    keys, *winners = rounding_keys.keys_of_logits(logits, top_k, full, summarized)
+    keys, *winners = rounding_winners.keys_of_logits(logits, top_k, full, summarized)
     rows = keys.marks if summarized else keys.table
     for result in (rows, *winners):
         result.fill_(-99)
     experts = logits.shape[1]
-    tokens_of_one, *_ = rounding_keys._winner_blocks(
+    tokens_of_one, *_ = rounding_winners._winner_blocks(
         power_of_2(experts), logits.itemsize, full, summarized
     )
     sizes = *logits.shape, experts, keys.stride
@@ -103,7 +103,7 @@ def _keys_of(compiled, logits, top_k, full, summarized):  # noqa: F811
         keys.summaries.fill_(-99)
         keys.words.fill_(-99)
         (kernel,) = compiled["_summaries_kernel"]
-        programs = keys.stride // GROUP * -(-experts // rounding_keys._SUMMARY_BLOCK)
+        programs = keys.stride // GROUP * -(-experts // rounding_summaries._SUMMARY_BLOCK)
         _run(kernel, programs, (logits, keys.marks, keys.summaries, keys.words), sizes)
     return keys, *winners
 
@@ -189,7 +189,7 @@ def _in_turn(compiled, policy, overlapping=True, without_wait=None):  # noqa: F8
     tokens, experts, top_k, tile, few = 75, 300, 3, 4, 6
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0)).bfloat16()
     logits[:, :few] += 2
-    keys, *winners = rounding_keys.keys_of_logits(logits, top_k, False, True)
+    keys, *winners = rounding_winners.keys_of_logits(logits, top_k, False, True)
     stride = keys.stride
     groups = stride // GROUP
     words, before = keys.words, _poisoned(groups, experts)
@@ -201,7 +201,7 @@ def _in_turn(compiled, policy, overlapping=True, without_wait=None):  # noqa: F8
         result.fill_(-99)
     chosen = load, logits, keys.marks, keys.summaries, counts, words, before, scratch
     sizes = tokens, experts, experts, stride
-    tokens_of_one, *_ = rounding_keys._winner_blocks(512, logits.itemsize, False, True)
+    tokens_of_one, *_ = rounding_winners._winner_blocks(512, logits.itemsize, False, True)
     programs = stride // tokens_of_one
     machine = _machine((*chosen, *winners), policy)
     for name, grid, arrays, numbers in (

@@ -14,10 +14,12 @@ from triton.runtime.jit import JITFunction
 
 from sonic.routing import max_pairs
 from sonic.routing.token_rounding import RULES
-from sonic.triton import rounding_keys, rounding_select
+from sonic.triton import rounding_keys, rounding_select, rounding_summaries, rounding_winners
 from sonic.triton import token_rounding as kernels
 from tests.cpu.test_triton_compile import compiled  # noqa: F401
 from tests.interpreter import LONGEST, run_interpreted
+
+_MODULES = rounding_keys, rounding_select, rounding_summaries, rounding_winners
 
 compiles = pytest.mark.skipif(
     bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET is set: nothing compiles"
@@ -31,7 +33,7 @@ def test_kernels_in_the_interpreter():
 
 @pytest.fixture(autouse=True)
 def _without_device(monkeypatch):
-    for module in (kernels, rounding_keys):
+    for module in (kernels, rounding_winners):
         monkeypatch.setattr(module, "device_of", lambda tensor: contextlib.nullcontext())
 
 
@@ -70,16 +72,16 @@ def test_every_kernel_compiles(compiled):  # noqa: F811
     _round(100, 5000, 8, "nr", torch.float16)  # rows in blocks
     _round(24576, 1, 1, "sr")
     for dtype in (torch.float32, torch.bfloat16):
-        scores = rounding_keys.winner_softmax(
+        scores = rounding_winners.winner_softmax(
             torch.zeros(64, 256, dtype=dtype), 8, dtype is torch.float32
         )
-        rounding_keys.winner_softmax_grad(scores, scores, 8, dtype is torch.float32, dtype)
+        rounding_winners.winner_softmax_grad(scores, scores, 8, dtype is torch.float32, dtype)
         _round_logits(16384, 512, 8, "nr", dtype, full=dtype is torch.float32)
         ids = torch.zeros(64, dtype=torch.int32)
         kernels.round_tokens_grad(torch.zeros(64), ids, ids, 64, 256, dtype)
     own = {
         name
-        for module in (kernels, rounding_keys, rounding_select)
+        for module in (kernels, *_MODULES)
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
@@ -97,8 +99,8 @@ def test_the_number_of_tokens_compiles_anew_once_per_power_of_two(compiled):  # 
             outputs = _round(tokens, 16, 2, rule)
         ids, weights = outputs[1], outputs[0]
         kernels.round_tokens_grad(weights, ids, ids, tokens, 16, torch.float32)
-        scores = rounding_keys.winner_softmax(torch.zeros(tokens, 16), 2, False)
-        rounding_keys.winner_softmax_grad(scores, scores, 2, False, torch.float32)
+        scores = rounding_winners.winner_softmax(torch.zeros(tokens, 16), 2, False)
+        rounding_winners.winner_softmax_grad(scores, scores, 2, False, torch.float32)
     for name in compiled:
         variants = 2 if name == "_select_kernel" else 1  # one for each of the two rules
         assert len(_texts(compiled, name)) == variants, name

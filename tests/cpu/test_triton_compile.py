@@ -96,8 +96,8 @@ def _launch_token_rounding(module) -> None:
             rounded = module.round_tokens(scores, torch.zeros(experts), 8, 128, rule, 4096)
         module.round_tokens_grad(*rounded[:3], tokens, experts, torch.bfloat16)
     for logits in (torch.zeros(64, 128), torch.zeros(64, 4096, dtype=torch.bfloat16)):
-        scores = MODULES["rounding_keys"].winner_softmax(logits, 8, False)
-        MODULES["rounding_keys"].winner_softmax_grad(scores, scores, 8, False, logits.dtype)
+        scores = MODULES["rounding_winners"].winner_softmax(logits, 8, False)
+        MODULES["rounding_winners"].winner_softmax_grad(scores, scores, 8, False, logits.dtype)
     for tokens, experts, top_k, dtype, full in (
         (300, 16, 8, torch.bfloat16, False),
         (300, 256, 8, torch.bfloat16, False),
@@ -108,7 +108,7 @@ def _launch_token_rounding(module) -> None:
         (8200, 300, 64, torch.float16, True),
     ):
         logits = torch.zeros(tokens, experts, dtype=dtype)
-        assert MODULES["rounding_keys"].are_summarized(logits) == (tokens > 300)
+        assert MODULES["rounding_summaries"].are_summarized(logits) == (tokens > 300)
         slots = top_k * tokens + 64 * experts
         rounded, _, *winners = module.round_logits(logits, None, top_k, 128, "nr", slots, full)
         module.round_logits_grad(

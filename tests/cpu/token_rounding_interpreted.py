@@ -9,12 +9,18 @@ import torch
 import triton
 import triton.language as tl
 
-import sonic.triton.rounding_keys as keys
-import sonic.triton.rounding_select as select
-import sonic.triton.token_rounding as kernels
 from sonic.routing.token_rounding import RULES
+from sonic.triton import (
+    rounding_keys,
+    rounding_search,
+    rounding_select,
+    rounding_summaries,
+    rounding_winners,
+)
+from sonic.triton import token_rounding as kernels
 from sonic.triton.rounding_keys import _marks_of_one
-from sonic.triton.rounding_select import _end_of, _halved
+from sonic.triton.rounding_search import _end_of, _halved
+from sonic.triton.rounding_winners import keys_of_logits
 from sonic.triton.topk import HIGHEST
 from tests import rounding_checks as checks
 
@@ -55,7 +61,7 @@ def test_several_groups_and_blocks_of_experts(rule, guarded):
 @every_rule
 def test_fewer_groups_are_listed_than_there_are(rule, kind, guarded, monkeypatch):
     """Groups are bisected, and where more of them tie than are listed, some are left out."""
-    monkeypatch.setattr(select, "_LEAST_LIST", 1)
+    monkeypatch.setattr(rounding_select, "_LEAST_LIST", 1)
     check(Case(300, 3, 1, 4, rule, kind), guarded)
 
 
@@ -63,10 +69,10 @@ def test_fewer_groups_are_listed_than_there_are(rule, kind, guarded, monkeypatch
 @every_rule
 def test_neither_groups_nor_listed_keys_in_registers(rule, kind, guarded, monkeypatch):
     """Both in several blocks; a tile of 4 lists few groups, one of 32 all of them."""
-    monkeypatch.setattr(select, "_LEAST_LIST", 1)
-    monkeypatch.setattr(select, "_MAX_HELD", 4)
-    monkeypatch.setattr(select, "_MAX_COUNTED", 4)
-    monkeypatch.setattr(select, "_MAX_HELD_LIST", 2)
+    monkeypatch.setattr(rounding_select, "_LEAST_LIST", 1)
+    monkeypatch.setattr(rounding_select, "_MAX_HELD", 4)
+    monkeypatch.setattr(rounding_select, "_MAX_COUNTED", 4)
+    monkeypatch.setattr(rounding_select, "_MAX_HELD_LIST", 2)
     for tile in (4, 32):
         check(Case(200, 3, 1, tile, rule, kind), guarded)
 
@@ -75,8 +81,8 @@ def test_neither_groups_nor_listed_keys_in_registers(rule, kind, guarded, monkey
 @every_rule
 def test_no_tokens_are_compared(rule, kind, guarded, monkeypatch):
     """Where more tie than are compared with one another, bisections find the last token."""
-    monkeypatch.setattr(select, "_LEAST_LIST", 1)
-    monkeypatch.setattr(select, "_MAX_COMPARED", 1)
+    monkeypatch.setattr(rounding_select, "_LEAST_LIST", 1)
+    monkeypatch.setattr(rounding_select, "_MAX_COMPARED", 1)
     check(Case(150, 3, 1, 16, rule, kind), guarded)
 
 
@@ -97,24 +103,24 @@ def _halved_too_high(middle, count, want, low, reach, high, beyond):
 )
 def test_a_wrong_last_token_is_noticed(compared, name, wrong, guarded, monkeypatch):
     """In either way to find it."""
-    monkeypatch.setattr(select, "_MAX_COMPARED", compared)
+    monkeypatch.setattr(rounding_select, "_MAX_COMPARED", compared)
     case = Case(150, 3, 1, 16, "down")
     check(case, guarded)
-    monkeypatch.setattr(select, name, wrong)
+    monkeypatch.setattr(rounding_search, name, wrong)
     with pytest.raises(AssertionError):
         check(case, guarded)
 
 
 @pytest.mark.parametrize("kind", ["ties", "negative"])
 def test_rows_that_no_block_holds(kind, guarded, monkeypatch):
-    monkeypatch.setattr(keys, "MAX_BLOCK_E", 8)
+    monkeypatch.setattr(rounding_keys, "MAX_BLOCK_E", 8)
     check(Case(40, 140, 3, 4, "nr", kind), guarded)
 
 
 @pytest.mark.parametrize("tokens", [40, 45, 7])
 def test_balance_in_blocks_of_experts(tokens, guarded, monkeypatch):
     """45 tokens: experts that can round up to 45 but to no multiple of 8 break the prefix sum."""
-    monkeypatch.setattr(select, "_BALANCE_BLOCK", 4)
+    monkeypatch.setattr(rounding_select, "_BALANCE_BLOCK", 4)
     for seed, kind in enumerate(("hot", "softmax", "ties")):
         check(Case(tokens, 11, 3, 8, "balance-f", kind), guarded, seed)
 
@@ -188,8 +194,8 @@ def test_logits_of_several_groups_and_blocks_of_experts(rule, guarded, monkeypat
 
 @pytest.fixture
 def always_summarized(monkeypatch):
-    monkeypatch.setattr(keys, "_LEAST_SUMMARIZED", 1)
-    monkeypatch.setattr(keys, "_LEAST_GROUPS", 1)
+    monkeypatch.setattr(rounding_summaries, "_LEAST_SUMMARIZED", 1)
+    monkeypatch.setattr(rounding_summaries, "_LEAST_GROUPS", 1)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
@@ -206,11 +212,12 @@ def test_summaries(sizes, full, always_summarized):
     ):
         logits[token] = torch.tensor(values)[torch.arange(experts) % 3]
     logits[7] = -logits[7].abs()
-    (table, *_), *winners = keys.keys_of_logits(logits, top_k, full)
-    (*_, summaries, words, _), *others = keys.keys_of_logits(logits, top_k, full, summarized=True)
+    (table, *_), *expected = keys_of_logits(logits, top_k, full)
+    keys, *others = keys_of_logits(logits, top_k, full, summarized=True)
+    summaries, words = keys.summaries, keys.words
     assert torch.equal(summaries, checks.summaries_of(table, tokens))
     assert torch.equal(words, summaries[:, :, 0].T)
-    torch.testing.assert_close(others, winners, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(others, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("index", "rule"), list(enumerate(RULES)))
@@ -227,8 +234,8 @@ def test_selection_from_summaries(index, rule, guarded, always_summarized):
 
 @pytest.mark.parametrize("rule", ["nr", "nr-s"])
 def test_summaries_that_are_not_in_registers(rule, guarded, always_summarized, monkeypatch):
-    monkeypatch.setattr(select, "_MAX_HELD", 4)
-    monkeypatch.setattr(select, "_MAX_COUNTED", 4)
+    monkeypatch.setattr(rounding_select, "_MAX_HELD", 4)
+    monkeypatch.setattr(rounding_select, "_MAX_COUNTED", 4)
     case = Case(200, 70, 1, 4, rule)
     logits = guarded.copy_of(logits_of(case, torch.bfloat16))
     checks.check_logits(logits, checks.uniform_of(case), case, False)
@@ -236,7 +243,7 @@ def test_summaries_that_are_not_in_registers(rule, guarded, always_summarized, m
 
 @triton.jit
 def _one_too_many(word):
-    return select.popcount(word) + 1
+    return rounding_summaries.popcount(word) + 1
 
 
 @triton.jit
@@ -256,15 +263,15 @@ def _in_another_order(address):
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong"),
+    ("module", "name", "wrong"),
     [
-        ("_marks_of_one", _in_another_order),
-        ("popcount", _one_too_many),
-        ("_marks_of", _marks_of_another),
-        ("_greatest_ranks", _as_if_none_chose),
+        (rounding_winners, "_marks_of", _marks_of_another),
+        (rounding_summaries, "_marks_of_one", _in_another_order),
+        (rounding_summaries, "popcount", _one_too_many),
+        (rounding_summaries, "_greatest_ranks", _as_if_none_chose),
     ],
 )
-def test_wrong_summaries_are_noticed(name, wrong, always_summarized, monkeypatch):
-    monkeypatch.setattr(keys, name, wrong)
+def test_wrong_summaries_are_noticed(module, name, wrong, always_summarized, monkeypatch):
+    monkeypatch.setattr(module, name, wrong)
     with pytest.raises(AssertionError):
         test_summaries((64, 5, 5), False, always_summarized)

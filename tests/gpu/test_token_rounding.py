@@ -15,7 +15,7 @@ from sonic.enums import ScoreOrder
 from sonic.plan import build_plan_flat
 from sonic.routing import rounded_routing, rounding_scores, token_rounding, token_rounding_plan
 from sonic.routing.token_rounding import RULES
-from sonic.triton import rounding_keys
+from sonic.triton import rounding_summaries
 from sonic.triton.token_rounding import round_logits
 from tests import rounding_checks as checks
 from tests.graphs import capture
@@ -137,8 +137,8 @@ def test_keys_without_a_table_are_the_same_bits(rule, dtype, monkeypatch):
     case = Case(tokens, experts, top_k, 128, rule)
     arguments = checks.uniform_of(case, 0, CUDA), top_k, 128, rule, case.num_pairs, False
     without = round_logits(logits, *arguments)
-    assert rounding_keys.are_summarized(logits)
-    monkeypatch.setattr(rounding_keys, "_LEAST_SUMMARIZED", experts + 1)
+    assert rounding_summaries.are_summarized(logits)
+    monkeypatch.setattr(rounding_summaries, "_LEAST_SUMMARIZED", experts + 1)
     expected = round_logits(logits, *arguments)
     for actual, wanted in zip(
         (*without[0], *without[1:]), (*expected[0], *expected[1:]), strict=True
@@ -215,7 +215,7 @@ def test_no_host_synchronization(rule, poisoned):
 def test_cuda_graph(rule, sizes):
     """Captured once, replayed on other logits; random rules draw anew at every replay."""
     logits = _logits(*sizes)
-    assert rounding_keys.are_summarized(logits) == (sizes[1] == 300)
+    assert rounding_summaries.are_summarized(logits) == (sizes[1] == 300)
     graph, captured = capture(lambda: _everything(logits, rule))
     for skew in (0.0, 4.0):
         logits.copy_(torch.randn_like(logits))
