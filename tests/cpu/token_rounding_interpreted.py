@@ -19,7 +19,8 @@ from sonic.triton import (
 )
 from sonic.triton import token_rounding as kernels
 from sonic.triton.rounding_keys import _marks_of_one
-from sonic.triton.rounding_search import _end_of, _halved
+from sonic.triton.rounding_search import _end_of, _gather_first, _halved, _parts_that_may_reach
+from sonic.triton.rounding_summaries import PARTS, _extremes_of_group, _summaries, popcount
 from sonic.triton.rounding_winners import keys_of_logits
 from sonic.triton.topk import HIGHEST
 from tests import rounding_checks as checks
@@ -28,6 +29,7 @@ from tests import rounding_checks as checks
 from tests.cpu import triton_interpreted  # noqa: F401
 from tests.rounding_checks import Case
 
+GROUP = rounding_keys.GROUP.value
 every_rule = pytest.mark.parametrize("rule", RULES)
 
 
@@ -72,7 +74,7 @@ def test_neither_groups_nor_listed_keys_in_registers(rule, kind, guarded, monkey
     monkeypatch.setattr(rounding_select, "_LEAST_LIST", 1)
     monkeypatch.setattr(rounding_select, "_MAX_HELD", 4)
     monkeypatch.setattr(rounding_select, "_MAX_COUNTED", 4)
-    monkeypatch.setattr(rounding_select, "_MAX_HELD_LIST", 2)
+    monkeypatch.setattr(rounding_select, "_MAX_HELD_LIST", 2 * GROUP)
     for tile in (4, 32):
         check(Case(200, 3, 1, tile, rule, kind), guarded)
 
@@ -192,10 +194,14 @@ def test_logits_of_several_groups_and_blocks_of_experts(rule, guarded, monkeypat
         checks.check_logits(logits, checks.uniform_of(case), case, kind == "ties")
 
 
-@pytest.fixture
-def always_summarized(monkeypatch):
+def _summarize_always(monkeypatch):
     monkeypatch.setattr(rounding_summaries, "_LEAST_SUMMARIZED", 1)
     monkeypatch.setattr(rounding_summaries, "_LEAST_GROUPS", 1)
+
+
+@pytest.fixture
+def always_summarized(monkeypatch):
+    _summarize_always(monkeypatch)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
@@ -241,9 +247,135 @@ def test_summaries_that_are_not_in_registers(rule, guarded, always_summarized, m
     checks.check_logits(logits, checks.uniform_of(case), case, False)
 
 
+def _logits_of_parts(case):
+    """Of expert 0 two groups have nothing to add: all their tokens choose it."""
+    logits = logits_of(case, torch.bfloat16)
+    logits[GROUP : 3 * GROUP, 0] += 30
+    return logits
+
+
+def _changed_parts(logits, case):
+    """Whether a part (E, groups, 4) has a token that is added or dropped, by the twin."""
+    keys, *_ = keys_of_logits(logits, case.top_k, False)
+    chosen = keys.table >= 0
+    scores = (keys.table[:, : case.tokens] & HIGHEST.value).view(torch.float32).t().contiguous()
+    won = checks.winners_of(logits.float(), case.top_k)
+    uniform = checks.uniform_of(case)
+    _, token, expert, *_ = checks.round_winners(scores, won, uniform, case.tile, case.rule)
+    live = token < case.tokens
+    kept = torch.zeros_like(chosen)
+    kept[expert[live].long(), token[live].long()] = True
+    return (kept != chosen).unflatten(1, (-1, 4, 8)).any(-1)
+
+
+def _check_parts(logits, case):
+    checks.check_logits(logits, checks.uniform_of(case), case, False)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "ties"])
+@pytest.mark.parametrize("rule", ["up", "down"])
+@pytest.mark.parametrize("tokens", [150, 129, 256])
+def test_several_parts_of_a_group_change(tokens, rule, kind, guarded, always_summarized):
+    """Besides groups that all tokens chose, and a last one of 22 tokens, of one, and of all."""
+    case = Case(tokens, 6, 2, 32, rule, kind)
+    logits = guarded.copy_of(_logits_of_parts(case))
+    assert (_changed_parts(logits, case).sum(-1) > 2).any(1).sum() > 2
+    _check_parts(logits, case)
+
+
+@every_rule
+def test_parts_that_are_not_in_registers(rule, guarded, always_summarized, monkeypatch):
+    """Two at a time of many, of groups that are in registers, and that are not."""
+    monkeypatch.setattr(rounding_select, "_MAX_HELD_PARTS", 16)
+    case = Case(150, 6, 2, 32, rule)
+    logits = guarded.copy_of(_logits_of_parts(case))
+    assert (_changed_parts(logits, case).flatten(1).sum(1) > 2).sum() > 2
+    _check_parts(logits, case)
+    monkeypatch.setattr(rounding_select, "_MAX_HELD", 2)
+    monkeypatch.setattr(rounding_select, "_MAX_COUNTED", 2)
+    _check_parts(logits, case)
+
+
+@pytest.mark.parametrize("summarized", [False, True], ids=["table", "summaries"])
+@pytest.mark.parametrize("rule", ["up", "down"])
+def test_entries_are_written_twice(rule, summarized, guarded, monkeypatch):
+    """More tokens than there is room for reach the rank of the groups: of five groups up to 15."""
+    monkeypatch.setattr(rounding_select, "_LEAST_LIST", 1)
+    if summarized:
+        _summarize_always(monkeypatch)
+    written = []
+
+    def gather_first(*arguments):
+        written.append(arguments)
+        return _gather_first(*arguments)
+
+    monkeypatch.setattr(rounding_search, "_gather_first", gather_first)
+    case = Case(150, 6, 2, 16, rule)
+    _check_parts(guarded.copy_of(logits_of(case, torch.bfloat16)), case)
+    assert len(written) > case.experts
+
+
+_TIED = Case(150, 3, 2, 4, "up", "tied")
+
+
+def _tied_logits():
+    """Five tokens chose the last expert, and all others tie for it."""
+    logits = torch.tensor([0.0, -1.5, -1.5]).repeat(150, 1)
+    logits[100:105, 1] = -2
+    return logits.bfloat16()
+
+
+def test_parts_that_tie(guarded, always_summarized):
+    """The first tokens are taken, in whichever part their group's greatest rank is said to be."""
+    logits = guarded.copy_of(_tied_logits())
+    assert _changed_parts(logits, _TIED)[2].nonzero().tolist() == [[0, 0]]
+    _check_parts(logits, _TIED)
+
+
 @triton.jit
-def _one_too_many(word):
-    return rounding_summaries.popcount(word) + 1
+def _next_part(second):
+    return (second + 1) & (PARTS - 1)
+
+
+@triton.jit
+def _nothing_in_other_parts(second):
+    return second * 0 - 1
+
+
+@triton.jit
+def _most_without_last_bits(second):
+    return second & -PARTS
+
+
+@triton.jit
+def _first_part_of_several(word, second, low, up):
+    parts = _parts_that_may_reach(word, second, low, up)
+    return tl.where(up, parts, parts & -parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "case"),
+    [
+        ("first_part", _next_part, Case(150, 6, 2, 2, "up")),
+        ("most_of_other_parts", _nothing_in_other_parts, Case(150, 6, 2, 32, "up")),
+        ("most_of_other_parts", _nothing_in_other_parts, _TIED),
+        ("most_of_other_parts", _most_without_last_bits, _TIED),
+        ("_parts_that_may_reach", _first_part_of_several, Case(150, 6, 2, 32, "down")),
+    ],
+)
+def test_overlooked_parts_are_noticed(name, wrong, case, guarded, always_summarized, monkeypatch):
+    """Of a few groups that are listed, in one of which one token is wanted, or of all."""
+    monkeypatch.setattr(rounding_select, "_LEAST_LIST", 1)
+    logits = guarded.copy_of(_tied_logits() if case is _TIED else _logits_of_parts(case))
+    _check_parts(logits, case)
+    monkeypatch.setattr(rounding_search, name, wrong)
+    with pytest.raises(AssertionError):
+        _check_parts(logits, case)
+
+
+@triton.jit
+def _one_too_few(word):
+    return popcount(word) - 1
 
 
 @triton.jit
@@ -262,16 +394,50 @@ def _in_another_order(address):
     return top, inverse, bound, turn
 
 
+@triton.jit
+def _of_all_parts(
+    logits, marks, group, expert, num_tokens, num_experts, stride, BITS, BLOCK_E, FULL
+):
+    free, least, greatest, _, first = _extremes_of_group(
+        logits, marks, group, expert, num_tokens, num_experts, stride, BITS, BLOCK_E, FULL
+    )
+    return free, least, greatest, greatest, first
+
+
+@triton.jit
+def _of_another_part(
+    logits, marks, group, expert, num_tokens, num_experts, stride, BITS, BLOCK_E, FULL
+):
+    free, least, greatest, second, first = _extremes_of_group(
+        logits, marks, group, expert, num_tokens, num_experts, stride, BITS, BLOCK_E, FULL
+    )
+    return free, least, greatest, second, (first + 1) & (PARTS - 1)
+
+
+def _words_elsewhere(programs, logits, marks, summaries, words, *sizes, **options):
+    _summaries(programs, logits, marks, summaries, words.clone(), *sizes, **options)
+
+
+def _words_by_expert(programs, logits, marks, summaries, words, *sizes, **options):
+    _summaries(programs, logits, marks, summaries, words, *sizes, **options)
+    words.view(words.shape[::-1]).copy_(words.T.clone())
+
+
 @pytest.mark.parametrize(
     ("module", "name", "wrong"),
     [
         (rounding_winners, "_marks_of", _marks_of_another),
         (rounding_summaries, "_marks_of_one", _in_another_order),
-        (rounding_summaries, "popcount", _one_too_many),
+        (rounding_summaries, "popcount", _one_too_few),
         (rounding_summaries, "_greatest_ranks", _as_if_none_chose),
+        (rounding_summaries, "_extremes_of_group", _of_all_parts),
+        (rounding_summaries, "_extremes_of_group", _of_another_part),
+        (rounding_summaries, "_summaries", _words_elsewhere),
+        (rounding_summaries, "_summaries", _words_by_expert),
     ],
 )
-def test_wrong_summaries_are_noticed(module, name, wrong, always_summarized, monkeypatch):
+def test_wrong_summaries_are_noticed(module, name, wrong, always_summarized, poisoned, monkeypatch):
     monkeypatch.setattr(module, name, wrong)
     with pytest.raises(AssertionError):
-        test_summaries((64, 5, 5), False, always_summarized)
+        for sizes in ((64, 5, 5), (150, 70, 4)):
+            test_summaries(sizes, False, always_summarized)
