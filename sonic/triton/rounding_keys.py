@@ -6,7 +6,7 @@ chose it, then high scores, then low token indices::
     key[e, t] = bits of the score, with the sign bit set if token t did not choose expert e
 
 Keys lie in a table, column by column; or there is none, and four *marks* of each token make any key
-of it from the logit. What knows keys from given scores is here; from logits they are made where
+of it from the logit. Tables of given scores are written here, those of logits, and marks, where
 winners are found (:mod:`sonic.triton.rounding_winners`).
 """
 
@@ -27,7 +27,7 @@ _LOG2_E = tl.constexpr(math.log2(math.e))
 MAX_BLOCK_E = 4096  # experts of a token in one block
 _ELEMENTS = 4096  # of a block, or those of one token
 
-GROUP = tl.constexpr(32)  # tokens of which a word says who chose; a table has whole groups
+GROUP = tl.constexpr(32)  # tokens that have a word; tables and marks are of whole groups
 
 
 @triton.jit

@@ -49,8 +49,8 @@ def _rank(key, up):
     return tl.where(up, _rank_to_add(key), _rank_to_drop(key))
 
 
-# A column, in what follows: keys, logits, marks, summaries, of which a table of keys or the three
-# others are there, the expert, the strides of logits and keys, and BITS.
+# A column, in what follows: keys, logits, marks and summaries, of which either the keys are there
+# or the three others, the expert, the strides of logits and of keys, and BITS.
 
 
 @triton.jit
@@ -349,8 +349,8 @@ def _gather_first(
     ROOM: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """Write entries of the listed tokens that reach a rank, of the first ROOM of them, and behind
-    these COMPARED that are less than any. Returns how many tokens reach it."""
+    """Write entries of the listed tokens that reach the ``bound``, of the first ROOM of them, and
+    behind these COMPARED that are less than any. Returns how many tokens reach it."""
     lane = tl.arange(0, UNIT)[:, None]
     count = 0
     for start in range(0, size, BLOCK):

@@ -35,11 +35,11 @@ _MAX_HELD = 1024  # groups whose greatest ranks stay in registers
 _MAX_COUNTED = 512  # groups whose ranks are counted at once where they do not
 _MAX_HELD_LIST = 8192  # listed tokens whose keys stay in registers
 _MAX_HELD_PARTS = 1024  # the same where parts are listed, of which there are hardly ever more
-_LEAST_LIST = 16
+_LEAST_LIST = 16  # groups
 _MAX_COMPARED = 256  # tokens that are compared with one another
 _GROUPS_PER_WARP = 64
 _SUMMARIES_PER_WARP = 128
-_FEW_LISTED = 64  # whose keys take few registers
+_FEW_LISTED = 64  # groups that may be listed, whose keys take few registers
 _REGISTERS = 65536  # of a processor
 _BALANCE_BLOCK = 1024  # experts whose running error is found at once
 

@@ -68,13 +68,14 @@ def _greatest_ranks(least, greatest, all_chose):
 
 @triton.jit
 def first_part(second):
-    """Of a group, that with the greatest rank to add."""
+    """Of a group, by its second, that with the greatest rank to add."""
     return second & (PARTS - 1)
 
 
 @triton.jit
 def most_of_other_parts(second):
-    """At least the greatest rank to add of the others, if they have one, and at most three more."""
+    """At least the greatest rank to add of a group's other parts, and at most three more, by its
+    second. Where they have none it is 3."""
     return second | (PARTS - 1)
 
 
@@ -191,7 +192,7 @@ def _summaries_kernel(
     word = ~free.to(tl.int32, bitcast=True)
     all_chose = popcount(word) >= tl.minimum(num_tokens - group * GROUP, GROUP)
     to_add, to_drop = _greatest_ranks(least, greatest, all_chose)
-    # Of a part whose tokens all chose the expert it is a key below 2^31, and no rank to add.
+    # A key below 2^31, which is no rank to add, if all tokens of the other parts chose the expert.
     second = tl.where(second >> 31 == 1, second, 0).to(tl.int32, bitcast=True) & HIGHEST
     second = (second & -PARTS) | first
     summary = tl.join(tl.join(word, second), tl.join(to_add, to_drop))
