@@ -87,7 +87,7 @@ def _summarize(column, num_tokens, BLOCK: tl.constexpr):
     free = tl.zeros([BLOCK, PART], tl.uint32)
     least = tl.full([BLOCK, PART], 0xFFFFFFFF, tl.uint32)
     greatest = tl.zeros([BLOCK, PART], tl.uint32)
-    for part in range(PARTS):
+    for part in tl.static_range(PARTS):
         place = (PARTS - 1 - part) * PART + lane
         key = tl.load(column[:, None] + place).to(tl.uint32, bitcast=True)
         free = (free << 1) | (key >> 31)
