@@ -8,6 +8,7 @@ behind is 32 tokens' verdicts in a word, and the expert's kept tokens before the
 Source: SonicMoE (arXiv 2512.14080), algorithms 4 and 6.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 from sonic.triton.common import cdiv, power_of_2
-from sonic.triton.launch import Launcher, wait_for_earlier_launches
+from sonic.triton.launch import Fixed, Launcher, wait_for_earlier_launches
 from sonic.triton.rounding_keys import GROUP, Keys, _score_of
 from sonic.triton.rounding_search import (
     COMPARED,
@@ -401,9 +402,14 @@ def _unit(keys: Keys) -> int:
 
 def scratch_size(keys: Keys, num_tokens: int, num_experts: int, tile: int, rule: str) -> int:
     """Elements of ``scratch`` of :func:`decide`; ``_select_kernel`` says what they are."""
+    return _scratch_size(_unit(keys), num_tokens, num_experts, tile, rule)
+
+
+@functools.lru_cache(maxsize=4096)
+def _scratch_size(unit: int, num_tokens: int, num_experts: int, tile: int, rule: str) -> int:
     num_groups = cdiv(num_tokens, GROUP.value)
     kept = 3 if num_groups > _MAX_HELD else 1
-    units = _list_size(num_tokens, tile, rule) * GROUP.value // _unit(keys)
+    units = _list_size(num_tokens, tile, rule) * GROUP.value // unit
     entries = _room(num_tokens, tile, rule) + COMPARED.value
     return num_experts * 2 * (units + entries + cdiv(kept * num_groups, 2))
 
@@ -427,15 +433,49 @@ def decide(
             that is a multiple of eight.
         num_tokens: T, at least 1. tile: M. rule: see :mod:`sonic.routing.token_rounding`.
     """
-    _, logits, _, summaries, *_ = keys
-    unit = _unit(keys)
-    most_held = _MAX_HELD_LIST if summaries is None else _MAX_HELD_PARTS
     num_experts = decisions.load.shape[0]
-    num_groups = decisions.words.shape[0]
+    if rule == "balance-f":
+        assert keys.table is not None
+        _balanced_counts(keys.table, decisions, num_tokens, tile)
+    launch = _select_launch(
+        num_tokens,
+        num_experts,
+        decisions.words.shape[0],
+        0 if keys.logits is None else keys.logits.stride(0),
+        keys.stride,
+        tile,
+        rule,
+        keys.bits,
+        _unit(keys),
+    )
+    launch(
+        decisions.load,
+        *keys[:4],
+        uniform,
+        decisions.counts,
+        decisions.words,
+        decisions.counts_before,
+        scratch,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _select_launch(
+    num_tokens: int,
+    num_experts: int,
+    num_groups: int,
+    row_stride: int,
+    key_stride: int,
+    tile: int,
+    rule: str,
+    bits: int,
+    unit: int,
+) -> Fixed:
+    has_table = unit == GROUP.value
     held = num_groups <= _MAX_HELD
     block = power_of_2(num_groups) if held else _MAX_COUNTED
     listed = _list_size(num_tokens, tile, rule)
-    per_warp = _GROUPS_PER_WARP if summaries is None else _SUMMARIES_PER_WARP
+    per_warp = _GROUPS_PER_WARP if has_table else _SUMMARIES_PER_WARP
     num_warps = max(4, min(16, max(block, 2 * listed) // per_warp))
     registers: dict[str, int] = {}
     if listed > _FEW_LISTED or not held:
@@ -444,27 +484,10 @@ def decide(
     elif num_warps == 4:
         # Four programs run at once. Without a number it spills here too, of fewer registers.
         registers["maxnreg"] = _REGISTERS // (4 * 32 * num_warps)
-    balanced = rule == "balance-f"
-    if balanced:
-        assert keys.table is not None
-        _balanced_counts(keys.table, decisions, num_tokens, tile)
-    _select(
-        num_experts,
-        decisions.load,
-        *keys[:4],
-        uniform,
-        decisions.counts,
-        decisions.words,
-        decisions.counts_before,
-        scratch,
-        num_tokens,
-        num_experts,
-        num_groups,
-        0 if logits is None else logits.stride(0),
-        keys.stride,
-        tile,
-        RULE="given" if balanced else rule,
-        BITS=keys.bits,
+    most_held = _MAX_HELD_LIST if has_table else _MAX_HELD_PARTS
+    kernel = _select.bind(
+        RULE="given" if rule == "balance-f" else rule,
+        BITS=bits,
         BLOCK=block,
         HELD=held,
         LIST=listed,
@@ -474,3 +497,5 @@ def decide(
         num_warps=num_warps,
         **registers,
     )
+    sizes = num_tokens, num_experts, num_groups, row_stride, key_stride, tile
+    return kernel.fix(num_experts, *sizes)

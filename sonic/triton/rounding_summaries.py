@@ -8,12 +8,14 @@ and leaves *summaries*. These have a fourth number, the *second*: which PART of 
 greatest rank to add, in two bits, and in the others those of the greatest one of the other parts.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from sonic.triton.common import cdiv
-from sonic.triton.launch import Launcher, wait_for_earlier_launches
+from sonic.triton.launch import Fixed, Launcher, wait_for_earlier_launches
 from sonic.triton.rounding_keys import (
     GROUP,
     Keys,
@@ -221,21 +223,21 @@ def summarize_logits(keys: Keys) -> None:
     """Fill in the summaries of keys that have marks."""
     _, logits, marks, summaries, words, bits = keys
     assert logits is not None and summaries is not None
-    num_tokens, num_experts = logits.shape
+    launch = _summaries_launch(*logits.shape, logits.stride(0), keys.stride, bits)
+    launch(logits, marks, summaries, words)
+
+
+@functools.lru_cache(maxsize=4096)
+def _summaries_launch(
+    num_tokens: int, num_experts: int, row_stride: int, key_stride: int, bits: int
+) -> Fixed:
     blocks = cdiv(num_experts, _SUMMARY_BLOCK)
-    _summaries(
-        keys.stride // GROUP.value * blocks,
-        logits,
-        marks,
-        summaries,
-        words,
-        num_tokens,
-        num_experts,
-        logits.stride(0),
-        keys.stride,
+    kernel = _summaries.bind(
         BITS=bits,
         BLOCK_E=_SUMMARY_BLOCK,
         BLOCKS=blocks,
         PER_THREAD=_EXPERTS_PER_THREAD,
         num_warps=_SUMMARY_BLOCK // (32 * _EXPERTS_PER_THREAD),
     )
+    programs = key_stride // GROUP.value * blocks
+    return kernel.fix(programs, num_tokens, num_experts, row_stride, key_stride)

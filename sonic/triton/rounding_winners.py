@@ -5,6 +5,7 @@ experts. In the same pass they become keys (:mod:`sonic.triton.rounding_keys`), 
 tokens' marks where keys are left to summaries; or, for whoever wants scores alone, a table (T, E).
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from sonic.triton.common import (
     power_of_2,
     row_major,
 )
-from sonic.triton.launch import Launcher, wait_for_earlier_launches
+from sonic.triton.launch import Fixed, Launcher, wait_for_earlier_launches
 from sonic.triton.rounding_keys import (
     _ELEMENTS,
     GROUP,
@@ -269,22 +270,27 @@ def _launch(
     """Whichever there is: scores (T, E), the table or the marks of keys, and the ``winners`` with
     what their gradient needs, three tensors."""
     table, marks = (None, None) if keys is None else (keys.table, keys.marks)
-    num_tokens, num_experts = logits.shape
+    launch = _winners_launch(
+        *logits.shape, logits.dtype, logits.stride(0), top_k, full, marks is not None
+    )
+    launch(logits, scores, table, marks, *winners)
+
+
+@functools.lru_cache(maxsize=4096)
+def _winners_launch(
+    num_tokens: int,
+    num_experts: int,
+    dtype: torch.dtype,
+    row_stride: int,
+    top_k: int,
+    full: bool,
+    leaves_marks: bool,
+) -> Fixed:
     block_e = power_of_2(num_experts)
-    rows, num_warps, piece = _winner_blocks(block_e, logits.itemsize, full, marks is not None)
+    rows, num_warps, piece = _winner_blocks(block_e, dtype.itemsize, full, leaves_marks)
     stride = _key_stride(num_tokens)
-    _logit_scores(
-        cdiv(stride, rows),
-        logits,
-        scores,
-        table,
-        marks,
-        *winners,
-        num_tokens,
-        num_experts,
-        logits.stride(0),
-        stride,
-        BITS=free_bits(logits.dtype, num_experts),
+    kernel = _logit_scores.bind(
+        BITS=free_bits(dtype, num_experts),
         TOP_K=top_k,
         K_PAD=power_of_2(top_k),
         FULL=full,
@@ -295,6 +301,7 @@ def _launch(
         EXACT=num_experts == block_e,
         num_warps=num_warps,
     )
+    return kernel.fix(cdiv(stride, rows), num_tokens, num_experts, row_stride, stride)
 
 
 def keys_of_logits(

@@ -16,6 +16,7 @@ and one for the gradient. Nothing is sorted, and no kernel uses an atomic.
 Source: SonicMoE (arXiv 2512.14080), algorithms 4 and 6.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from sonic.triton.common import (
     power_of_2,
     row_major,
 )
-from sonic.triton.launch import Launcher, wait_for_earlier_launches
+from sonic.triton.launch import Fixed, Launcher, wait_for_earlier_launches
 from sonic.triton.rounding_keys import GROUP, Keys, _load_keys, _score_of, keys_of_scores
 from sonic.triton.rounding_select import Decisions, decide, scratch_size
 from sonic.triton.rounding_summaries import are_summarized, popcount
@@ -393,19 +394,16 @@ def _emit(
     device = keys.device
     num_groups = cdiv(num_tokens, GROUP.value)
     options: dict[str, Any] = {"dtype": torch.int32, "device": device}
-    size = num_groups * num_experts
-    extra = scratch_size(keys, num_tokens, num_experts, tile, rule)
-    # What has to lie at a multiple of eight bytes is first.
-    sizes = [extra, size, size, num_experts]
-    scratch, before, first_rows, counts = torch.empty(sum(sizes), **options).split(sizes)
     verdicts = num_groups, num_experts
     words = torch.empty(verdicts, **options) if keys.words is None else keys.words
-    load = torch.empty(num_experts, **options)
+    before, first_rows = torch.empty(verdicts, **options), torch.empty(verdicts, **options)
+    counts, load = torch.empty(num_experts, **options), torch.empty(num_experts, **options)
+    scratch_elements = scratch_size(keys, num_tokens, num_experts, tile, rule)
     decide(
         keys,
         uniform,
-        Decisions(words, before.view(verdicts), counts, load),
-        scratch,
+        Decisions(words, before, counts, load),
+        torch.empty(scratch_elements, **options),
         num_tokens,
         tile,
         rule,
@@ -420,25 +418,22 @@ def _emit(
         row_by_slot=torch.empty(num_slots, **options),
         offset_by_token=torch.empty(num_tokens + 1, **options),
     )
+    launch = _emit_launch(
+        num_tokens, num_experts, num_slots, 0 if rows is None else rows.stride(0), keys.stride,
+        keys.bits,
+    )  # fmt: skip
+    launch(words, before, counts, first_rows, table, logits, marks, scores, *rounded)
+    return rounded, load
+
+
+@functools.lru_cache(maxsize=4096)
+def _emit_launch(
+    num_tokens: int, num_experts: int, num_slots: int, row_stride: int, key_stride: int, bits: int
+) -> Fixed:
+    num_groups = cdiv(num_tokens, GROUP.value)
     block_e = min(_MAX_BLOCK_E, max(_PARTS, power_of_2(num_experts)))
-    _emit_pairs(
-        num_groups + cdiv(num_slots, _TAIL),
-        words,
-        before,
-        counts,
-        first_rows,
-        table,
-        logits,
-        marks,
-        scores,
-        *rounded,
-        num_tokens,
-        num_experts,
-        num_groups,
-        num_slots,
-        0 if rows is None else rows.stride(0),
-        keys.stride,
-        BITS=keys.bits,
+    kernel = _emit_pairs.bind(
+        BITS=bits,
         BLOCK_E=block_e,
         PART=block_e // _PARTS,
         ONE=num_experts <= block_e,
@@ -446,7 +441,8 @@ def _emit(
         TAIL=_TAIL,
         num_warps=4,
     )
-    return rounded, load
+    sizes = num_tokens, num_experts, num_groups, num_slots, row_stride, key_stride
+    return kernel.fix(num_groups + cdiv(num_slots, _TAIL), *sizes)
 
 
 def round_tokens(
@@ -569,10 +565,9 @@ def round_logits_grad(
         return dlogits
     if logits is not None:
         logits = row_major(logits)
-    rows = 16
+    row_stride = 0 if logits is None else logits.stride(0)
     with device_of(weights):
-        _logit_grad(
-            cdiv(num_tokens, rows),
+        _logit_grad_launch(num_tokens, num_experts, row_stride, top_k)(
             dweights.contiguous(),
             weights,
             expert_ids,
@@ -582,14 +577,19 @@ def round_logits_grad(
             lse,
             logits,
             dlogits,
-            num_tokens,
-            num_experts,
-            0 if logits is None else logits.stride(0),
-            TOP_K=top_k,
-            K_PAD=power_of_2(top_k),
-            ROWS=rows,
-            BLOCK_E=min(256, power_of_2(num_experts)),
-            PAIRS=16,
-            num_warps=4,
         )
     return dlogits
+
+
+@functools.lru_cache(maxsize=4096)
+def _logit_grad_launch(num_tokens: int, num_experts: int, row_stride: int, top_k: int) -> Fixed:
+    rows = 16
+    kernel = _logit_grad.bind(
+        TOP_K=top_k,
+        K_PAD=power_of_2(top_k),
+        ROWS=rows,
+        BLOCK_E=min(256, power_of_2(num_experts)),
+        PAIRS=16,
+        num_warps=4,
+    )
+    return kernel.fix(cdiv(num_tokens, rows), num_tokens, num_experts, row_stride)

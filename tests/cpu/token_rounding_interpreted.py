@@ -33,6 +33,24 @@ GROUP = rounding_keys.GROUP.value
 every_rule = pytest.mark.parametrize("rule", RULES)
 
 
+@pytest.fixture(autouse=True)
+def no_remembered_launches():
+    """What is launched depends on constants, which tests change."""
+    caches = (
+        rounding_winners._winners_launch,
+        rounding_summaries._summaries_launch,
+        rounding_select._scratch_size,
+        rounding_select._select_launch,
+        kernels._emit_launch,
+        kernels._logit_grad_launch,
+    )
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
 def check(case, guarded, seed=0):
     """Against the oracle, and against the twin; the scores are returned for further use."""
     scores, uniform = checks.scores_of(case, seed), checks.uniform_of(case, seed)
