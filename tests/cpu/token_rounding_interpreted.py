@@ -20,7 +20,12 @@ from sonic.triton import (
 from sonic.triton import token_rounding as kernels
 from sonic.triton.rounding_keys import _marks_of_one
 from sonic.triton.rounding_search import _end_of, _gather_first, _halved, _parts_that_may_reach
-from sonic.triton.rounding_summaries import PARTS, _extremes_of_group, _summaries, popcount
+from sonic.triton.rounding_summaries import (
+    PARTS,
+    _extremes_of_group,
+    _summaries_launch,
+    popcount,
+)
 from sonic.triton.rounding_winners import keys_of_logits
 from sonic.triton.topk import HIGHEST
 from tests import rounding_checks as checks
@@ -432,13 +437,19 @@ def _of_another_part(
     return free, least, greatest, second, (first + 1) & (PARTS - 1)
 
 
-def _words_elsewhere(programs, logits, marks, summaries, words, *sizes, **options):
-    _summaries(programs, logits, marks, summaries, words.clone(), *sizes, **options)
+def _words_elsewhere(*sizes):
+    launch = _summaries_launch(*sizes)
+    return lambda *given: launch(*given[:-1], given[-1].clone())
 
 
-def _words_by_expert(programs, logits, marks, summaries, words, *sizes, **options):
-    _summaries(programs, logits, marks, summaries, words, *sizes, **options)
-    words.view(words.shape[::-1]).copy_(words.T.clone())
+def _words_by_expert(*sizes):
+    launch = _summaries_launch(*sizes)
+
+    def launch_and_turn(logits, marks, summaries, words):
+        launch(logits, marks, summaries, words)
+        words.view(words.shape[::-1]).copy_(words.T.clone())
+
+    return launch_and_turn
 
 
 @pytest.mark.parametrize(
@@ -450,8 +461,8 @@ def _words_by_expert(programs, logits, marks, summaries, words, *sizes, **option
         (rounding_summaries, "_greatest_ranks", _as_if_none_chose),
         (rounding_summaries, "_extremes_of_group", _of_all_parts),
         (rounding_summaries, "_extremes_of_group", _of_another_part),
-        (rounding_summaries, "_summaries", _words_elsewhere),
-        (rounding_summaries, "_summaries", _words_by_expert),
+        (rounding_summaries, "_summaries_launch", _words_elsewhere),
+        (rounding_summaries, "_summaries_launch", _words_by_expert),
     ],
 )
 def test_wrong_summaries_are_noticed(module, name, wrong, always_summarized, poisoned, monkeypatch):
