@@ -47,6 +47,8 @@ def run(paths: list[Path], processes: int, report: Path, limit: float) -> tuple[
         text=True,
         errors="replace",
         start_new_session=True,  # workers that hang are ended with it
+        # Of a script in the background it is ignored, and so by what that starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         return process.communicate(timeout=limit)[0], True
