@@ -29,7 +29,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from kernels_sm90.tiles import BLOCK_K, supports_config
+from kernels_sm90.tiles import BLOCK_K, pieces_alternate, supports_config
 from sonic.enums import ActivationType
 from sonic.runtime.limits import MAX_SPLIT_EXPERTS
 from sonic.runtime.problem import (
@@ -297,8 +297,9 @@ def _microseconds(
 
 def _order(problem: Problem, tiling: _Tiling, size: _Size, grid: _Grid) -> _Order:
     """A counter keeps SMs together that a fixed stride lets drift apart: where experts have so few
-    rows that their last, partial row tile counts, where the weights at hand exceed the cache, or
-    wherever there are many tiles on a card that drifting costs more.
+    rows that their last, partial row tile counts, where the weights at hand exceed the cache, where
+    the math warpgroups of a CTA are apart themselves, or wherever there are many tiles on a card
+    that drifting costs more.
     """
     if problem.ragged is Ragged.REDUCTION:
         return _order_of_weight_gradient(problem, tiling, size, grid)
@@ -314,8 +315,11 @@ def _order(problem: Problem, tiling: _Tiling, size: _Size, grid: _Grid) -> _Orde
         few_or_most = not 1024 <= size.rows < _MOST_ROWS
         return _Order(exceed, dynamic=few_or_most or not many_waves)
     if problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
+        several = 1.01 < grid.along_m < 3.3
+        if pieces_alternate(grid.steps):
+            return _Order(weights > 1.5 * _CACHE_BYTES and several, dynamic=True)
         few_tiles = size.rows < 450 and tiles < 24  # of one expert: no share of a wave
-        shared = exceed and 1.01 < grid.along_m < 3.3
+        shared = exceed and several
         return _Order(shared, dynamic=True) if few_tiles else _FIXED_ALONG_N
     if not (many_waves or weights > _CACHE_BYTES / (1 if problem.transposed_weight else 3)):
         return _FIXED_ALONG_N

@@ -7,13 +7,14 @@ from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import warpgroup
 
 from kernels_sm90.accumulator import saved_accumulator
-from kernels_sm90.tiles import BLOCK_K, WARPGROUP
+from kernels_sm90.tiles import BLOCK_K, WARPGROUP, pieces_alternate
 from sonic.device.gather import GatherMajorColumns, GatherMajorRows
 from sonic.device.ptx import elect_one_lane, tma_load
 from sonic.device.scheduler import start_cursor
 from sonic.device.tensormap import ragged_coordinates, weight_coordinates
 
 SWIZZLE_ROW_BYTES = 128
+_PAUSE_OF_COLUMNS, _PAUSE_OF_ROWS = 16, 8  # nanoseconds: see ``sonic.device.gather``
 TURN_NAMED_BARRIER = 3  # and 4: one per math warpgroup; 1 and 2 belong to the epilogue
 
 
@@ -131,10 +132,14 @@ class MainloopMixin:
             return None
         extent = self.config.tile_m if self.gather_a else self.config.tile_n
         thread = cute.arch.thread_idx()[0]
+        # Beside the long epilogue of dH they cost more than they gain.
+        paused = self.overlapped and not self.epilogue.c_blocks
         if self.ragged_rows:
-            return GatherMajorColumns(gathered, gather, thread, WARPGROUP, extent, sizes[2])
+            pause = _PAUSE_OF_COLUMNS if paused else 0
+            return GatherMajorColumns(gathered, gather, thread, WARPGROUP, extent, sizes[2], pause)
         columns = sizes[0] if self.gather_a else sizes[1]
-        return GatherMajorRows(gathered, gather, thread, WARPGROUP, extent, BLOCK_K, columns)
+        pause = _PAUSE_OF_ROWS if paused else 0
+        return GatherMajorRows(gathered, gather, thread, WARPGROUP, extent, BLOCK_K, columns, pause)
 
     def _tma_bytes(self, height):
         """Bytes that TMA brings to this CTA per stage, its peers' shares included."""
@@ -348,9 +353,10 @@ class MainloopMixin:
             # The last piece comes before the last main-loop steps, so that those hide it too.
             hiding = cutlass.max(k_tiles - 2, 0)
             pieces = self.pieces(saved)
+            late = self._late(k_tiles, group)
             done_steps = Int32(0)
             for piece in cutlass.range_constexpr(pieces):
-                steps = hiding * (piece + 1) // pieces - done_steps
+                steps = hiding * (2 * piece + 1 + late) // (2 * pieces) - done_steps
                 ring = self._multiply(operands, accumulator, steps, ring, smem)
                 done_steps = done_steps + steps
                 self.store_piece(
@@ -369,6 +375,18 @@ class MainloopMixin:
             self.save_accumulator(
                 saved, accumulator, vectors[0], (cursor, row, col, sizes), bias_strides
             )
+
+    @cute.jit
+    def _late(self, k_tiles: Int32, group: Int32):
+        """When a piece comes: halves of the main-loop steps between two pieces, counted from half
+        of them after the piece before. 1 for both math warpgroups, or, of long pieces, 0 and 1: the
+        tensor cores are one's while the other stores. SMs then keep together by a counter only.
+        """
+        late = Int32(1)
+        if cutlass.const_expr(self.epilogue.c_blocks > 0 and self.dynamic):
+            if pieces_alternate(k_tiles):
+                late = group
+        return late
 
     def own_share(self, context, group):
         """What of a tile's context this warpgroup multiplies and stores."""

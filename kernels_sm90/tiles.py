@@ -25,7 +25,19 @@ SWAP_ROWS = 16
 SWAP_COLUMNS = 128
 _MOST_ACCUMULATORS = 192  # of a thread
 _MOST_SWAPPED_WITH_C = 160  # there the loaded values and row sums are alive too, and more spill
+_STEPS_OF_TURNS = 26  # of the main loop
 TILE_SLOTS = 8  # tiles taken ahead of the slowest warp, with a dynamic tile order
+
+
+def pieces_alternate(k_tiles):
+    """Whether the pieces of dH's epilogue come to the two math warpgroups in turns, if tiles come
+    from a counter.
+
+    They do where there are one and a half main-loop steps, or more, to each of the 16 pieces of 256
+    columns, beside the last two steps: with fewer a piece is longer than what could hide it. A step
+    of fewer columns is shorter, and they have fewer pieces in proportion.
+    """
+    return k_tiles >= _STEPS_OF_TURNS
 
 
 class SharedMemoryPlan:

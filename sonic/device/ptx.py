@@ -113,6 +113,17 @@ def count_trailing_zeros(mask: Int32) -> Int32:
     )
 
 
+@cute.jit
+def keep_in_register(value):
+    """The same value, in the hope that it is computed here: the part of the compiler that makes PTX
+    moves nothing past it, and ptxas followed where this is used."""
+    dtype = type(value)
+    bits = "b64" if cutlass.const_expr(dtype.width == 64) else "b32"
+    return cute.arch.inline_ptx(
+        f"mov.{bits} {{$w0}}, {{$r0}};", write_only_types=[dtype], read_only_args=[value]
+    )
+
+
 def store_matrix_x4(pointer, words) -> None:
     """``stmatrix.x4``: four 8x8 matrices of 16-bit elements.
 
@@ -138,13 +149,17 @@ def load_transposed_x4(pointer):
     return tuple(words[i] for i in range(4))
 
 
-@cute.jit
-def copy_16_bytes_or_zero(smem_pointer, gmem_pointer, valid) -> None:
-    """``cp.async`` of 16 bytes; writes zeros and reads nothing where ``valid`` is false."""
-    size = Int32(16) if valid else Int32(0)
+def copy_bytes_or_zero(smem_pointer, gmem_pointer, size) -> None:
+    """``cp.async`` of ``size`` bytes, 0 to 16; the rest of 16 is zeros. Without any it reads
+    nothing."""
     prims.cp_async_shared_global(
         smem_pointer, gmem_pointer, 16, prims.LoadCacheModifier.CG, cp_size=size
     )
+
+
+def sleep(nanoseconds: int) -> None:
+    """Suspends the warp for at most twice as long."""
+    prims.nanosleep(nanoseconds)
 
 
 def tma_load(smem_pointer, tensor_map, coordinates, barrier, multicast_mask=None) -> None:

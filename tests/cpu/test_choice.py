@@ -107,6 +107,20 @@ def test_an_h100_takes_tiles_from_a_counter_wherever_there_are_many() -> None:
                 assert config.dynamic or config.cluster_m == 2, (named.letter, config.name)
 
 
+def test_pieces_that_come_in_turns_want_a_counter() -> None:
+    """dH of reductions of 1664 columns or more, on an H200 too; B has 1536."""
+    orders = {}
+    for named in NAMED_SHAPES:
+        problem, n, k = launches(named.shape)["dh"]
+        rows = named.shape.rows // named.shape.E
+        config = BACKEND.for_gpu("H200").default_config(problem, rows, n, k, named.shape.E)
+        orders[named.letter] = (config.dynamic, config.raster_along_m)
+    along_n, along_m = (True, False), (True, True)
+    assert {letter: orders[letter] for letter in "ABCDEF"} == {
+        "A": along_n, "B": (False, False), "C": along_n, "D": along_m, "E": along_n, "F": along_m,
+    }  # fmt: skip
+
+
 def test_tiles_fit_where_the_last_row_tile_is_a_large_part() -> None:
     """Experts of 256 rows in tiles of 128 multiply 24% padding; of 2048 rows hardly any. On an H100
     such tiles, of single CTAs, read weights too often."""

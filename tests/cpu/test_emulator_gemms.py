@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed")
 
+from kernels_sm90.tiles import BLOCK_K, pieces_alternate
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.reference import stages as reference
 from sonic.runtime import launch
@@ -116,6 +117,15 @@ TILES = [
 def test_tiles(emulated_gemm, problem, config):  # noqa: F811
     """Schedules, multicast, rasters and tiles from a counter that the default choice leaves out."""
     emulated_gemm(GroupedGemm(problem, SIZES), config)
+
+
+@pytest.mark.parametrize("activation", [ActivationType.SWIGLU, ActivationType.RELU])
+def test_pieces_that_alternate(emulated_gemm, activation):  # noqa: F811
+    """A reduction so long that the math warpgroups store their pieces in turns."""
+    config = TileConfig(128, 64, 1, 1, OVERLAPPED, 3, dynamic=True)
+    sizes = Sizes(40, 25 * BLOCK_K + 8, 136, (130, 0, 7))
+    assert pieces_alternate(26) and not pieces_alternate(25)
+    emulated_gemm(GroupedGemm(down_backward_act_problem(activation, "bfloat16"), sizes), config)
 
 
 # Three heights, an expert that leaves the second CTA of a pair nothing, and outputs of one, two or
