@@ -200,9 +200,9 @@ def _key_stride(num_tokens: int) -> int:
 
 class Keys(NamedTuple):
     """Keys, as a ``table (E, stride)`` int32 with ``stride`` at least T; or ``logits (T, E)``, of
-    which so many low ``bits`` carry nothing once they are fp32, ``marks (stride, 4)`` int32 that
-    make keys of them, ``summaries (E, groups, 4)`` int32, and their ``words (groups, E)``, which
-    become those of the decisions."""
+    which so many low ``bits`` carry nothing once they are fp32, and ``marks (stride, 4)`` int32
+    that make keys of them. ``summaries (E, groups, 4)`` int32 and their ``words (groups, E)``,
+    which become those of the decisions, are there without a table, and may be with one."""
 
     table: torch.Tensor | None
     logits: torch.Tensor | None = None

@@ -49,8 +49,8 @@ def _rank(key, up):
     return tl.where(up, _rank_to_add(key), _rank_to_drop(key))
 
 
-# A column, in what follows: keys, logits, marks and summaries, of which either the keys are there
-# or the three others, the expert, the strides of logits and of keys, and BITS.
+# A column, in what follows: keys, logits, marks and summaries, of which the keys are there, alone
+# or with summaries, or the three others, the expert, the strides of logits and of keys, and BITS.
 
 
 @triton.jit

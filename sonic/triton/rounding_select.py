@@ -397,7 +397,7 @@ def _room(num_tokens: int, tile: int, rule: str) -> int:
 
 def _unit(keys: Keys) -> int:
     """Tokens that are listed together."""
-    return GROUP.value if keys.summaries is None else PART.value
+    return PART.value if keys.table is None else GROUP.value
 
 
 def scratch_size(keys: Keys, num_tokens: int, num_experts: int, tile: int, rule: str) -> int:

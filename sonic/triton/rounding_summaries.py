@@ -2,10 +2,12 @@
 
 A column of keys is searched by GROUPs of 32 tokens, of which a few numbers matter: which tokens
 chose the expert, as a word, and the greatest *ranks* of one to add and of one to drop. Of a table
-(:mod:`sonic.triton.rounding_keys`) they are found when they are asked for. Where columns are many
-there is none: a kernel reads the logits again, by expert, makes keys of them by the tokens' marks,
-and leaves *summaries*. These have a fourth number, the *second*: which PART of eight tokens has the
-greatest rank to add, in two bits, and in the others those of the greatest one of the other parts.
+(:mod:`sonic.triton.rounding_keys`) they are found when they are asked for, unless columns are few
+and long: then each is searched by one program, which would read it alone, and the many that write
+the table leave *summaries* of it. Where columns are many there is no table: a kernel reads the
+logits again, by expert, makes keys of them by the tokens' marks, and leaves summaries. These have a
+fourth number, the *second*: which PART of eight tokens has the greatest rank to add, in two bits,
+and in the others those of the greatest one of the other parts.
 """
 
 import functools
@@ -33,6 +35,8 @@ PARTS = tl.constexpr(4)  # of a group
 _LEAST_SUMMARIZED = 257
 _MOST_SUMMARIZED = 512
 _LEAST_GROUPS = 256
+# Experts up to which a table has summaries too, with as many groups.
+_MOST_WITH_TABLE = 64
 _SUMMARY_BLOCK = 256  # experts of a program, which has one group of tokens
 _EXPERTS_PER_THREAD = 4  # of it
 
@@ -161,6 +165,40 @@ def _extremes_of_group(
     return free, least, greatest, second, first
 
 
+@triton.jit
+def _store_summaries(
+    summaries, words, found, group, expert, num_experts, num_groups, BLOCK_E: tl.constexpr
+):
+    """summaries (E, groups, 4) and words (groups, E) of one group: words, seconds, and greatest
+    ranks to add and to drop. Selection changes the second words, here they are written in lines."""
+    word, second, to_add, to_drop = found
+    summary = tl.join(tl.join(word, second), tl.join(to_add, to_drop))
+    summary = tl.reshape(summary, [BLOCK_E, 4])
+    offset = _offset_of_four(expert.to(tl.int64) * num_groups + group)
+    tl.store(summaries + offset, summary, mask=(expert < num_experts)[:, None])
+    tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=expert < num_experts)
+
+
+@triton.jit
+def _summarize_written(
+    keys, summaries, words, group, num_tokens, num_experts, key_stride, BLOCK_E: tl.constexpr
+):
+    """Summaries of a group of a table's tokens, whose keys this program has just written; seconds
+    mean nothing."""
+    # Orders the keys that other threads wrote before the loads.
+    tl.debug_barrier()
+    expert = tl.arange(0, BLOCK_E)
+    # The last expert once more, where there is none.
+    source = tl.minimum(expert, num_experts - 1)
+    first_token = group * GROUP
+    word, to_add, to_drop = _summarize(
+        keys + source.to(tl.int64) * key_stride + first_token, num_tokens - first_token, BLOCK_E
+    )
+    found = word, word, to_add, to_drop
+    num_groups = key_stride // GROUP
+    _store_summaries(summaries, words, found, group, expert, num_experts, num_groups, BLOCK_E)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _summaries_kernel(
     logits,
@@ -176,9 +214,8 @@ def _summaries_kernel(
     BLOCKS: tl.constexpr,
     PER_THREAD: tl.constexpr,
 ):
-    """summaries (E, groups, 4) of one group and BLOCK_E experts, and their words (groups, E) once
-    more, where selection changes them: here they are written in lines. A thread has all tokens of
-    its PER_THREAD experts, one after another, and waits for no other."""
+    """Summaries and words of one group and BLOCK_E experts. A thread has all tokens of its
+    PER_THREAD experts, one after another, and waits for no other."""
     wait_for_earlier_launches()
     group = tl.program_id(0) // BLOCKS
     place = tl.max_contiguous(tl.arange(0, BLOCK_E), PER_THREAD)
@@ -196,12 +233,9 @@ def _summaries_kernel(
     to_add, to_drop = _greatest_ranks(least, greatest, all_chose)
     # A key below 2^31, which is no rank to add, if all tokens of the other parts chose the expert.
     second = tl.where(second >> 31 == 1, second, 0).to(tl.int32, bitcast=True) & HIGHEST
-    second = (second & -PARTS) | first
-    summary = tl.join(tl.join(word, second), tl.join(to_add, to_drop))
-    summary = tl.reshape(summary, [BLOCK_E, 4])
-    offset = _offset_of_four(expert.to(tl.int64) * (key_stride // GROUP) + group)
-    tl.store(summaries + offset, summary, mask=(expert < num_experts)[:, None])
-    tl.store(words + group.to(tl.int64) * num_experts + expert, word, mask=expert < num_experts)
+    found = word, (second & -PARTS) | first, to_add, to_drop
+    num_groups = key_stride // GROUP
+    _store_summaries(summaries, words, found, group, expert, num_experts, num_groups, BLOCK_E)
 
 
 # --- launchers ------------------------------------------------------------------------------------
@@ -217,6 +251,11 @@ def are_summarized(logits: torch.Tensor) -> bool:
         return False
     few = num_experts < _LEAST_SUMMARIZED or num_tokens <= GROUP.value * (_LEAST_GROUPS - 1)
     return not few and num_experts <= _MOST_SUMMARIZED
+
+
+def are_summarized_with_table(num_tokens: int, num_experts: int) -> bool:
+    """Whether a table of keys that is made of logits has summaries besides."""
+    return num_experts <= _MOST_WITH_TABLE and num_tokens > GROUP.value * (_LEAST_GROUPS - 1)
 
 
 def summarize_logits(keys: Keys) -> None:

@@ -35,7 +35,11 @@ from sonic.triton.rounding_keys import (
     _store_columns,
     _store_marks,
 )
-from sonic.triton.rounding_summaries import summarize_logits
+from sonic.triton.rounding_summaries import (
+    _summarize_written,
+    are_summarized_with_table,
+    summarize_logits,
+)
 from sonic.triton.topk import (
     LOWEST,
     _packed,
@@ -138,6 +142,8 @@ def _logit_scores_kernel(
     scores,
     keys,
     marks,
+    summaries,
+    words,
     winner_scores,
     winner_ids,
     lse_by_token,
@@ -157,7 +163,8 @@ def _logit_scores_kernel(
 ):
     """Scores of all experts, as (T, E) or as keys, or tokens' marks instead; with the last two
     winners and their scores (T, TOP_K), and ``lse_by_token``, the logarithm of the scores' divisor.
-    EXACT: there are BLOCK_E experts, and no mask is needed."""
+    Where keys have summaries a program has one group of tokens. EXACT: there are BLOCK_E experts,
+    and no mask is needed."""
     wait_for_earlier_launches()
     num_experts = BLOCK_E if EXACT else num_experts
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -194,6 +201,11 @@ def _logit_scores_kernel(
             score = term * tl.where(is_token, inverse, 0.0)[:, None]
             key = _key_of(score, won, tl.where(is_token, 0, LOWEST)[:, None])
             _store_columns(keys, key, token, expert, num_experts, key_stride)
+            if summaries is not None:
+                _summarize_written(
+                    keys, summaries, words, tl.program_id(0), num_tokens, num_experts, key_stride,
+                    BLOCK_E,
+                )  # fmt: skip
         else:
             values = _marks_of(top, inverse, last, is_token, BITS)
             _store_marks(marks, token, token < key_stride, values, ROWS)
@@ -233,28 +245,30 @@ _logit_scores = Launcher(_logit_scores_kernel, overlapping=True)
 _winner_softmax_grad = Launcher(_winner_softmax_grad_kernel, overlapping=True)
 
 
-def _blocks(block_e: int, itemsize: int, full: bool) -> tuple[int, int, int]:
+def _blocks(
+    block_e: int, itemsize: int, full: bool, whole_groups: bool = False
+) -> tuple[int, int, int]:
     """Tokens, warps and the columns of a piece of a block that chooses. Eight tokens of an expert
-    fill a sector of the keys, which up to 1024 experts allow.
+    fill a sector of the keys, which up to 1024 experts allow; ``whole_groups``: up to 256.
 
     What a thread finds for a row costs as much whether it holds 8 elements of it or 32. A sum over
     all experts is left to more threads: its bits depend on who adds what.
     """
     per_thread = _ELEMENTS_PER_THREAD if block_e >= 128 and not full else 16
     rows = max(16 if block_e >= 64 and not full else 8, 512 // block_e)
-    rows = min(rows, 32, _MAX_ELEMENTS // block_e)
+    rows = GROUP.value if whole_groups else min(rows, 32, _MAX_ELEMENTS // block_e)
     num_warps = max(1, rows * block_e // (32 * per_thread))
     parts = 1 if full else per_thread * itemsize // _BYTES_PER_LOAD
     return rows, num_warps, max(min(block_e, _LEAST_PIECE // itemsize), block_e // parts)
 
 
 def _winner_blocks(
-    block_e: int, itemsize: int, full: bool, leaves_marks: bool
+    block_e: int, itemsize: int, full: bool, leaves_marks: bool, leaves_summaries: bool
 ) -> tuple[int, int, int]:
     """The same, whatever the block leaves. With marks and without a sum over all experts it is one
     warp, which has a row at once, as a number that a whole warp finds takes one instruction."""
     if full or not leaves_marks:
-        return _blocks(block_e, itemsize, full)
+        return _blocks(block_e, itemsize, full, leaves_summaries)
     rows = max(1, _WINNER_ELEMENTS // block_e)
     return rows, max(1, block_e // _WINNER_ELEMENTS), min(block_e, 32 * _BYTES_PER_LOAD // itemsize)
 
@@ -269,11 +283,16 @@ def _launch(
 ) -> None:
     """Whichever there is: scores (T, E), the table or the marks of keys, and the ``winners`` with
     what their gradient needs, three tensors."""
-    table, marks = (None, None) if keys is None else (keys.table, keys.marks)
+    table, marks, summaries, words = None, None, None, None
+    if keys is not None and keys.table is None:
+        marks = keys.marks  # a kernel behind this one summarizes them
+    elif keys is not None:
+        table, _, _, summaries, words, _ = keys
     launch = _winners_launch(
-        *logits.shape, logits.dtype, logits.stride(0), top_k, full, marks is not None
-    )
-    launch(logits, scores, table, marks, *winners)
+        *logits.shape, logits.dtype, logits.stride(0), top_k, full, marks is not None,
+        summaries is not None,
+    )  # fmt: skip
+    launch(logits, scores, table, marks, summaries, words, *winners)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -285,9 +304,12 @@ def _winners_launch(
     top_k: int,
     full: bool,
     leaves_marks: bool,
+    leaves_summaries: bool,
 ) -> Fixed:
     block_e = power_of_2(num_experts)
-    rows, num_warps, piece = _winner_blocks(block_e, dtype.itemsize, full, leaves_marks)
+    rows, num_warps, piece = _winner_blocks(
+        block_e, dtype.itemsize, full, leaves_marks, leaves_summaries
+    )
     stride = _key_stride(num_tokens)
     kernel = _logit_scores.bind(
         BITS=free_bits(dtype, num_experts),
@@ -321,15 +343,17 @@ def keys_of_logits(
     num_tokens, num_experts = logits.shape
     device = logits.device
     stride = _key_stride(num_tokens)
-    if summarized:
-        options: dict[str, Any] = {"dtype": torch.int32, "device": device}
+    options: dict[str, Any] = {"dtype": torch.int32, "device": device}
+    summaries = words = None
+    if summarized or are_summarized_with_table(num_tokens, num_experts):
         groups = stride // GROUP.value
-        marks = torch.empty(stride, 4, **options)
         summaries = torch.empty(num_experts, groups, 4, **options)
         words = torch.empty(groups, num_experts, **options)
+    if summarized:
+        marks = torch.empty(stride, 4, **options)
         keys = Keys(None, logits, marks, summaries, words, free_bits(logits.dtype, num_experts))
     else:
-        keys = Keys(torch.empty(num_experts, stride, dtype=torch.int32, device=device))
+        keys = Keys(torch.empty(num_experts, stride, **options), None, None, summaries, words)
     winner_scores = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
     winner_ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
     lse = torch.empty(num_tokens, dtype=torch.float32, device=device)

@@ -6,7 +6,7 @@ T tokens, E experts, S slots. Three launches, four where there is no table of ke
 
     keys     how experts rank tokens, of given scores           sonic.triton.rounding_keys
              the same of logits, with their winners             sonic.triton.rounding_winners
-             what is known of 32 tokens instead of a table      sonic.triton.rounding_summaries
+             what is known of 32 tokens, of or without a table  sonic.triton.rounding_summaries
     select   counts, and a verdict on every token and expert    sonic.triton.rounding_select
              which tokens to add or to drop                     sonic.triton.rounding_search
     emit     pairs, slots and rows, read off the verdicts
@@ -41,6 +41,7 @@ _TAIL = 1024  # slots that a program clears
 _MAX_PAIRS = 512  # whose rows and weights are found at once
 _MAX_BLOCK_E = 512
 _PARTS = 16  # of a block of experts
+_MOST_AT_ONCE = 64  # experts of which all pairs of a group are looked at; two words hold no more
 
 
 class Rounded(NamedTuple):
@@ -144,6 +145,157 @@ def _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, mask
     tl.store(row_by_slot + slot, row, mask=mask)
 
 
+@triton.jit
+def _store_offsets(offset_by_token, slot_by_token, size, token, num_tokens):
+    tl.store(offset_by_token + token, slot_by_token, mask=token < num_tokens)
+    tl.store(offset_by_token + token + 1, slot_by_token + size, mask=token == num_tokens - 1)
+
+
+@triton.jit
+def _kept_before(bit, expert, BLOCK_E: tl.constexpr):
+    """Of bits (BLOCK_E, GROUP), BLOCK_E at most 64, the sum over earlier experts, and over all."""
+    tl.static_assert(BLOCK_E <= 64)
+    mine = bit << (expert & 31)
+    below = (1 << (expert & 31)) - 1
+    if BLOCK_E <= 32:
+        word = tl.sum(mine, axis=0)
+        return popcount(word[None, :] & below), popcount(word)
+    else:
+        low = tl.sum(tl.where(expert < 32, mine, 0), axis=0)
+        high = tl.sum(tl.where(expert < 32, 0, mine), axis=0)
+        size = popcount(low)
+        before = popcount(tl.where(expert < 32, low[None, :], high[None, :]) & below)
+        return before + tl.where(expert < 32, 0, size[None, :]), size + popcount(high)
+
+
+@triton.jit
+def _emit_group_of_few(
+    words,
+    counts_before,
+    counts,
+    keys,
+    logits,
+    marks,
+    scores,
+    rounded,
+    sizes,
+    BITS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """All pairs of a group of tokens at once, where a block has all experts: what is not a pair is
+    looked at too, and but for scores nothing waits for memory twice."""
+    weights, token_ids, expert_ids, by_expert, token_by_row, slot_by_row, row_by_slot, by_token = (
+        rounded
+    )
+    group, num_tokens, num_experts, stride, key_stride = sizes
+    line = group.to(tl.int64) * num_experts
+    expert = tl.arange(0, BLOCK_E)
+    inside = expert < num_experts
+    word = tl.load(words + line + expert, mask=inside, other=0)
+    earlier = tl.load(counts_before + line + expert, mask=inside, other=0)
+    count = tl.load(counts + expert, mask=inside, other=0)
+    lane = tl.arange(0, GROUP)
+    token = group * GROUP + lane
+    # Tokens first, as compilers want what they store to places that may be anywhere, and single
+    # ones, so that threads have as much of what they load as of what they store.
+    member = tl.max_contiguous(token[:, None], [1, 1])
+    mask = inside[None, :] & (member < num_tokens)
+    if scores is None:
+        weight = _load_weight(
+            keys, logits, marks, None, member, expert[None, :], stride, key_stride, mask, BITS
+        )
+    offset = tl.cumsum(count, axis=0) - count
+    is_first = group == 0
+    tl.store(by_expert + expert, offset, mask=expert < tl.where(is_first, num_experts, 0))
+    one = tl.arange(0, 1)
+    end = by_expert + num_experts + one
+    tl.store(end, tl.sum(count, axis=0), mask=one < tl.where(is_first, 1, 0))
+
+    bit = (word[:, None] >> lane[None, :]) & 1
+    row = (offset + earlier)[:, None] + popcount(word[:, None] & ((1 << lane) - 1)[None, :])
+    rank, size = _kept_before(bit, expert[:, None], BLOCK_E)
+    # Pairs of earlier groups have lower tokens, and so lower slots, whatever their expert.
+    slot_by_token = tl.sum(earlier, axis=0) + tl.cumsum(size, axis=0) - size
+    _store_offsets(by_token, slot_by_token, size, token, num_tokens)
+    row, slot, live = tl.trans(row), tl.trans(slot_by_token[None, :] + rank), tl.trans(bit != 0)
+    if scores is not None:
+        # Lines of these are tokens, which a thread would have one each of.
+        weight = _load_weight(
+            None, None, None, scores, member, expert[None, :], stride, key_stride, live, BITS
+        )
+    values = weight, member, expert[None, :], row
+    _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, live)
+    tl.store(token_by_row + row, member, mask=live)
+    tl.store(slot_by_row + row, slot, mask=live)
+
+
+@triton.jit
+def _emit_group(
+    words,
+    counts_before,
+    counts,
+    first_rows,
+    keys,
+    logits,
+    marks,
+    scores,
+    rounded,
+    sizes,
+    BITS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PART: tl.constexpr,
+    ONE: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """The pairs of a group of tokens. They are put in order of their slots first, so that threads
+    next to one another write slots that are; until then ``row_by_slot`` holds them."""
+    weights, token_ids, expert_ids, by_expert, token_by_row, slot_by_row, row_by_slot, by_token = (
+        rounded
+    )
+    group, num_tokens, num_experts, stride, key_stride = sizes
+    line = group.to(tl.int64) * num_experts
+    size, before, left = _write_first_rows(
+        words, counts_before, counts, first_rows, by_expert, line, num_experts, group == 0, BLOCK_E,
+        PART,
+    )  # fmt: skip
+    lane = tl.arange(0, GROUP)
+    token = group * GROUP + lane
+    # Pairs of earlier groups have lower tokens, and so lower slots, whatever their expert.
+    slot_by_token = before + tl.cumsum(size, axis=0) - size
+    _store_offsets(by_token, slot_by_token, size, token, num_tokens)
+    for start in range(0, num_experts, BLOCK_E):
+        if not ONE:
+            left = _words_by_token(words + line, start, num_experts, BLOCK_E, PART)
+        number = popcount(left)
+        slot = slot_by_token[None, :] + tl.cumsum(number, axis=0) - number
+        slot_by_token += tl.sum(number, axis=0)
+        first = start + PART * tl.arange(0, BLOCK_E // PART)[None, :]
+        # Tokens first, as compilers want what they store to places that may be anywhere.
+        rest, place = tl.trans(left), tl.trans(slot)
+        # Few experts of a part keep a token, so that these go one by one.
+        for _ in range(0, tl.max(tl.max(number, axis=0), axis=0)):
+            expert = first + popcount((rest & -rest) - 1)
+            tl.store(row_by_slot + place, expert * GROUP + lane[:, None], mask=rest != 0)
+            rest = rest & (rest - 1)
+            place += 1
+    # Orders the pairs, and the first rows, that other threads wrote before the loads below.
+    tl.debug_barrier()
+    total = tl.sum(size, axis=0)
+    for start in range(0, total, PAIRS):
+        slot = before + start + tl.arange(0, PAIRS)
+        live = slot < before + total
+        pair = tl.load(row_by_slot + slot, mask=live, other=0)
+        expert, row = _row_of(pair, words, first_rows, line, live)
+        member = group * GROUP + pair % GROUP
+        weight = _load_weight(
+            keys, logits, marks, scores, member, expert, stride, key_stride, live, BITS
+        )
+        values = weight, member, expert, row
+        _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, live)
+        tl.store(token_by_row + row, member, mask=live)
+        tl.store(slot_by_row + row, slot, mask=live)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_groups", "num_slots"])
 def _emit_kernel(
     words,
@@ -176,62 +328,26 @@ def _emit_kernel(
     TAIL: tl.constexpr,
 ):
     """The first ``num_groups`` programs write a group of tokens each, the others what lies behind
-    the last pair. A group's pairs are put in order of their slots first, so that threads next to
-    one another write slots that are; until then ``row_by_slot`` holds them. ``stride`` is that of
-    scores or logits, ``key_stride`` that of the table of keys. ONE: a block holds all experts."""
+    the last pair. ``stride`` is that of scores or logits, ``key_stride`` that of the table of keys.
+    ONE: a block holds all experts. Without ``first_rows`` these are few."""
     wait_for_earlier_launches()
     pid = tl.program_id(0)
     if pid < num_groups:
-        line = pid.to(tl.int64) * num_experts
-        size, before, left = _write_first_rows(
-            words,
-            counts_before,
-            counts,
-            first_rows,
-            offset_by_expert,
-            line,
-            num_experts,
-            pid == 0,
-            BLOCK_E,
-            PART,
-        )
-        lane = tl.arange(0, GROUP)
-        token = pid * GROUP + lane
-        # Pairs of earlier groups have lower tokens, and so lower slots, whatever their expert.
-        slot_by_token = before + tl.cumsum(size, axis=0) - size
-        tl.store(offset_by_token + token, slot_by_token, mask=token < num_tokens)
-        tl.store(offset_by_token + token + 1, slot_by_token + size, mask=token == num_tokens - 1)
-        for start in range(0, num_experts, BLOCK_E):
-            if not ONE:
-                left = _words_by_token(words + line, start, num_experts, BLOCK_E, PART)
-            number = popcount(left)
-            slot = slot_by_token[None, :] + tl.cumsum(number, axis=0) - number
-            slot_by_token += tl.sum(number, axis=0)
-            first = start + PART * tl.arange(0, BLOCK_E // PART)[None, :]
-            # Tokens first, as compilers want what they store to places that may be anywhere.
-            rest, place = tl.trans(left), tl.trans(slot)
-            # Few experts of a part keep a token, so that these go one by one.
-            for _ in range(0, tl.max(tl.max(number, axis=0), axis=0)):
-                expert = first + popcount((rest & -rest) - 1)
-                tl.store(row_by_slot + place, expert * GROUP + lane[:, None], mask=rest != 0)
-                rest = rest & (rest - 1)
-                place += 1
-        # Orders the pairs, and the first rows, that other threads wrote before the loads below.
-        tl.debug_barrier()
-        total = tl.sum(size, axis=0)
-        for start in range(0, total, PAIRS):
-            slot = before + start + tl.arange(0, PAIRS)
-            live = slot < before + total
-            pair = tl.load(row_by_slot + slot, mask=live, other=0)
-            expert, row = _row_of(pair, words, first_rows, line, live)
-            member = pid * GROUP + pair % GROUP
-            weight = _load_weight(
-                keys, logits, marks, scores, member, expert, stride, key_stride, live, BITS
-            )
-            values = weight, member, expert, row
-            _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, live)
-            tl.store(token_by_row + row, member, mask=live)
-            tl.store(slot_by_row + row, slot, mask=live)
+        rounded = (
+            weights, token_ids, expert_ids, offset_by_expert, token_by_row, slot_by_row,
+            row_by_slot, offset_by_token,
+        )  # fmt: skip
+        sizes = pid, num_tokens, num_experts, stride, key_stride
+        if first_rows is None:
+            _emit_group_of_few(
+                words, counts_before, counts, keys, logits, marks, scores, rounded, sizes, BITS,
+                BLOCK_E,
+            )  # fmt: skip
+        else:
+            _emit_group(
+                words, counts_before, counts, first_rows, keys, logits, marks, scores, rounded,
+                sizes, BITS, BLOCK_E, PART, ONE, PAIRS,
+            )  # fmt: skip
     else:
         total = 0
         for start in range(0, num_experts, BLOCK_E):
@@ -272,14 +388,14 @@ def _scatter_kernel(
 
 
 @triton.jit
-def _pair_products(dweights, weights, first, size, start, PAIRS: tl.constexpr):
+def _load_pairs(dweights, weights, first, size, start, PAIRS: tl.constexpr):
     """Slots (ROWS, PAIRS) of each row's pairs from the ``start``-th on, whether there are as many,
-    their weights, and weight times gradient."""
+    their weights and these weights' gradients."""
     index = start + tl.arange(0, PAIRS)
     slot = first[:, None] + index[None, :]
     live = index[None, :] < size[:, None]
     weight = tl.load(weights + slot, mask=live, other=0.0)
-    return slot, live, weight, weight * tl.load(dweights + slot, mask=live, other=0.0)
+    return slot, live, weight, tl.load(dweights + slot, mask=live, other=0.0)
 
 
 @triton.jit
@@ -332,11 +448,20 @@ def _logit_grad_kernel(
     is_token = token < num_tokens
     first = tl.load(offset_by_token + token, mask=is_token, other=0)
     size = tl.load(offset_by_token + token + 1, mask=is_token, other=0) - first
+    if logits is None:
+        winner, score, is_slot = _load_winners(
+            winner_ids, winner_scores, token, is_token, TOP_K, K_PAD
+        )
+    # Nearly always all pairs there are: what is wanted of them behind the barriers is loaded here.
+    slot, live, weight, dweight = _load_pairs(dweights, weights, first, size, 0, PAIRS)
+    kept_by = tl.load(expert_ids + slot, mask=live, other=0)
     most = tl.max(size, axis=0)
-    projection = tl.zeros([ROWS], tl.float32)
-    for start in range(0, most, PAIRS):
-        _, _, _, product = _pair_products(dweights, weights, first, size, start, PAIRS)
-        projection += tl.sum(product, axis=1)
+    projection = tl.zeros([ROWS], tl.float32) + tl.sum(weight * dweight, axis=1)
+    for start in range(PAIRS, most, PAIRS):
+        _, _, other_weight, other_dweight = _load_pairs(
+            dweights, weights, first, size, start, PAIRS
+        )
+        projection += tl.sum(other_weight * other_dweight, axis=1)
 
     line = token.to(tl.int64)[:, None] * num_experts
     for start in range(0, num_experts, BLOCK_E):
@@ -352,20 +477,19 @@ def _logit_grad_kernel(
     # Orders the stores to the same places, which other threads may do.
     tl.debug_barrier()
     if logits is None:
-        winner, score, is_slot = _load_winners(
-            winner_ids, winner_scores, token, is_token, TOP_K, K_PAD
-        )
         taken = -score * projection[:, None]
         tl.store(dlogits + line + winner, taken.to(dlogits.dtype.element_ty), mask=is_slot)
         tl.debug_barrier()
     for start in range(0, most, PAIRS):
-        slot, live, weight, result = _pair_products(dweights, weights, first, size, start, PAIRS)
-        kept_by = tl.load(expert_ids + slot, mask=live, other=0)
+        if start > 0:
+            slot, live, weight, dweight = _load_pairs(dweights, weights, first, size, start, PAIRS)
+            kept_by = tl.load(expert_ids + slot, mask=live, other=0)
+        share = weight * projection[:, None]
         if logits is None:
             chosen = _is_winner(kept_by, winner_ids, token, is_token, TOP_K)
-            result -= tl.where(chosen, weight * projection[:, None], 0.0)
-        else:
-            result -= weight * projection[:, None]
+            share = tl.where(chosen, share, 0.0)
+        # Rounded once, which is left to compilers otherwise; a minus would subtract from zero.
+        result = tl.fma(weight, dweight, share * -1.0)
         tl.store(dlogits + line + kept_by, result.to(dlogits.dtype.element_ty), mask=live)
 
 
@@ -396,7 +520,9 @@ def _emit(
     options: dict[str, Any] = {"dtype": torch.int32, "device": device}
     verdicts = num_groups, num_experts
     words = torch.empty(verdicts, **options) if keys.words is None else keys.words
-    before, first_rows = torch.empty(verdicts, **options), torch.empty(verdicts, **options)
+    before = torch.empty(verdicts, **options)
+    few = num_experts <= _MOST_AT_ONCE
+    first_rows = None if few else torch.empty(verdicts, **options)
     counts, load = torch.empty(num_experts, **options), torch.empty(num_experts, **options)
     scratch_elements = scratch_size(keys, num_tokens, num_experts, tile, rule)
     decide(
@@ -432,12 +558,14 @@ def _emit_launch(
 ) -> Fixed:
     num_groups = cdiv(num_tokens, GROUP.value)
     block_e = min(_MAX_BLOCK_E, max(_PARTS, power_of_2(num_experts)))
+    few = num_experts <= _MOST_AT_ONCE
+    pairs = 1 if few else min(_MAX_PAIRS, max(128, power_of_2(cdiv(num_slots, num_groups))))
     kernel = _emit_pairs.bind(
         BITS=bits,
         BLOCK_E=block_e,
         PART=block_e // _PARTS,
         ONE=num_experts <= block_e,
-        PAIRS=min(_MAX_PAIRS, max(128, power_of_2(cdiv(num_slots, num_groups)))),
+        PAIRS=pairs,
         TAIL=_TAIL,
         num_warps=4,
     )

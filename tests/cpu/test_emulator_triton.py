@@ -89,16 +89,19 @@ def _keys_of(compiled, logits, top_k, full, summarized):  # noqa: F811
     """Keys and winners, written by the kernels."""
     # Nothing runs, so that what is returned holds what was there.
     keys, *winners = rounding_winners.keys_of_logits(logits, top_k, full, summarized)
-    rows = keys.marks if summarized else keys.table
-    for result in (rows, *winners):
+    rows = (keys.marks,) if summarized else (keys.table,)
+    with_table = not summarized and keys.summaries is not None
+    if with_table:
+        rows = keys.table, keys.summaries, keys.words
+    for result in (*rows, *winners):
         result.fill_(-99)
     experts = logits.shape[1]
     tokens_of_one, *_ = rounding_winners._winner_blocks(
-        power_of_2(experts), logits.itemsize, full, summarized
+        power_of_2(experts), logits.itemsize, full, summarized, with_table
     )
     sizes = *logits.shape, experts, keys.stride
     kernel = compiled["_logit_scores_kernel"][-1]
-    _run(kernel, -(-keys.stride // tokens_of_one), (logits, rows, *winners), sizes)
+    _run(kernel, -(-keys.stride // tokens_of_one), (logits, *rows, *winners), sizes)
     if summarized:
         keys.summaries.fill_(-99)
         keys.words.fill_(-99)
@@ -125,20 +128,27 @@ def _poisoned(*shape):
     return torch.full(shape, -99, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("summarized", [False, True], ids=["keys", "summaries"])
+@pytest.fixture
+def table_summarized(monkeypatch):
+    monkeypatch.setattr(rounding_summaries, "_LEAST_GROUPS", 1)
+
+
+@pytest.mark.parametrize("given", ["keys", "summaries", "both"])
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize(
     ("tokens", "tile", "rule"),
     [(3000, 128, "nr"), (3001, 100, "up"), (3000, 128, "down"), (1500, 700, "down")],
 )
-def test_selection(compiled, tokens, tile, rule, ties, summarized):  # noqa: F811
-    if summarized:
+def test_selection(compiled, tokens, tile, rule, ties, given, table_summarized):  # noqa: F811
+    if given != "keys":
         logits = _logits(tokens, ties, seed=tokens)
-        (table, *_), *_ = _keys_of(compiled, logits, 2, False, False)
-        keys, *_ = _keys_of(compiled, logits, 2, False, True)
+        keys, *_ = _keys_of(compiled, logits, 2, False, False)
+        table = keys.table
+        if given == "summaries":
+            keys, *_ = _keys_of(compiled, logits, 2, False, True)
         scores = (table[:, :tokens] & HIGHEST.value).view(torch.float32)
         chosen = table[:, :tokens] >= 0
-        row_stride = EXPERTS
+        row_stride = EXPERTS if given == "summaries" else 0
     else:
         table, scores, chosen = _table(tokens, ties, seed=tokens)
         keys, row_stride = rounding_keys.Keys(table), 0
@@ -150,8 +160,8 @@ def test_selection(compiled, tokens, tile, rule, ties, summarized):  # noqa: F81
     decisions = rounding_select.Decisions(words, before, counts, load)
     rounding_select.decide(keys, None, decisions, scratch, tokens, tile, rule)
     (kernel,) = compiled["_select_kernel"]
-    given = [part for part in keys[:4] if part is not None]
-    arrays = load, *given, counts, words, before, scratch
+    parts = [part for part in keys[:4] if part is not None]
+    arrays = load, *parts, counts, words, before, scratch
     _run(kernel, EXPERTS, arrays, (tokens, EXPERTS, groups, row_stride, keys.stride, tile))
 
     kept = torch.zeros(EXPERTS, groups * GROUP, dtype=torch.bool)
@@ -165,7 +175,7 @@ def test_selection(compiled, tokens, tile, rule, ties, summarized):  # noqa: F81
     assert not torch.equal(kept[:, :tokens], chosen)
     # Where few tokens are left they are compared with one another, and there is an end of them.
     room = rounding_select._room(tokens, tile, rule)
-    lists = 2 * rounding_select._list_size(tokens, tile, rule) * (4 if summarized else 1)
+    lists = 2 * rounding_select._list_size(tokens, tile, rule) * (4 if given == "summaries" else 1)
     found = scratch.view(EXPERTS, -1)[counts != load, lists : lists + 2 * room]
     assert (found == -1).any(1).all() != (ties or tile > 2 * room)
 
@@ -180,6 +190,33 @@ def test_summaries(compiled, full):  # noqa: F811
     assert torch.equal((table[:, :tokens] >= 0).sum(0), torch.full((tokens,), top_k))
     assert torch.equal(keys.summaries, summaries_of(table, tokens))
     assert all(map(torch.equal, winners, others))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
+@pytest.mark.parametrize("experts", [11, 50])
+def test_summaries_of_a_table(compiled, experts, full, table_summarized):  # noqa: F811
+    """By the program that has written it, of one warp and of several."""
+    logits = torch.randn(75, experts, generator=torch.Generator().manual_seed(0)).bfloat16()
+    keys, *_ = _keys_of(compiled, logits, 3, full, False)
+    kernel = compiled["_logit_scores_kernel"][-1]
+    assert (kernel.metadata.num_warps > 1) == (experts > 32)
+    expected = summaries_of(keys.table, 75)
+    assert torch.equal(keys.summaries[..., [0, 1, 3]], expected[..., [0, 1, 3]])
+    assert torch.equal(keys.words, expected[..., 0].T)
+
+
+def test_summaries_of_a_table_come_behind_a_barrier(compiled, table_summarized):  # noqa: F811
+    logits = torch.randn(32, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    _keys_of(compiled, logits, 3, False, False)
+    (kernel,) = compiled["_logit_scores_kernel"]
+    text = kernel.asm["ptx"]
+    # Loads of keys are the last ones.
+    loads = text.rindex("ld.global")
+    stores = text.rindex("st.global", 0, loads)
+    found = re.search(r"bar\.sync[^;]*;", text[stores:loads])
+    kernel.asm["ptx"] = text[:stores] + text[stores:].replace(found[0], "", 1)
+    with pytest.raises(Fault, match="race: "):
+        _keys_of(compiled, logits, 3, False, False)
 
 
 def _in_turn(compiled, policy, overlapping=True, without_wait=None):  # noqa: F811
@@ -201,7 +238,7 @@ def _in_turn(compiled, policy, overlapping=True, without_wait=None):  # noqa: F8
         result.fill_(-99)
     chosen = load, logits, keys.marks, keys.summaries, counts, words, before, scratch
     sizes = tokens, experts, experts, stride
-    tokens_of_one, *_ = rounding_winners._winner_blocks(512, logits.itemsize, False, True)
+    tokens_of_one, *_ = rounding_winners._winner_blocks(512, logits.itemsize, False, True, False)
     programs = stride // tokens_of_one
     machine = _machine((*chosen, *winners), policy)
     for name, grid, arrays, numbers in (

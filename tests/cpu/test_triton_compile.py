@@ -103,12 +103,18 @@ def _launch_token_rounding(module) -> None:
         (300, 256, 8, torch.bfloat16, False),
         (300, 512, 8, torch.float32, True),
         (300, 4096, 8, torch.float16, False),
+        # A table of keys with summaries, written by one warp and by several.
+        (16384, 16, 2, torch.bfloat16, False),
+        (16384, 64, 8, torch.bfloat16, False),
+        (8200, 50, 4, torch.float32, True),
         # Without a table of keys; the last group of tokens is whole, and is not.
         (16384, 512, 8, torch.bfloat16, False),
         (8200, 300, 64, torch.float16, True),
     ):
         logits = torch.zeros(tokens, experts, dtype=dtype)
-        assert MODULES["rounding_summaries"].are_summarized(logits) == (tokens > 300)
+        assert MODULES["rounding_summaries"].are_summarized(logits) == (
+            tokens > 300 and experts > 64
+        )
         slots = top_k * tokens + 64 * experts
         rounded, _, *winners = module.round_logits(logits, None, top_k, 128, "nr", slots, full)
         module.round_logits_grad(

@@ -24,9 +24,11 @@ from sonic.triton.rounding_summaries import (
     PARTS,
     _extremes_of_group,
     _summaries_launch,
+    _summarize_written,
     popcount,
 )
 from sonic.triton.rounding_winners import keys_of_logits
+from sonic.triton.token_rounding import _kept_before
 from sonic.triton.topk import HIGHEST
 from tests import rounding_checks as checks
 
@@ -80,6 +82,53 @@ def test_random_cases(seed, guarded):
 @every_rule
 def test_several_groups_and_blocks_of_experts(rule, guarded):
     check(Case(150, 70, 4, 8, rule), guarded)
+
+
+@pytest.mark.parametrize("experts", [1, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("rule", ["nr", "up"])
+def test_pairs_at_once(rule, experts, guarded):
+    """What one word of a token's experts holds, and what two do."""
+    for tokens in (64, 75):
+        check(Case(tokens, experts, min(4, experts), 8, rule), guarded)
+
+
+@pytest.fixture
+def in_order(monkeypatch):
+    """Pairs are put in order first, as with many experts."""
+    monkeypatch.setattr(kernels, "_MOST_AT_ONCE", 0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_cases_in_order(seed, guarded, in_order):
+    check(checks.random_case(seed), guarded, seed)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(16, 16), (33, 2), (64, 20)])
+def test_pairs_in_order(experts, top_k, guarded, in_order):
+    check(Case(75, experts, top_k, 8, "nr"), guarded)
+
+
+@triton.jit
+def _kept_before_and_by_this_one(bit, expert, BLOCK_E):
+    before, size = _kept_before(bit, expert, BLOCK_E)
+    return before + bit, size
+
+
+@triton.jit
+def _kept_before_in_one_word(bit, expert, BLOCK_E):
+    before, size = _kept_before(bit, expert, BLOCK_E)
+    return tl.where(expert < 32, before, before % 2), size
+
+
+@pytest.mark.parametrize(
+    ("wrong", "experts"), [(_kept_before_and_by_this_one, 16), (_kept_before_in_one_word, 64)]
+)
+def test_wrong_ranks_of_pairs_are_noticed(wrong, experts, guarded, monkeypatch):
+    case = Case(75, experts, 8, 8, "nr")
+    check(case, guarded)
+    monkeypatch.setattr(kernels, "_kept_before", wrong)
+    with pytest.raises(AssertionError):
+        check(case, guarded)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "ties", "hot"])
@@ -225,6 +274,54 @@ def _summarize_always(monkeypatch):
 @pytest.fixture
 def always_summarized(monkeypatch):
     _summarize_always(monkeypatch)
+
+
+@pytest.fixture
+def table_summarized(monkeypatch):
+    monkeypatch.setattr(rounding_summaries, "_LEAST_GROUPS", 1)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", [(150, 60, 4), (64, 5, 5), (75, 16, 3), (9, 1, 1)], ids=str)
+def test_summaries_of_a_table(sizes, dtype, full, table_summarized):
+    """Of whole groups, and of one that has only some tokens; no part is first."""
+    tokens, experts, top_k = sizes
+    logits = torch.randn(tokens, experts).to(dtype)
+    logits[2], logits[3], logits[5, 0] = torch.nan, -logits[3].abs(), torch.inf
+    keys, *_ = keys_of_logits(logits, top_k, full)
+    expected = checks.summaries_of(keys.table, tokens)
+    assert torch.equal(keys.summaries[..., [0, 1, 3]], expected[..., [0, 1, 3]])
+    assert torch.equal(keys.words, expected[..., 0].T)
+
+
+@every_rule
+def test_selection_from_a_table_with_summaries(rule, guarded, table_summarized, monkeypatch):
+    """Of groups that are in registers, and that are not."""
+    for index, kind in enumerate(("softmax", "ties")):
+        case = Case(200, 20, 4, 8, rule, kind)
+        logits = guarded.copy_of(logits_of(case, (torch.bfloat16, torch.float32)[index]))
+        checks.check_logits(logits, checks.uniform_of(case), case, False)
+        monkeypatch.setattr(rounding_select, "_MAX_HELD", 4)
+        monkeypatch.setattr(rounding_select, "_MAX_COUNTED", 4)
+
+
+@triton.jit
+def _summarize_the_first(
+    keys, summaries, words, group, num_tokens, num_experts, key_stride, BLOCK_E
+):
+    _summarize_written(
+        keys - group * 32, summaries, words, group, num_tokens, num_experts, key_stride, BLOCK_E
+    )
+
+
+def test_wrong_summaries_of_a_table_are_noticed(guarded, table_summarized, monkeypatch):
+    case = Case(150, 20, 4, 8, "nr")
+    logits = guarded.copy_of(logits_of(case, torch.bfloat16))
+    _check_parts(logits, case)
+    monkeypatch.setattr(rounding_winners, "_summarize_written", _summarize_the_first)
+    with pytest.raises(AssertionError):
+        _check_parts(logits, case)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])

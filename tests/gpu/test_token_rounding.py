@@ -16,6 +16,7 @@ from sonic.plan import build_plan_flat
 from sonic.routing import rounded_routing, rounding_scores, token_rounding, token_rounding_plan
 from sonic.routing.token_rounding import RULES
 from sonic.triton import rounding_summaries
+from sonic.triton import token_rounding as token_rounding_kernels
 from sonic.triton.token_rounding import round_logits
 from tests import rounding_checks as checks
 from tests.graphs import capture
@@ -57,6 +58,7 @@ SIZES = [
     (31, 7, 2, 128),
     (1000, 60, 4, 128),
     (4097, 128, 8, 128),
+    (16384, 16, 2, 128),
     (16384, 128, 2, 128),
     (16384, 256, 4, 128),
     (16384, 512, 8, 128),
@@ -146,10 +148,40 @@ def test_keys_without_a_table_are_the_same_bits(rule, dtype, monkeypatch):
         assert actual is wanted or torch.equal(actual.view(torch.int32), wanted.view(torch.int32))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
+@pytest.mark.parametrize("experts", [5, 16, 32, 64])
+@every_rule
+def test_what_few_experts_have_of_their_own_are_the_same_bits(
+    rule, experts, full, dtype, monkeypatch
+):
+    """Summaries of the table, and pairs that are emitted at once."""
+    tokens, top_k = 9001, 2
+    logits = torch.randn(tokens, experts, device=CUDA).to(dtype)
+    for value in (torch.nan, torch.inf, -torch.inf, 0.0):
+        logits[torch.rand(logits.shape, device=CUDA) < 1e-3] = value
+    case = Case(tokens, experts, top_k, 128, rule)
+    arguments = checks.uniform_of(case, 0, CUDA), top_k, 128, rule, case.num_pairs, full
+    results = []
+    for most in (64, 0):
+        monkeypatch.setattr(rounding_summaries, "_MOST_WITH_TABLE", most)
+        monkeypatch.setattr(token_rounding_kernels, "_MOST_AT_ONCE", most)
+        token_rounding_kernels._emit_launch.cache_clear()
+        rounded, *rest = round_logits(logits, *arguments)
+        results.append([t for t in (*rounded, *rest) if t is not None])
+    token_rounding_kernels._emit_launch.cache_clear()
+    for actual, wanted in zip(*results, strict=True):
+        assert torch.equal(actual.view(torch.int32), wanted.view(torch.int32))
+
+
 @pytest.mark.parametrize("order", ScoreOrder, ids=str)
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k"),
-    [*((5000, experts, 4) for experts in (16, 128, 512)), *((9000, 512, k) for k in (8, 16, 64))],
+    [
+        *((5000, experts, 4) for experts in (16, 128, 512)),
+        *((9000, experts, 4) for experts in (4, 16, 30, 64)),
+        *((9000, 512, k) for k in (8, 16, 64)),
+    ],
 )
 def test_fused_and_separate_scores_are_the_same_bits(tokens, experts, top_k, order):
     """So that the layer and its parts choose the same pairs: whether one kernel makes both, with a
@@ -210,7 +242,9 @@ def test_no_host_synchronization(rule, poisoned):
         token_rounding(logits.softmax(1), 4, 128, rule, generator)
 
 
-@pytest.mark.parametrize("sizes", [(5000, 64), (9000, 300)], ids=["table", "summaries"])
+@pytest.mark.parametrize(
+    "sizes", [(5000, 64), (9000, 64), (9000, 300)], ids=["table", "both", "summaries"]
+)
 @every_rule
 def test_cuda_graph(rule, sizes):
     """Captured once, replayed on other logits; random rules draw anew at every replay."""
