@@ -315,11 +315,11 @@ def _order(problem: Problem, tiling: _Tiling, size: _Size, grid: _Grid) -> _Orde
         few_or_most = not 1024 <= size.rows < _MOST_ROWS
         return _Order(exceed, dynamic=few_or_most or not many_waves)
     if problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
-        several = 1.01 < grid.along_m < 3.3
         if pieces_alternate(grid.steps):
-            return _Order(weights > 1.5 * _CACHE_BYTES and several, dynamic=True)
+            far_exceed = weights > 1.5 * _CACHE_BYTES and grid.along_m > 1.01
+            return _Order(far_exceed, dynamic=True)
         few_tiles = size.rows < 450 and tiles < 24  # of one expert: no share of a wave
-        shared = exceed and several
+        shared = exceed and 1.01 < grid.along_m < 3.3
         return _Order(shared, dynamic=True) if few_tiles else _FIXED_ALONG_N
     if not (many_waves or weights > _CACHE_BYTES / (1 if problem.transposed_weight else 3)):
         return _FIXED_ALONG_N

@@ -227,19 +227,25 @@ def test_a_review_refuses(
 
 
 def test_the_choice_is_near_the_best_of_every_committed_sweep() -> None:
-    """Within 3 % but for a few GEMMs, a quarter on an H100: README's tables have each of them."""
+    """Within 3 % but for a few GEMMs, a quarter on an H100: README's tables have each of them.
+
+    Not dH of sweeps before its kernel stored in turns, which changed the order that suits it.
+    """
     for name, most, worst in (
         ("2026-11-27-tiles", 0.04, 1.055),  # of all tilings but those that fit their expert
-        ("2026-11-28-tiles", 0.1, 1.115),
+        ("2026-11-28-tiles", 0.12, 1.115),
         ("2026-11-28-tiles-h100", 0.26, 1.24),
+        ("2026-11-28-tiles-dh", 0, 1.03),
         ("2026-11-27-tiles-many", 0, 1.03),
         ("2026-11-27-tiles-few", 0.1, 1.055),
     ):
         path = RESULTS / f"{name}.json.times.gz"
         sweep = Sweep.read_times(path, BACKEND.for_gpu(gpu_of(path)))
-        pairs = [(gemm, index) for gemm in sweep.spaces for index in range(len(sweep.shapes))]
+        before = name in ("2026-11-27-tiles", "2026-11-28-tiles")
+        gemms = [gemm for gemm in sweep.spaces if not (before and gemm == "dh")]
+        pairs = [(gemm, index) for gemm in gemms for index in range(len(sweep.shapes))]
         timed = [pair for pair in pairs if sweep.is_timed(*pair)]
-        assert len(timed) >= 0.97 * len(pairs)
+        assert len(timed) >= 0.96 * len(pairs)
         ratios = {sweep.line(*pair): sweep.ratio(*pair) for pair in timed}
         far = {line: ratio for line, ratio in ratios.items() if ratio > 1.03}
         assert len(far) <= most * len(ratios) and max(ratios.values()) < worst, "\n".join(far)
