@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sonic.device.blocks import EpilogueBlocks
 from sonic.runtime.limits import KERNEL_DTYPES
 from sonic.runtime.problem import (
@@ -29,7 +31,7 @@ _STEPS_OF_TURNS = 26  # of the main loop
 TILE_SLOTS = 8  # tiles taken ahead of the slowest warp, with a dynamic tile order
 
 
-def pieces_alternate(k_tiles):
+def pieces_alternate(k_tiles: Any) -> Any:
     """Whether the pieces of dH's epilogue come to the two math warpgroups in turns, if tiles come
     from a counter.
 

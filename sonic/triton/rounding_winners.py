@@ -6,6 +6,7 @@ tokens' marks where keys are left to summaries; or, for whoever wants scores alo
 """
 
 import functools
+from enum import Enum
 from typing import Any
 
 import torch
@@ -202,6 +203,7 @@ def _logit_scores_kernel(
             key = _key_of(score, won, tl.where(is_token, 0, LOWEST)[:, None])
             _store_columns(keys, key, token, expert, num_experts, key_stride)
             if summaries is not None:
+                tl.static_assert(ROWS == GROUP)
                 _summarize_written(
                     keys, summaries, words, tl.program_id(0), num_tokens, num_experts, key_stride,
                     BLOCK_E,
@@ -245,9 +247,15 @@ _logit_scores = Launcher(_logit_scores_kernel, overlapping=True)
 _winner_softmax_grad = Launcher(_winner_softmax_grad_kernel, overlapping=True)
 
 
-def _blocks(
-    block_e: int, itemsize: int, full: bool, whole_groups: bool = False
-) -> tuple[int, int, int]:
+class _Leaves(Enum):
+    """What a kernel of scores leaves."""
+
+    SCORES = "scores, or the table of keys"
+    SUMMARIES = "the table of keys, and summaries of it"
+    MARKS = "tokens' marks"
+
+
+def _blocks(block_e: int, itemsize: int, full: bool, whole_groups: bool) -> tuple[int, int, int]:
     """Tokens, warps and the columns of a piece of a block that chooses. Eight tokens of an expert
     fill a sector of the keys, which up to 1024 experts allow; ``whole_groups``: up to 256.
 
@@ -263,12 +271,12 @@ def _blocks(
 
 
 def _winner_blocks(
-    block_e: int, itemsize: int, full: bool, leaves_marks: bool, leaves_summaries: bool
+    block_e: int, itemsize: int, full: bool, leaves: _Leaves
 ) -> tuple[int, int, int]:
     """The same, whatever the block leaves. With marks and without a sum over all experts it is one
     warp, which has a row at once, as a number that a whole warp finds takes one instruction."""
-    if full or not leaves_marks:
-        return _blocks(block_e, itemsize, full, leaves_summaries)
+    if full or leaves is not _Leaves.MARKS:
+        return _blocks(block_e, itemsize, full, leaves is _Leaves.SUMMARIES)
     rows = max(1, _WINNER_ELEMENTS // block_e)
     return rows, max(1, block_e // _WINNER_ELEMENTS), min(block_e, 32 * _BYTES_PER_LOAD // itemsize)
 
@@ -284,14 +292,14 @@ def _launch(
     """Whichever there is: scores (T, E), the table or the marks of keys, and the ``winners`` with
     what their gradient needs, three tensors."""
     table, marks, summaries, words = None, None, None, None
+    leaves = _Leaves.SCORES
     if keys is not None and keys.table is None:
-        marks = keys.marks  # a kernel behind this one summarizes them
+        leaves, marks = _Leaves.MARKS, keys.marks  # a kernel behind this one summarizes them
     elif keys is not None:
         table, _, _, summaries, words, _ = keys
-    launch = _winners_launch(
-        *logits.shape, logits.dtype, logits.stride(0), top_k, full, marks is not None,
-        summaries is not None,
-    )  # fmt: skip
+        if summaries is not None:
+            leaves = _Leaves.SUMMARIES
+    launch = _winners_launch(*logits.shape, logits.dtype, logits.stride(0), top_k, full, leaves)
     launch(logits, scores, table, marks, summaries, words, *winners)
 
 
@@ -303,13 +311,10 @@ def _winners_launch(
     row_stride: int,
     top_k: int,
     full: bool,
-    leaves_marks: bool,
-    leaves_summaries: bool,
+    leaves: _Leaves,
 ) -> Fixed:
     block_e = power_of_2(num_experts)
-    rows, num_warps, piece = _winner_blocks(
-        block_e, dtype.itemsize, full, leaves_marks, leaves_summaries
-    )
+    rows, num_warps, piece = _winner_blocks(block_e, dtype.itemsize, full, leaves)
     stride = _key_stride(num_tokens)
     kernel = _logit_scores.bind(
         BITS=free_bits(dtype, num_experts),

@@ -170,20 +170,10 @@ def _kept_before(bit, expert, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def _emit_group_of_few(
-    words,
-    counts_before,
-    counts,
-    keys,
-    logits,
-    marks,
-    scores,
-    rounded,
-    sizes,
-    BITS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    words, counts_before, counts, keys, scores, rounded, sizes, BLOCK_E: tl.constexpr
 ):
-    """All pairs of a group of tokens at once, where a block has all experts: what is not a pair is
-    looked at too, and but for scores nothing waits for memory twice."""
+    """All pairs of a group of tokens at once, where a block has all experts and keys have a table:
+    what is not a pair is looked at too, and but for scores nothing waits for memory twice."""
     weights, token_ids, expert_ids, by_expert, token_by_row, slot_by_row, row_by_slot, by_token = (
         rounded
     )
@@ -202,7 +192,7 @@ def _emit_group_of_few(
     mask = inside[None, :] & (member < num_tokens)
     if scores is None:
         weight = _load_weight(
-            keys, logits, marks, None, member, expert[None, :], stride, key_stride, mask, BITS
+            keys, None, None, None, member, expert[None, :], stride, key_stride, mask, 0
         )
     offset = tl.cumsum(count, axis=0) - count
     is_first = group == 0
@@ -221,7 +211,7 @@ def _emit_group_of_few(
     if scores is not None:
         # Lines of these are tokens, which a thread would have one each of.
         weight = _load_weight(
-            None, None, None, scores, member, expert[None, :], stride, key_stride, live, BITS
+            None, None, None, scores, member, expert[None, :], stride, key_stride, live, 0
         )
     values = weight, member, expert[None, :], row
     _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, live)
@@ -339,10 +329,7 @@ def _emit_kernel(
         )  # fmt: skip
         sizes = pid, num_tokens, num_experts, stride, key_stride
         if first_rows is None:
-            _emit_group_of_few(
-                words, counts_before, counts, keys, logits, marks, scores, rounded, sizes, BITS,
-                BLOCK_E,
-            )  # fmt: skip
+            _emit_group_of_few(words, counts_before, counts, keys, scores, rounded, sizes, BLOCK_E)
         else:
             _emit_group(
                 words, counts_before, counts, first_rows, keys, logits, marks, scores, rounded,
@@ -488,7 +475,8 @@ def _logit_grad_kernel(
         if logits is None:
             chosen = _is_winner(kept_by, winner_ids, token, is_token, TOP_K)
             share = tl.where(chosen, share, 0.0)
-        # Rounded once, which is left to compilers otherwise; a minus would subtract from zero.
+        # Whether these are one instruction is left to compilers otherwise; a minus would subtract
+        # from zero.
         result = tl.fma(weight, dweight, share * -1.0)
         tl.store(dlogits + line + kept_by, result.to(dlogits.dtype.element_ty), mask=live)
 
@@ -521,8 +509,8 @@ def _emit(
     verdicts = num_groups, num_experts
     words = torch.empty(verdicts, **options) if keys.words is None else keys.words
     before = torch.empty(verdicts, **options)
-    few = num_experts <= _MOST_AT_ONCE
-    first_rows = None if few else torch.empty(verdicts, **options)
+    at_once = table is not None and num_experts <= _MOST_AT_ONCE
+    first_rows = None if at_once else torch.empty(verdicts, **options)
     counts, load = torch.empty(num_experts, **options), torch.empty(num_experts, **options)
     scratch_elements = scratch_size(keys, num_tokens, num_experts, tile, rule)
     decide(
@@ -546,7 +534,7 @@ def _emit(
     )
     launch = _emit_launch(
         num_tokens, num_experts, num_slots, 0 if rows is None else rows.stride(0), keys.stride,
-        keys.bits,
+        keys.bits, at_once,
     )  # fmt: skip
     launch(words, before, counts, first_rows, table, logits, marks, scores, *rounded)
     return rounded, load
@@ -554,12 +542,18 @@ def _emit(
 
 @functools.lru_cache(maxsize=4096)
 def _emit_launch(
-    num_tokens: int, num_experts: int, num_slots: int, row_stride: int, key_stride: int, bits: int
+    num_tokens: int,
+    num_experts: int,
+    num_slots: int,
+    row_stride: int,
+    key_stride: int,
+    bits: int,
+    at_once: bool,
 ) -> Fixed:
     num_groups = cdiv(num_tokens, GROUP.value)
     block_e = min(_MAX_BLOCK_E, max(_PARTS, power_of_2(num_experts)))
-    few = num_experts <= _MOST_AT_ONCE
-    pairs = 1 if few else min(_MAX_PAIRS, max(128, power_of_2(cdiv(num_slots, num_groups))))
+    # Pairs at once have no use for their number: one kernel for all of it.
+    pairs = 1 if at_once else min(_MAX_PAIRS, max(128, power_of_2(cdiv(num_slots, num_groups))))
     kernel = _emit_pairs.bind(
         BITS=bits,
         BLOCK_E=block_e,

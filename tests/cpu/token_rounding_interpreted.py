@@ -40,6 +40,24 @@ GROUP = rounding_keys.GROUP.value
 every_rule = pytest.mark.parametrize("rule", RULES)
 
 
+def _forget_launches():
+    for remembered in (
+        kernels._emit_launch,
+        kernels._logit_grad_launch,
+        rounding_select._scratch_size,
+        rounding_select._select_launch,
+        rounding_winners._winners_launch,
+        _summaries_launch,
+    ):
+        remembered.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def own_launches():
+    """A launch is remembered by its sizes alone, and not by what a test before changed."""
+    _forget_launches()
+
+
 @pytest.fixture(autouse=True)
 def no_remembered_launches():
     """What is launched depends on constants, which tests change."""
@@ -257,6 +275,13 @@ def test_random_logits(seed, guarded):
     checks.check_logits(guarded.copy_of(logits), guarded.copy_of(uniform), case, seed % 2 == 0)
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
+def test_gradient_of_more_pairs_than_are_loaded_at_once(full, guarded):
+    case = Case(40, 64, 20, 8, "nr", "softmax")
+    logits = guarded.copy_of(logits_of(case, torch.float32))
+    checks.check_logits(logits, checks.uniform_of(case), case, full)
+
+
 @every_rule
 def test_logits_of_several_groups_and_blocks_of_experts(rule, guarded, monkeypatch):
     monkeypatch.setattr(kernels, "_MAX_BLOCK_E", 32)
@@ -295,6 +320,13 @@ def test_summaries_of_a_table(sizes, dtype, full, table_summarized):
     assert torch.equal(keys.words, expected[..., 0].T)
 
 
+def _hold_fewer_groups(monkeypatch, most):
+    """In registers, from the next launch on: launches are remembered by their sizes."""
+    monkeypatch.setattr(rounding_select, "_MAX_HELD", most)
+    monkeypatch.setattr(rounding_select, "_MAX_COUNTED", most)
+    _forget_launches()
+
+
 @every_rule
 def test_selection_from_a_table_with_summaries(rule, guarded, table_summarized, monkeypatch):
     """Of groups that are in registers, and that are not."""
@@ -302,8 +334,7 @@ def test_selection_from_a_table_with_summaries(rule, guarded, table_summarized, 
         case = Case(200, 20, 4, 8, rule, kind)
         logits = guarded.copy_of(logits_of(case, (torch.bfloat16, torch.float32)[index]))
         checks.check_logits(logits, checks.uniform_of(case), case, False)
-        monkeypatch.setattr(rounding_select, "_MAX_HELD", 4)
-        monkeypatch.setattr(rounding_select, "_MAX_COUNTED", 4)
+        _hold_fewer_groups(monkeypatch, 4)
 
 
 @triton.jit
@@ -411,8 +442,7 @@ def test_parts_that_are_not_in_registers(rule, guarded, always_summarized, monke
     logits = guarded.copy_of(_logits_of_parts(case))
     assert (_changed_parts(logits, case).flatten(1).sum(1) > 2).sum() > 2
     _check_parts(logits, case)
-    monkeypatch.setattr(rounding_select, "_MAX_HELD", 2)
-    monkeypatch.setattr(rounding_select, "_MAX_COUNTED", 2)
+    _hold_fewer_groups(monkeypatch, 2)
     _check_parts(logits, case)
 
 
