@@ -196,7 +196,8 @@ def rounding_scores(
     layer trained with token rounding and evaluated with top-k then sees one scale of weights.
 
     Args:
-        logits: (T, E) bf16, fp16 or fp32 on any device, E up to 65,536; fp64 runs in torch.
+        logits: (T, E) bf16, fp16 or fp32 on any device, E up to 65,536; fp64, and more than 4096
+            experts, run in torch.
         top_k: 1 to min(64, E).
         order: a :class:`~sonic.enums.ScoreOrder` or its value.
 

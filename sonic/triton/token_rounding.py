@@ -604,7 +604,8 @@ def round_logits(
     num_slots: int,
     full: bool,
 ) -> tuple[Rounded, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:func:`round_tokens` of the scores that the logits give, which are never in memory.
+    """:func:`round_tokens` of the scores that the logits give, which are in memory as a table of
+    keys at most.
 
     Args:
         logits: (T, E) bf16, fp16 or fp32, T at least 1, E at most
