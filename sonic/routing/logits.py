@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sonic import checks
+
 
 def router_logits(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, *, in_float32: bool = False
@@ -19,7 +21,11 @@ def router_logits(
 
     Returns:
         (T, C).
+
+    Raises:
+        DeviceError: the tensors are not on one device.
     """
+    checks.check_same_device("router", "hidden_states", hidden_states, weight=weight, bias=bias)
     kind = hidden_states.device.type
     has_autocast = kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind)
     dtype = torch.promote_types(hidden_states.dtype, weight.dtype)

@@ -267,8 +267,8 @@ def check_rounding(
 def warn_of_few_rows(table: Tensor, top_k: int, tile: int, rule: str) -> None:
     """Warn where the shapes say that the mean expert loses all of its tokens, once for each E,
     ``top_k``, tile and rule. Never while traced."""
-    if torch.compiler.is_compiling() or rule not in ("nr", "down"):
-        return
+    if torch.compiler.is_compiling() or rule not in ("nr", "down") or tile == 1:
+        return  # tiles of one row round nothing
     num_tokens, num_experts = table.shape
     # T counts as a multiple of the tile.
     needed = min(tile, num_tokens) * num_experts

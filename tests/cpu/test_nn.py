@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sonic
@@ -339,6 +340,25 @@ def test_expert_linear_is_a_grouped_mm():
     out = module(rows, offset)
     torch.testing.assert_close(out[:4], F.linear(rows[:4], module.weight[0], module.bias[0]))
     torch.testing.assert_close(out[4:], F.linear(rows[4:], module.weight[2], module.bias[2]))
+
+
+@pytest.mark.parametrize("routed", ["linear", "router"])
+def test_compiled_module_takes_any_number_of_tokens(routed):
+    """The second number makes it dynamic, and from then on nothing is compiled."""
+    torch._dynamo.reset()
+    options = {} if routed == "linear" else {"router": TopKRouter(H, E, K)}
+    module = MoE(E, K, H, I, "swiglu", False, 0.1, **options)
+    counted = CompileCounter()
+    compiled = torch.compile(module, backend=counted, fullgraph=True)
+    for tokens in (64, 40, 33, 50, 17, 21, 22):
+        compiled(torch.randn(tokens, H), TORCH)
+    assert counted.frame_count <= 2
+
+
+def test_a_router_on_another_device_is_refused():
+    module = MoE(E, K, H, I, "swiglu", False, 0.1, router=TopKRouter(H, E, K, device="meta"))
+    with pytest.raises(DeviceError, match="weight is on meta and hidden_states on cpu"):
+        module(torch.randn(4, H), TORCH)
 
 
 def test_compiled_module_equals_eager():

@@ -637,6 +637,7 @@ def test_a_batch_too_small_for_the_tile_is_warned_of_once(nothing_warned, caplog
         (64, 2, 128, "balance-f", False),
         (64, 4, 128, "nr", False),  # the 64 tokens count as a multiple
         (0, 2, 128, "nr", False),
+        (2, 1, 1, "down", False),
     ],
 )
 def test_small_batches_are_told_by_shapes(tokens, top_k, tile, rule, warns, nothing_warned, caplog):
