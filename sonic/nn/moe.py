@@ -293,12 +293,14 @@ class MoE(_ExpertsBase):
         self.has_own_router = router is not None
         self.router: nn.Module
         self._router_inputs: tuple[str, ...] | None = ()
+        self._needed_inputs: tuple[str, ...] = ()
         if router is None:
             self.router = NormalLinear(hidden_size, num_experts, std, device=device, dtype=dtype)
         else:
             _check_router_module(router, hidden_size, num_experts, num_experts_per_tok, routing)
             self.router = router
             self._router_inputs = _input_names(router)
+            self._needed_inputs = _needed_names(router)
         _check_shared_experts(shared_experts, hidden_size)
         self.shared_experts = shared_experts
 
@@ -330,8 +332,8 @@ class MoE(_ExpertsBase):
         """
         impl = self._impl(hidden_states, kernel_backend_moe)
         checks.check_bool("MoE", "is_inference_mode", is_inference_mode)
-        if router_inputs is not None:
-            self._check_router_inputs(router_inputs)
+        if router_inputs is not None or self._needed_inputs:
+            self._check_router_inputs({} if router_inputs is None else router_inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference_mode):
             if self.has_own_router:
                 balance = not is_inference_mode
@@ -412,6 +414,9 @@ class MoE(_ExpertsBase):
         elif known is not None and any(name not in known for name in router_inputs):
             allowed = f"the inputs of {type(self.router).__name__}: {', '.join(known) or 'none'}"
             todo = "Rename them, or leave them out."
+        elif any(name not in router_inputs for name in self._needed_inputs):
+            allowed = f"{' and '.join(self._needed_inputs)}, which this router needs"
+            todo = f'Pass router_inputs={{"{self._needed_inputs[0]}": ..., ...}} to the layer.'
         else:
             return
         came = type(router_inputs).__name__
@@ -504,6 +509,13 @@ def _input_names(router: nn.Module) -> tuple[str, ...] | None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in (first, *parameters)):
         return None
     return tuple(p.name for p in parameters if p.name != "balance")
+
+
+def _needed_names(router: nn.Module) -> tuple[str, ...]:
+    """What ``router_inputs`` must name."""
+    _, *parameters = inspect.signature(router.forward).parameters.values()
+    needed = (p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
+    return tuple(p.name for p in needed if p.name != "balance")
 
 
 def _check_shared_output(shared: Any, out: Tensor) -> None:

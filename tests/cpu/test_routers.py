@@ -465,6 +465,14 @@ def test_what_is_no_router_is_refused():
             layer_of(router=router)
 
 
+def test_router_inputs_that_are_missing_are_asked_for():
+    layer, x = layer_of(router=PrecomputedRouter(H, E, K)), torch.randn(5, H)
+    ids = {"topk_ids": torch.zeros(5, K, dtype=torch.int32)}
+    for given, came in ((None, "no input"), ({}, "no input"), (ids, "topk_ids")):
+        with refused(ArgumentError, [f"came with {came}", "topk_ids and topk_weights", "Pass"]):
+            layer(x, TORCH, router_inputs=given)
+
+
 def test_router_inputs_that_nobody_reads_are_refused():
     x, mask = torch.randn(5, H), torch.zeros(5, E)
     with refused(ArgumentError, ["router_inputs came with mask", "given as router", "Leave"]):
