@@ -6,8 +6,8 @@ works on its sums, on tensors of E elements; nothing waits for the device.
 Sizes: T tokens, E columns of the logits, S sequences, ``top_k`` winners.
 """
 
-import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -87,6 +87,11 @@ def global_batch_loss(
 
     Returns:
         () fp32, one for an even load.
+
+    Raises:
+        ArgumentError: ``tensors`` are of no pass with balance, ``top_k`` or ``num_null`` does not
+            fit their columns, ``group`` is no process group, or ``earlier_load`` no tensor.
+        ShapeError, DeviceError: ``earlier_load`` is not (E + 1,), or lies on another device.
     """
     op = "global_batch_loss"
     if not isinstance(tensors, RouteTensors) or tensors.switch.dim() != 0:
@@ -121,8 +126,75 @@ def global_batch_loss(
     load = load_shares(load, num_columns - num_null, prob.dtype)
     weight = load * (num_columns / (top_k * tokens * tokens_now))
     size = 1 if group is None else dist.get_world_size(group)
-    mine = size * (weight * prob).sum()
+    mine = size * _weighted_sum(prob, weight)
     return (weight * prob_all).sum() + (mine - mine.detach())
+
+
+class _WeightedSum(torch.autograd.Function):
+    """The weight is an attribute rather than a saved tensor: checkpointing that repeats a pass for
+    its saved tensors would replace it by that of the repetition, which knows later counts."""
+
+    @staticmethod
+    def forward(ctx: Any, prob: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return (weight * prob).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.weight, None
+
+
+def _weighted_sum(prob: Tensor, weight: Tensor) -> Tensor:
+    """() sum of ``weight * prob``, differentiable in ``prob``."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and prob.requires_grad):
+        return (weight * prob).sum()
+    total: Tensor = _WeightedSum.apply(prob, weight)
+    return total
+
+
+class EarlierLoads:
+    """The counts that passes without a graph found, for the passes that repeat them.
+
+    Reentrant checkpointing runs a pass without a graph and repeats it in the backward pass, by when
+    later passes have been counted, and nothing but its numbers ties the two together. So a
+    repetition takes the counts of the pass whose loads and probabilities are nearest to its own;
+    among equal ones, that which was taken least often. All of it happens on the device.
+    """
+
+    MOST = 256
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all passes; to be called when the counts start anew."""
+        self._passes: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def keep(self, tensors: RouteTensors, earlier: Tensor) -> None:
+        """Remember what a pass found, and forget all but the last ``MOST``."""
+        new = (_numbers(tensors)[None], earlier[None], earlier.new_zeros(1))
+        if self._passes is not None:
+            pairs = zip(self._passes, new, strict=True)
+            new = tuple(torch.cat([old[1 - self.MOST :], one]) for old, one in pairs)  # type: ignore[assignment]
+        self._passes = new
+
+    def find(self, tensors: RouteTensors) -> Tensor | None:
+        """(E + 1,) what the pass found that this one repeats; None where none is remembered."""
+        if self._passes is None:
+            return None
+        numbers, earlier, taken = self._passes
+        distance = (numbers - _numbers(tensors)).abs().sum(dim=1)
+        rank = torch.where(distance == distance.min(), taken, torch.iinfo(taken.dtype).max)
+        found = rank.argmin()[None]
+        if torch.is_grad_enabled():  # otherwise this repetition is itself repeated
+            self._passes = numbers, earlier, taken.index_add(0, found, torch.ones_like(found))
+        return earlier.index_select(0, found)[0]
+
+
+def _numbers(tensors: RouteTensors) -> Tensor:
+    """(2E + 1,) fp64: loads, number of tokens and probabilities, by which a pass is known again."""
+    prob = tensors.prob_sum.detach().sum(dim=0).double().nan_to_num()
+    return torch.cat([local_load(tensors).double(), prob])
 
 
 # -------------------------------------------------------------------------- correction bias
@@ -136,6 +208,11 @@ def corrected_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 
     Returns:
         (E,), ``bias`` itself where there was no load at all.
+
+    Raises:
+        ArgumentError: ``bias`` or ``load`` is no tensor, or ``rate`` no finite number from 0 on.
+        DTypeError: ``bias`` is not floating point.
+        ShapeError: the two are not vectors of one length.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
     """
@@ -163,13 +240,32 @@ def refuse_capture(op: str, tensor: Tensor) -> None:
 
 
 def capacity_of(num_tokens: int, top_k: int, num_experts: int, factor: float) -> int:
-    """Rows an expert takes at most: ``ceil(factor * T * top_k / E)``, at least 1."""
+    """Rows an expert takes at most: ``ceil(factor * T * top_k / E)``, at least 1.
+
+    The factor is the decimal number that it prints as: 1.1 is 11/10.
+
+    Raises:
+        ArgumentError: ``num_tokens``, ``top_k`` or ``num_experts`` is no int in its range, or
+            ``factor`` is not a number above 0 and up to 65,536.
+    """
     op = "capacity_of"
     checks.check_int(op, "num_tokens", num_tokens, 0, checks.MAX_SLOTS, "row indices are int32")
     checks.check_int(op, "top_k", top_k, 1, checks.MAX_SLOTS, "row indices are int32")
     checks.check_num_experts(op, "num_experts", num_experts)
     check_factor(op, "factor", factor)
-    return min(checks.MAX_SLOTS, max(1, math.ceil(factor * num_tokens * top_k / num_experts)))
+    return capacity_of_ratio(num_tokens, top_k, num_experts, exact_ratio(factor))
+
+
+def exact_ratio(factor: float) -> tuple[int, int]:
+    """Numerator and denominator of the shortest decimal number that is ``factor``."""
+    return Fraction(str(float(factor))).as_integer_ratio()
+
+
+def capacity_of_ratio(num_tokens: int, top_k: int, num_experts: int, ratio: tuple[int, int]) -> int:
+    """:func:`capacity_of` of checked sizes. A product of floats would be rounded up twice."""
+    numerator, denominator = ratio
+    rows = -(-numerator * num_tokens * top_k // (denominator * num_experts))
+    return min(checks.MAX_SLOTS, max(1, rows))
 
 
 def check_factor(op: str, name: str, factor: Any) -> None:
@@ -202,6 +298,13 @@ def limit_capacity(
 
     Returns:
         (T, top_k) int32.
+
+    Raises:
+        ArgumentError: ``ids`` or ``scores`` is no tensor, ``num_experts`` or ``capacity`` no int in
+            its range, or ``drop`` unknown.
+        DTypeError: ``ids`` are not int32 or int64.
+        ShapeError, DeviceError: ``ids`` is no matrix, or ``scores`` differs from it in shape or
+            device.
     """
     op = "limit_capacity"
     checks.check_tensor(op, "ids", ids, ("T", "top_k"), "Pass one row of expert ids per token.")
@@ -240,7 +343,8 @@ class RoutingStatistics:
 
     Attributes:
         load: (E,) int32 winners of each column, null experts included, before any capacity limit.
-        token_entropy: () mean entropy of a token's scores, or None where there are no logits.
+        token_entropy: () mean entropy of a token's scores, or None from a router that scores none
+            (PrecomputedRouter) or has no score of each expert (ProductKeyRouter).
         num_experts: columns that are experts; the rest are identity and null experts.
         plan: the plan that the experts run, or None.
     """

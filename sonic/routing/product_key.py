@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sonic import checks
 from sonic.runtime.derivatives import differentiable_function, register_gradient
 from sonic.runtime.errors import ArgumentError, DTypeError, MissingPackageError, ShapeError
-from sonic.runtime.limits import MAX_EXPERTS, MAX_TOP_K
+from sonic.runtime.limits import MAX_EXPERTS, MAX_TOP_K, message
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -31,28 +32,43 @@ def product_key_routing(
         id among the pairs of either half's winners.
 
     Raises:
-        ShapeError, DTypeError, ArgumentError: an argument is none of the above.
+        ShapeError: ``logits`` is not (T, 2, n), or n is 0 or above 256.
+        DTypeError: ``logits`` is of another dtype.
+        ArgumentError: ``logits`` is no tensor, ``top_k`` no int from 1 to min(64, n), or
+            ``renormalize`` no bool.
         MissingPackageError: CUDA logits without triton.
 
     Memory:
         Backward keeps the logits, ``scores``, ``ids`` and 8T bytes.
     """
-    if logits.dim() != 3 or logits.shape[1] != 2 or not 1 <= logits.shape[2] ** 2 <= MAX_EXPERTS:
-        raise ShapeError(
-            f"product_key_routing: logits has shape {tuple(logits.shape)}, expected (T, 2, n) with "
-            "n from 1 to 256."
-        )
-    if logits.dtype not in _DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise DTypeError(f"product_key_routing: logits has dtype {logits.dtype}, not {allowed}.")
-    limit = min(MAX_TOP_K, logits.shape[2])
-    if not 1 <= top_k <= limit:
-        raise ArgumentError(
-            f"product_key_routing: top_k={top_k} with {logits.shape[2]} keys per half; "
-            f"1 to {limit} are allowed."
-        )
+    _check(logits, top_k, renormalize)
     scores, ids, _ = torch.ops.sonic.product_key_routing(logits, top_k, renormalize)
     return scores, ids
+
+
+def _check(logits: Tensor, top_k: int, renormalize: bool) -> None:
+    op = "product_key_routing"
+    todo = "Give the logits of the two halves: logits.view(T, 2, n)."
+    checks.check_tensor(op, "logits", logits, ("T", "2", "n"), todo)
+    if logits.shape[1] != 2 or not 1 <= logits.shape[2] ** 2 <= MAX_EXPERTS:
+        came = f"logits has shape {tuple(logits.shape)}"
+        raise ShapeError(message(op, came, "(T, 2, n) with n from 1 to 256", todo))
+    if logits.dtype not in _DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        dtype = str(logits.dtype).removeprefix("torch.")
+        raise DTypeError(message(op, f"logits is {dtype}", allowed, "Cast it: logits.float()."))
+    limit = min(MAX_TOP_K, logits.shape[2])
+    checks.check_is_int(op, "top_k", top_k, 1, limit)
+    if not 1 <= top_k <= limit:
+        raise ArgumentError(
+            message(
+                op,
+                f"top_k={top_k} came with {logits.shape[2]} keys per half",
+                f"1 to {limit} (at most {MAX_TOP_K} and at most n={logits.shape[2]})",
+                "Pass top_k inside that range.",
+            )
+        )
+    checks.check_bool(op, "renormalize", renormalize)
 
 
 def _forward_torch(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """Losses, correction bias, capacity and statistics, each against its formula written out."""
 
+import functools
 import math
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sonic import KernelBackendMoE, MoE
 from sonic.nn.routers import LossWeights, SigmoidRouter, SoftmaxRouter, TopKRouter, update_balance
@@ -120,6 +121,97 @@ def test_global_batch_loss_has_the_gradient_of_its_formula():
     grads = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (loss, expected)]
     assert grads[1].any()
     torch.testing.assert_close(*grads)
+
+
+def gradient_of_a_schedule(schedule, repeat, same=False):
+    """Gradient of the router after ``schedule``: small letters run forwards, capitals backwards.
+
+    ``repeat`` is what runs the forward pass, ``same`` makes two of the micro-batches equal.
+    """
+    torch.manual_seed(4)
+    router = SoftmaxRouter(H, E, K, losses={"global_batch": 1.0}, std=0.5).double()
+    sizes = {"a": 3, "b": 7, "c": 7, "d": 5}
+    batches = {name: torch.randn(size, H).double() for name, size in sizes.items()}
+    if same:
+        batches["c"] = batches["b"].clone()
+    losses = {}
+    for name in schedule:
+        if name in batches:
+            x = batches[name].requires_grad_()
+            losses[name] = repeat(lambda x: router(x.sin()).aux_loss, x)
+        else:
+            losses[name.lower()].backward()
+    assert router.batch_load[-1] == sum(sizes.values())
+    return router.weight.grad
+
+
+SCHEDULES = ["abcdABCD", "abcdDCBA", "abcdCADB", "abAcBdCD", "aAbBcCdD"]
+REPEATS = {
+    "reentrant": functools.partial(checkpoint, use_reentrant=True),
+    "not": functools.partial(checkpoint, use_reentrant=False),
+    "nested": lambda f, x: checkpoint(
+        lambda y: checkpoint(f, y, use_reentrant=True), x, use_reentrant=True
+    ),
+    "mixed": lambda f, x: checkpoint(
+        lambda y: checkpoint(f, y, use_reentrant=False), x, use_reentrant=True
+    ),
+    "policy": functools.partial(
+        checkpoint,
+        use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts([torch.ops.aten.mm.default]),
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("repeat", REPEATS.values(), ids=REPEATS)
+@pytest.mark.parametrize("same", [False, True], ids=["", "same"])
+def test_checkpointing_keeps_the_gradient_of_a_schedule(schedule, repeat, same):
+    """A repeated pass has the loads of its first run, not those of the passes since."""
+    plain = gradient_of_a_schedule(schedule, lambda f, x: f(x), same)
+    assert plain.any()
+    torch.testing.assert_close(gradient_of_a_schedule(schedule, repeat, same), plain)
+
+
+def test_a_second_backward_finds_the_same_loads():
+    """With a retained graph a pass is repeated once for each backward."""
+    router = SoftmaxRouter(H, E, K, losses={"global_batch": 1.0}, std=0.5).double()
+    batches = [torch.randn(size, H).double().requires_grad_() for size in (3, 7)]
+    grads = []
+    for reentrant in (None, True, False):
+        router.reset_counts()
+        loss = 0
+        for x in batches:
+            run = lambda x: router(x.sin()).aux_loss  # noqa: E731
+            loss = loss + (
+                run(x) if reentrant is None else checkpoint(run, x, use_reentrant=reentrant)
+            )
+        loss.backward(retain_graph=True)
+        loss.backward()
+        grads.append(router.weight.grad.clone())
+        router.zero_grad()
+    assert grads[0].any()
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(grads[2], grads[0])
+
+
+def test_passes_are_kept_for_a_step_and_in_bounds():
+    """Those without a graph; the counts' new start forgets them."""
+    router = SoftmaxRouter(H, E, K, losses={"global_batch": 1.0}, std=0.5)
+    router(torch.randn(3, H))
+    kept = router._earlier_loads
+    assert kept._passes is None
+    with torch.no_grad():
+        for _ in range(kept.MOST + 2):
+            router(torch.randn(1, H))
+    assert [len(part) for part in kept._passes] == [kept.MOST] * 3
+    assert kept._passes[1][-1, -1] == 3 + kept.MOST + 1
+    update_balance(router)
+    assert kept._passes is None
+    with torch.no_grad():
+        router(torch.randn(1, H))
+    router.reset_counts()
+    assert kept._passes is None and not router.batch_load.any()
 
 
 # -------------------------------------------------------------------------- correction bias
@@ -256,6 +348,10 @@ def test_capacity_of_a_factor():
     assert capacity_of(1000, 2, 8, 1.0) == 250
     assert capacity_of(1001, 2, 8, 1.0) == 251
     assert capacity_of(0, 2, 8, 1.0) == 1
+    assert capacity_of(200, 2, 8, 1.1) == 55, "not 55.00000000000001, rounded up"
+    assert capacity_of(201, 2, 8, 1.1) == 56
+    assert capacity_of(10**6, 1, 1, 1e-6) == 1 and capacity_of(2000001, 1, 1, 1e-6) == 3
+    assert capacity_of(7, 2, 8, 65536) == 114688
     with pytest.raises(ArgumentError, match="factor=0.*Allowed: .*Pass a factor"):
         capacity_of(8, 1, 8, 0)
     with pytest.raises(ArgumentError, match="drop='random'"):
@@ -281,6 +377,9 @@ def test_router_with_a_capacity(drop):
     assert (router(x).topk_ids >= 0).all()
     router.eval_capacity_factor = 0.5
     assert router(x).plan.expert_frequency().max() == capacity_of(80, K, E, 0.5)
+    with pytest.raises(ArgumentError, match="capacity_factor=-1.*Allowed: .*Pass a factor"):
+        router.capacity_factor = -1
+    assert (router.capacity_factor, router.eval_capacity_factor) == (0.75, 0.5)
 
 
 # -------------------------------------------------------------------------------- statistics

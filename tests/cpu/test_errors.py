@@ -16,6 +16,7 @@ import sonic
 from sonic import plan, routing
 from sonic.enums import ActivationType
 from sonic.routing import balancing, topk
+from sonic.routing.product_key import product_key_routing
 from sonic.routing.route import route
 from sonic.runtime import backend, launch, limits
 from sonic.runtime.errors import (
@@ -117,6 +118,10 @@ def build_plan_flat(**changes):
 
 def topk_routing(**changes):
     sonic.topk_routing(**{"logits": z(T, E), "top_k": K} | changes)
+
+
+def product_keys(**changes):
+    product_key_routing(**{"logits": z(T, 2, 3), "top_k": K} | changes)
 
 
 def token_rounding(**changes):
@@ -404,6 +409,24 @@ CASES = [
          "factor=inf", "a finite number above 0", "None where"),
     Case("capacity factor beyond all", capacity_of, {"factor": 1e300}, ArgumentError,
          "factor=1e+300", "at most 65536", "None where"),
+    Case("product keys of a list", product_keys, {"logits": [[[0.0], [0.0]]]}, ArgumentError,
+         "product_key_routing: logits is of type list", "a torch.Tensor", "torch.as_tensor"),
+    Case("product keys axes", product_keys, {"logits": z(T, E)}, ShapeError,
+         "logits has shape (5, 4)", "3 axes, (T, 2, n)", "logits.view"),
+    Case("product keys halves", product_keys, {"logits": z(T, 3, 3)}, ShapeError,
+         "logits has shape (5, 3, 3)", "n from 1 to 256", "logits.view"),
+    Case("product keys dtype", product_keys, {"logits": z(T, 2, 3, dtype=torch.int32)}, DTypeError,
+         "logits is int32", "bfloat16, float16", "logits.float()"),
+    Case("product keys float winners", product_keys, {"top_k": 2.0}, ArgumentError,
+         "top_k=2.0 is of type float", "an int from 1 to 3", "Python int"),
+    Case("product keys text winners", product_keys, {"top_k": "2"}, ArgumentError,
+         "top_k='2' is of type str", "an int from 1 to 3", "Python int"),
+    Case("product keys true winners", product_keys, {"top_k": True}, ArgumentError,
+         "top_k=True is of type bool", "an int from 1 to 3", "Python int"),
+    Case("product keys winners", product_keys, {"top_k": 4}, ArgumentError,
+         "top_k=4 came with 3 keys", "at most n=3", "inside that range"),
+    Case("product keys flag", product_keys, {"renormalize": 1}, ArgumentError,
+         "renormalize=1", "True or False", "Python bool"),
     Case("negative capacity", limit_capacity, {"capacity": -1}, ArgumentError,
          "capacity=-1", "0 to", "inside that range"),
     Case("capacity no int", limit_capacity, {"capacity": 1.5}, ArgumentError,
@@ -471,6 +494,7 @@ def test_text_says_what_came_what_is_allowed_and_what_to_do(case):
         build_plan,
         build_plan_flat,
         topk_routing,
+        product_keys,
         token_rounding,
         max_pairs,
         capacity_of,

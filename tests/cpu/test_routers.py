@@ -499,6 +499,18 @@ def test_precomputed_routing():
     assert weights.grad.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_precomputed_weights_are_passed_on_as_fp32(dtype):
+    """fp64 stays what it is; the gradient is of the dtype that came, with its values."""
+    weights = torch.rand(6, K, dtype=dtype).requires_grad_()
+    ids = torch.randint(0, E, (6, K))
+    out = PrecomputedRouter(H, E, K)(torch.randn(6, H), topk_ids=ids, topk_weights=weights)
+    assert out.topk_weights.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    assert torch.equal(out.topk_weights, weights.to(out.topk_weights.dtype))
+    out.topk_weights.square().sum().backward()
+    assert weights.grad.dtype == dtype and torch.equal(weights.grad, 2 * weights.detach())
+
+
 def test_top1_keeps_the_router_in_the_gradient():
     router = Top1Router(H, E, std=0.5)
     x = torch.randn(20, H)
@@ -676,6 +688,25 @@ def test_router_under_compile():
     torch.testing.assert_close(ours.topk_weights, eager.topk_weights)
     torch.testing.assert_close(ours.aux_loss, eager.aux_loss)
     assert torch.equal(ours.plan.row_by_slot, build_plan(eager.topk_ids, E).row_by_slot)
+
+
+def test_a_router_in_training_under_compile():
+    """With the loss of a whole batch, and a capacity, for several numbers of tokens."""
+    torch.manual_seed(0)
+    options = {"losses": {"global_batch": 1.0}, "capacity_factor": 1.1, "std": 0.5}
+    router = TopKRouter(H, E, K, **options)
+    compiled = torch.compile(router, fullgraph=True, dynamic=True, backend="aot_eager")
+    results = []
+    for run in (compiled, router):
+        router.reset_counts()
+        for tokens in (8, 20, 13):
+            x = torch.linspace(-1, 1, tokens * H).view(tokens, H).sin()
+            out = run(x)
+            (out.aux_loss + out.topk_weights.square().sum()).backward()
+        results.append((out.topk_ids, out.aux_loss, router.batch_load.clone(), router.weight.grad))
+        router.zero_grad()
+    for ours, eager in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager)
 
 
 @pytest.mark.parametrize("grouped", [False, True])

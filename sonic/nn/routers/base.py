@@ -39,7 +39,7 @@ class RouterOutput:
 
     Attributes:
         topk_ids: (T, top_k) int32. Ids from E on, and -1, belong to no expert: they cost nothing.
-        topk_weights: (T, top_k) fp32, differentiable.
+        topk_weights: (T, top_k) fp32 (fp64 from fp64 logits or weights), differentiable.
         plan: the plan of these ids.
         logits: (T, C), or None where the router has none.
         losses: unweighted losses by the names of :class:`LossWeights`; empty without balancing.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from sonic import checks
@@ -50,11 +51,13 @@ class PrecomputedRouter(Router):
         topk_weights: Tensor,
         balance: bool = True,
     ) -> RouterOutput:
-        """Args:
-        hidden_states: (..., H), T tokens; read for its shape and device only.
-        topk_ids: (T, top_k) int32 or int64; ids outside ``[0, E)`` are dropped.
-        topk_weights: (T, top_k) floating point, used as fp32.
-        balance: False leaves the statistics out; there are no losses.
+        """Pass ids and weights on.
+
+        Args:
+            hidden_states: (..., H), T tokens; read for its shape and device only.
+            topk_ids: (T, top_k) int32 or int64; ids outside ``[0, E)`` are dropped.
+            topk_weights: (T, top_k) floating point; passed on as fp32, fp64 as it is.
+            balance: False leaves the statistics out; there are no losses.
         """
         tokens = self.tokens(hidden_states)
         op = "PrecomputedRouter"
@@ -65,4 +68,5 @@ class PrecomputedRouter(Router):
         if balance:
             statistics = RoutingStatistics(plan.expert_frequency(), None, self.num_experts, plan)
         ids = int32_ids(topk_ids)
-        return RouterOutput(ids, topk_weights, plan, None, {}, LossWeights(), statistics, None)
+        weights = topk_weights.to(torch.promote_types(topk_weights.dtype, torch.float32))
+        return RouterOutput(ids, weights, plan, None, {}, LossWeights(), statistics, None)

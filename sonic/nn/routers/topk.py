@@ -22,12 +22,14 @@ from sonic.nn.routers.base import (
 from sonic.plan import build_plan
 from sonic.routing.balancing import (
     DROP_RULES,
+    EarlierLoads,
     RoutingStatistics,
     all_reduced,
-    capacity_of,
+    capacity_of_ratio,
     check_factor,
     check_group,
     corrected_bias,
+    exact_ratio,
     global_batch_loss,
     is_recomputation,
     limit_capacity,
@@ -61,20 +63,29 @@ class TopKRouter(Router):
         capacity_factor: in training an expert takes at most ``factor * T * top_k / E`` rows; None
             for no limit. eval_capacity_factor: likewise in eval mode.
         capacity_drop: ``"position"`` drops an expert's last tokens, ``"score"`` its least weighted.
-        group: processes that share a batch, for the global-batch loss and for
-            :func:`update_balance`; None for this process alone.
+        group: processes that share a batch, for the global-batch loss in training and for
+            :func:`update_balance`; None for this process alone. With that loss a forward in
+            training is collective: all processes of the group have to run it. In eval mode nothing
+            is exchanged, and the loss is that of this process's own pass.
         add_bias: whether the product has a learned ``bias`` (C,) (gpt-oss).
         float32_logits: evaluate the product in float32, whatever the weight's dtype.
         std: standard deviation of the normal initialisation.
         device, dtype: of the parameters.
 
     Parameters: ``weight`` (C, H), ``bias`` (C,) or None.
+
+    Activation checkpointing: a repeated pass is not counted and has the loads of its first run in
+    the global-batch loss, whatever the order of backward passes, provided that these come before
+    :func:`update_balance`. Reentrant checkpointing knows the last 256 passes again, by their loads
+    and probabilities; of identical micro-batches it may exchange the loads.
     """
 
     bias: nn.Parameter | None
     correction_bias: Tensor | None
     step_load: Tensor | None
     batch_load: Tensor | None
+    _factors: tuple[float | None, float | None]
+    _ratios: tuple[tuple[int, int] | None, tuple[int, int] | None]
 
     def __init__(
         self,
@@ -119,16 +130,10 @@ class TopKRouter(Router):
         checks.check_parameters(op, std, device, dtype)
         check_group(op, group)
         checks.check_known(op, "capacity_drop", capacity_drop, DROP_RULES)
-        factors = {
-            "capacity_factor": capacity_factor,
-            "eval_capacity_factor": eval_capacity_factor,
-        }
-        for name, factor in factors.items():
-            if factor is not None:
-                check_factor(op, name, factor)
         self.num_columns = columns
         self.num_identity = num_identity
         self.num_null = num_null
+        self._factors, self._ratios = (None, None), (None, None)
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         self.capacity_drop = capacity_drop
@@ -160,6 +165,7 @@ class TopKRouter(Router):
         self.register_buffer("correction_bias", bias)
         self.register_buffer("step_load", step_load, persistent=False)
         self.register_buffer("batch_load", batch_load, persistent=False)
+        self._earlier_loads = EarlierLoads()
         self.reset_parameters()
 
     def _check_options(self) -> None:
@@ -183,6 +189,41 @@ class TopKRouter(Router):
         for tensor in (self.bias, self.correction_bias, self.step_load, self.batch_load):
             if tensor is not None:
                 nn.init.zeros_(tensor)
+        self._earlier_loads.clear()
+
+    def reset_counts(self) -> None:
+        """Forget the passes since the last :func:`update_balance`, as after warming a graph up."""
+        for tensor in (self.step_load, self.batch_load):
+            if tensor is not None:
+                tensor.zero_()
+        self._earlier_loads.clear()
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """Of training; may be assigned."""
+        return self._factors[0]
+
+    @capacity_factor.setter
+    def capacity_factor(self, factor: float | None) -> None:
+        self._ratios = self._ratio("capacity_factor", factor), self._ratios[1]
+        self._factors = factor, self._factors[1]
+
+    @property
+    def eval_capacity_factor(self) -> float | None:
+        """Of eval mode; may be assigned."""
+        return self._factors[1]
+
+    @eval_capacity_factor.setter
+    def eval_capacity_factor(self, factor: float | None) -> None:
+        self._ratios = self._ratios[0], self._ratio("eval_capacity_factor", factor)
+        self._factors = self._factors[0], factor
+
+    def _ratio(self, name: str, factor: float | None) -> tuple[int, int] | None:
+        """Found once, and where nothing is traced: torch.compile knows no exact fractions."""
+        if factor is None:
+            return None
+        check_factor(type(self).__name__, name, factor)
+        return exact_ratio(factor)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -199,6 +240,7 @@ class TopKRouter(Router):
         """Casting the module leaves the correction bias in float32: its steps are small."""
         before = self.correction_bias
         super()._apply(fn, recurse)
+        self._earlier_loads.clear()  # they may lie on another device now
         after = self.correction_bias
         if before is not None and after is not None and after.dtype != torch.float32:
             self.correction_bias = before.to(after.device)
@@ -228,21 +270,21 @@ class TopKRouter(Router):
         """
         tokens = self.tokens(hidden_states)
         logits = self.compute_logits(tokens)
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        ratio = self._ratios[0 if self.training else 1]
         tensors = route(
             logits,
             self.top_k,
             bias=self.correction_bias,
             mask=mask,
             ids=ids,
-            num_experts=None if factor is not None else self.num_experts,
+            num_experts=None if ratio is not None else self.num_experts,
             num_sequences=num_sequences(hidden_states),
             balance=balance,
             **self._options,
         )
         winners, plan = tensors.ids, plan_of(tensors)
-        if factor is not None:
-            capacity = capacity_of(tokens.shape[0], self.top_k, self.num_experts, factor)
+        if ratio is not None:
+            capacity = capacity_of_ratio(tokens.shape[0], self.top_k, self.num_experts, ratio)
             winners = limit_capacity(
                 winners, tensors.scores, self.num_experts, capacity, drop=self.capacity_drop
             )
@@ -279,21 +321,28 @@ class TopKRouter(Router):
         if self.step_load is not None and counts:
             self.step_load.add_(tensors.load.sum(dim=0))
         if self.batch_load is not None:
-            earlier = None
-            if self.training:
-                # A forward that is repeated finds itself among the counts.
-                now = local_load(tensors)
-                earlier = self.batch_load.clone() if counts else self.batch_load - now
-                if counts:
-                    self.batch_load.add_(now)
+            earlier = self._earlier_load(tensors, self.batch_load) if self.training else None
             losses["global_batch"] = global_batch_loss(
                 tensors,
                 top_k=self.top_k,
                 num_null=self.num_null,
-                group=self.group,
+                group=self.group if self.training else None,
                 earlier_load=earlier,
             )
         return losses
+
+    def _earlier_load(self, tensors: RouteTensors, counted: Tensor) -> Tensor:
+        """(C + 1,) ``counted`` before this pass, which is added unless it repeats another one."""
+        now = local_load(tensors)
+        if is_recomputation():
+            earlier = self._earlier_loads.find(tensors)
+            # A pass that had a graph kept its own loads there; what is found here is not used.
+            return counted - now if earlier is None else earlier
+        earlier = counted.clone()
+        counted.add_(now)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._earlier_loads.keep(tensors, earlier)
+        return earlier
 
     def extra_repr(self) -> str:
         shown = [f"{name}={value!r}" for name, value in self._options.items() if value != 1]
@@ -336,6 +385,7 @@ def update_balance(module: nn.Module, rate: float = 1e-3) -> None:
         if router.batch_load is not None:
             refuse_capture(op, router.batch_load)
             router.batch_load.zero_()
+            router._earlier_loads.clear()
         if router.step_load is not None:
             refuse_capture(op, router.step_load)
             pending.setdefault((router.group, router.step_load.device), []).append(router)
