@@ -6,6 +6,7 @@ that has just been idle runs at higher clocks than one that trains, so times of 
 not compare with these.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -34,6 +35,7 @@ GEMM_TIMED_SECONDS = 0.25
 MIN_ITERATIONS = 3
 
 PASSES = ("forward inference", "forward training", "forward + backward", "backward")
+_PEERS = ("sonic-moe", "quack-kernels", "triton-kernels")  # named where they are installed
 REGIONS = {
     "experts": (experts_forward, False),  # from given ids and weights
     "moe": (moe_forward, True),  # router GEMM, top-k and its backward included
@@ -257,6 +259,9 @@ def _versions() -> dict[str, str | None]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    for package in _PEERS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
     return versions
 
 

@@ -25,6 +25,7 @@ import torch
 
 import sonic
 from benchmarks.check import findings_table, record_findings
+from benchmarks.contest import AGREEMENT
 from benchmarks.launches import launches_of
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import environment
@@ -43,6 +44,7 @@ from benchmarks.rounding import (
     check_pairs,
     check_rounded_layer,
     load_of,
+    peer_distances,
     race_graphs,
     race_layers,
     routing_functions,
@@ -160,6 +162,16 @@ def peer_takes_part(arguments: argparse.Namespace, size: RoundedShape, impl: str
     if reason is None:
         shorten_tuning(good_tiles_only=True)
     return reason is None
+
+
+def peer_agrees(result: Result, layer: Layer, size: RoundedShape) -> bool:
+    """Record how far the peer's results are from ours with top-k; False if they are others."""
+    distances = peer_distances(layer)
+    for name, distance in distances.items():
+        metric = f"token rounding/top_k/distance/{name}"
+        result.add(metric, distance, "relative L2", size.shape.problem, provider=PEER)
+    print(f"{PEER}'s distances: {', '.join(f'{n} {d:.4f}' for n, d in distances.items())}")
+    return max(distances.values()) <= AGREEMENT
 
 
 def check(
@@ -287,6 +299,7 @@ def run_size(
     if not right:
         return False
     with_peer = peer_takes_part(arguments, size, options.impl)
+    agreed = not with_peer or peer_agrees(result, layer, size)
     seconds = arguments.rep / 1e3
     times = race_layers(layer, right, with_peer, seconds)
     replayed = race_graphs(layer, right, seconds) if device.type == "cuda" else {}
@@ -301,7 +314,7 @@ def run_size(
     if device.type == "cuda":
         for rounding in right:
             report.launches(layer, rounding)
-    return len(right) == len(asked)
+    return agreed and len(right) == len(asked)
 
 
 def main(argv: list[str] | None = None) -> int:

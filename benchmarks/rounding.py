@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks import layer as plain
 from benchmarks.check import Finding, _Stream, check_layer, exact_matmuls
 from benchmarks.contest import _Clock, take_turns
 from benchmarks.launches import captured
@@ -18,6 +19,7 @@ from benchmarks.measure import sustained_ms
 from benchmarks.shapes import Shape
 from sonic.enums import ScoreOrder
 from sonic.plan import RoutingPlan
+from sonic.testing.compare import relative_error
 
 ROUTINGS = ("top_k", "nr", "sr", "nr-s", "balance-f", "up", "down")
 RANDOM = ("sr", "nr-s")
@@ -312,6 +314,19 @@ def peer_forward(layer: Layer) -> torch.Tensor:
         ActivationType.SWIGLU,
     )
     return out
+
+
+def peer_distances(layer: Layer) -> dict[str, float]:
+    """Relative L2 distances of SonicMoE's output and gradients from those of our top-k layer."""
+    leaves = gradient_inputs(layer, with_router=True)
+
+    def results(forward: Callable[[Layer], torch.Tensor]) -> dict[str, torch.Tensor]:
+        out = forward(layer)
+        gradients = torch.autograd.grad(out, tuple(leaves.values()), layer.dout)
+        return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
+
+    ours, theirs = results(plain.moe_forward), results(peer_forward)
+    return {name: relative_error(theirs[name], right) for name, right in ours.items()}
 
 
 def race_layers(

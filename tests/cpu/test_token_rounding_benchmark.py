@@ -11,7 +11,8 @@ import torch
 
 import sonic
 from benchmarks import contest, rounding
-from benchmarks.layer import LayerOptions, make_layer
+from benchmarks.layer import LayerOptions, make_layer, moe_forward
+from benchmarks.report import HEAD_KEYS, Result
 from benchmarks.rounding import Load, RoundedShape, Rounding, check_rounded_layer, load_of
 from benchmarks.shapes import Shape
 from sonic.enums import ScoreOrder
@@ -192,3 +193,14 @@ def test_too_large_for_a_cpu_is_refused(script):
     with pytest.raises(SystemExit, match="too large"):
         flags = ["--thiekq", "16384,4096,1024,256,8,128", "--device", "cpu"]
         script.main([*flags, "--impl", "reference"])
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_the_peers_results_are_compared_with_ours(script, monkeypatch, factor):
+    layer, result = tiny_layer(), Result(dict.fromkeys(HEAD_KEYS))
+    monkeypatch.setattr(rounding, "peer_forward", lambda layer: factor * moe_forward(layer))
+    assert script.peer_agrees(result, layer, RoundedShape(TINY, 8)) == (factor == 1.0)
+    found = {row.metric.rpartition("/")[2]: row.value for row in result.rows}
+    assert set(found) == {"out", "dx", "dw1", "dw2", "drouter_w"}
+    assert all(value == pytest.approx(factor - 1.0, abs=0.01) for value in found.values())
+    assert all(row.provider == rounding.PEER for row in result.rows)
