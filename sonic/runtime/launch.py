@@ -216,14 +216,17 @@ def grouped_gemm(
     m: int = 0,
     n: int,
     strides: tuple[int, int] = (0, 0),
+    kernel: Any = None,
 ) -> GroupedGemm:
     """The kernel for ``problem``, loaded or compiled, for these sizes.
 
     :param rows: static bound of the routed rows, ``R``.
     :param m, n: rows of an expert's output, if they are not ragged, and its columns.
     :param strides: element strides of gate -> up and of unit -> next unit, for gated weight rows.
+    :param kernel: one that was compiled elsewhere for the same problem and tiles.
     """
-    kernel = kernel_for(backend_for(device), problem, config)
+    if kernel is None:
+        kernel = kernel_for(backend_for(device), problem, config)
     sms = _multiprocessors(device)
     parts = later_parts(config, rows, experts, m, n, sms) if config.split else 0
     grid = _grid(problem, config, rows, experts, m, n, sms)

@@ -51,6 +51,8 @@ class TimedGemm:
         token_by_row, offset_by_expert: of a routing plan; R rows of T tokens and E experts.
         num_tokens: T.
         n, k: columns of the output, and the weight's other axis, as for ``default_config``.
+
+    ``kernels`` may be given some that were compiled elsewhere; others are loaded or compiled.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class TimedGemm:
         k: int,
     ):
         self.problem, self.rows = problem, token_by_row.shape[0]
+        self.kernels: dict[TileConfig, Any] = {}
         self._device = token_by_row.device
         self._weights: list[torch.Tensor] = []  # equal ones, where rows are ragged
         dtype, experts = getattr(torch, problem.dtype), offset_by_expert.shape[0] - 1
@@ -123,7 +126,8 @@ class TimedGemm:
         if self.problem.epilogue is EpilogueKind.ACTIVATION_GRAD:
             parts = -(-self._columns // config.row_sum_columns)
             operands = operands | {"row_sum": self._row_sums[:parts]}
-        gemm = grouped_gemm(self.problem, config, self._device, **self._sizes)
+        kernel = self.kernels.get(config)
+        gemm = grouped_gemm(self.problem, config, self._device, **self._sizes, kernel=kernel)
         if config.split:  # no expert of a uniform routing has a second part
             d = operands["d"]
             operands = operands | {"aux": d.new_empty(gemm.parts, *d.shape[1:])}
