@@ -19,6 +19,7 @@ from benchmarks.measure import sustained_ms
 from benchmarks.shapes import Shape
 from sonic.enums import ScoreOrder
 from sonic.plan import RoutingPlan
+from sonic.runtime.limits import MAX_EXPERTS, MAX_SLOTS
 from sonic.testing.compare import relative_error
 
 ROUTINGS = ("top_k", "nr", "sr", "nr-s", "balance-f", "up", "down")
@@ -44,7 +45,8 @@ class RoundedShape:
 
     @classmethod
     def parse(cls, text: str) -> "RoundedShape":
-        """Read ``T,H,I,E,top_k,q``; raises ``ValueError`` when it is not six positive integers."""
+        """Read ``T,H,I,E,top_k,q``; raises ``ValueError`` when it is not six positive integers, or
+        more than any layer takes."""
         size, _, tile = text.rpartition(",")
         try:
             shape = Shape.parse(size)
@@ -55,6 +57,13 @@ class RoundedShape:
             rows = 0
         if rows < 1:
             raise ValueError(f"expected six positive integers T,H,I,E,top_k,q, got {text!r}")
+        for name, value, most in (
+            ("E", shape.E, MAX_EXPERTS),
+            ("q", rows, MAX_SLOTS),
+            ("T * top_k", shape.rows, MAX_SLOTS),
+        ):
+            if value > most:
+                raise ValueError(f"{name}={value} exceeds {most} in {text!r}")
         return cls(shape, rows)
 
 

@@ -162,7 +162,19 @@ def test_the_sweeps_are_the_papers():
     assert set(rounding.BAR_SIZES) <= set(points)
 
 
-@pytest.mark.parametrize("text", ["1,2,3,4,5", "8,8,8,4,2,0", "8,8,8,4,2,x", "8,8,8,2,3,4", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1,2,3,4,5",
+        "8,8,8,4,2,0",
+        "8,8,8,4,2,x",
+        "8,8,8,2,3,4",
+        "",
+        "8,8,8,70000,1,16",
+        "8,8,8,4,1,99999999999",
+        "3000000000,1,1,1,1,1",
+    ],
+)
 def test_malformed_sizes_are_refused(text):
     with pytest.raises(ValueError, match=r"six positive integers|exceeds"):
         RoundedShape.parse(text)
