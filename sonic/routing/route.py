@@ -59,7 +59,7 @@ def route(
         renormalize: see above. With a softmax it makes the softmax of the winners' logits.
         scale: positive.
         bias: (E,) floating point, no gradient (DeepSeek-V3's correction bias).
-        mask: (T, E) or (E,) floating point, added to the logits, no gradient: 0 leaves a column
+        mask: (T, E) or (E,) floating point without gradient, added to the logits: 0 leaves a column
             open, -inf bars it. Of booleans that are True where allowed it is
             ``torch.where(allowed, 0.0, -torch.inf)``. A token that has nothing left to choose gets
             id -1 and weight zero in place of a winner.
@@ -164,6 +164,10 @@ def _check(
         allowed = f"({num_columns},), (1, {num_columns}) and ({num_tokens}, {num_columns})"
         todo = "Pass one row for all tokens, or one for each token of the logits."
         raise _shape_error("mask", mask, allowed, todo)
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        allowed = "a mask without gradient, which routing would not give it"
+        todo = "Pass mask.detach(), or add what is to be learned to the logits."
+        raise ArgumentError(message("route", "mask requires a gradient", allowed, todo))
     _check_ids(logits, ids, route)
 
 

@@ -465,6 +465,22 @@ def test_what_is_no_router_is_refused():
             layer_of(router=router)
 
 
+def test_a_mask_that_would_learn_is_refused():
+    mask = torch.zeros(E, requires_grad=True)
+    router, x = TopKRouter(H, E, K), torch.randn(5, H)
+    with refused(ArgumentError, ["mask requires a gradient", "without gradient", "mask.detach"]):
+        router(x, mask=mask)
+    with torch.no_grad():
+        router(x, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_shared_experts_of_another_dtype_are_refused(gated, dtype):
+    with refused(DTypeError, ["one dtype for activations, weights"]):
+        SharedExperts(H, 16, gated=gated)(torch.randn(5, H).to(dtype))
+
+
 def test_router_inputs_that_are_missing_are_asked_for():
     layer, x = layer_of(router=PrecomputedRouter(H, E, K)), torch.randn(5, H)
     ids = {"topk_ids": torch.zeros(5, K, dtype=torch.int32)}

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from sonic import checks
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.nn.moe import Experts, NormalLinear
+from sonic.routing.logits import router_logits
 
 
 class SharedExperts(Experts):
@@ -67,5 +68,6 @@ class SharedExperts(Experts):
         if self.gate is None:
             weights = torch.ones(shape, dtype=torch.float32, device=tokens.device)
         else:
-            weights = torch.sigmoid(self.gate(tokens).float())
+            logits = router_logits(tokens, self.gate.weight, self.gate.bias)
+            weights = torch.sigmoid(logits.float())
         return super().forward(tokens, ids, weights, impl).view(hidden_states.shape)
