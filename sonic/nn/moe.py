@@ -396,6 +396,7 @@ class MoE(_ExpertsBase):
         router_inputs: Mapping[str, Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
         routed = self.router(hidden_states, balance=balance, **(router_inputs or {}))
+        _check_routed(self.router, routed)
         tokens = hidden_states.reshape(-1, self.hidden_size)
         out = self._experts(tokens, routed.topk_weights, routed.plan, impl)
         if routed.identity_weight is not None:
@@ -480,6 +481,17 @@ def _check_router_module(
                 "weights to a PrecomputedRouter.",
             )
         )
+    taken = inspect.signature(router.forward).parameters
+    if "balance" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise ArgumentError(
+            checks.message(
+                "MoE",
+                f"{type(router).__name__}.forward takes {', '.join(taken) or 'nothing'}",
+                "forward(hidden_states, *, balance=True, ...) -> RouterOutput; balance=False asks "
+                "for no loss and no counts",
+                "Add the keyword to forward.",
+            )
+        )
     if routing != "top_k":
         raise ArgumentError(
             checks.message(
@@ -509,6 +521,18 @@ def _input_names(router: nn.Module) -> tuple[str, ...] | None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in (first, *parameters)):
         return None
     return tuple(p.name for p in parameters if p.name != "balance")
+
+
+def _check_routed(router: nn.Module, routed: Any) -> None:
+    if not isinstance(getattr(routed, "plan", None), RoutingPlan):
+        raise ArgumentError(
+            checks.message(
+                "MoE",
+                f"{type(router).__name__} returned a {type(routed).__name__}",
+                "a sonic.nn.routers.RouterOutput with a plan",
+                "Return what a router of sonic.nn.routers does, a PrecomputedRouter for instance.",
+            )
+        )
 
 
 def _needed_names(router: nn.Module) -> tuple[str, ...]:

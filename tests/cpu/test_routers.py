@@ -465,6 +465,24 @@ def test_what_is_no_router_is_refused():
             layer_of(router=router)
 
 
+class Bare(routers.Router):
+    def forward(self, x):
+        return x
+
+
+class Returning(routers.Router):
+    def forward(self, x, *, balance=True):
+        return x
+
+
+def test_routers_of_ones_own_are_told_what_is_missing():
+    with refused(ArgumentError, ["Bare.forward takes x", "balance=True", "Add the keyword"]):
+        layer_of(router=Bare(H, E, K))
+    layer = layer_of(router=Returning(H, E, K))
+    with refused(ArgumentError, ["Returning returned a Tensor", "RouterOutput with a plan"]):
+        layer(torch.randn(5, H), TORCH)
+
+
 def test_a_mask_that_would_learn_is_refused():
     mask = torch.zeros(E, requires_grad=True)
     router, x = TopKRouter(H, E, K), torch.randn(5, H)
