@@ -73,6 +73,14 @@ def rounded_routing(
         Backward keeps ``weights``, the pairs' experts, T + 1 offsets (8 S + 4 T bytes), scores and
         ids of the winners and a logsumexp (8 T top_k + 4 T bytes), and the logits for
         ``topk_over_softmax``.
+
+    Example:
+        >>> logits = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6]])
+        >>> weights, plan = rounded_routing(logits, 1, 2, rule="up")
+        >>> plan.offset_by_expert.tolist()
+        [0, 4, 6]
+
+    Source: SonicMoE (arXiv 2512.14080), section 5, algorithms 4 and 6.
     """
     weights, plan, _ = rounded_routing_and_load(logits, top_k, tile, rule, generator, order)
     return weights, plan

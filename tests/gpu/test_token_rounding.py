@@ -92,6 +92,7 @@ def test_scores_that_are_no_numbers(rule, poisoned):
         run(case, scores, uniform),
         checks._forward_torch(scores, uniform, 4, 128, rule),
     )
+    assert torch.equal(outputs[0].nan_to_num(7.0), expected[0].nan_to_num(7.0))
     for actual, wanted in zip(outputs[1:], expected[1:], strict=True):
         assert torch.equal(actual, wanted)
 
@@ -127,9 +128,9 @@ def test_logits_to_plan(sizes, dtype, full, guarded):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "balance-f"])
 def test_keys_without_a_table_are_the_same_bits(rule, dtype, monkeypatch):
-    """Of logits that are columns of a wider tensor."""
+    """Of logits that are columns of a wider tensor; ``balance-f`` always has a table."""
     tokens, experts, top_k = 9000, 500, 4
     logits = torch.randn(tokens, 2 * experts, device=CUDA).to(dtype)[:, 8 : experts + 8]
     logits[:, 3] = logits[:, 5] = -0.0
