@@ -18,9 +18,8 @@ from sonic.enums import ActivationType, GateUpLayout, KernelBackendMoE, ScoreOrd
 from sonic.flops import register_if_counting
 from sonic.functional import experts, experts_planned, grouped_mm
 from sonic.plan import RoutingPlan
-from sonic.reference.routing import load_balancing_loss
 from sonic.routing.logits import router_logits
-from sonic.routing.rounded_routing import rounded_routing_and_load
+from sonic.routing.rounded_routing import rounded_routing
 from sonic.routing.route import plan_of, route
 from sonic.routing.token_rounding import RULES as ROUNDING_RULES
 from sonic.routing.token_rounding import resolve_tile
@@ -230,8 +229,7 @@ class MoE(_ExpertsBase):
             ``"topk_over_softmax_norm"``.
         routing: ``"top_k"``, or ``"token_rounding"``: in training every expert's number of tokens
             becomes a multiple of the kernels' tile. In eval mode, and with ``is_inference_mode``,
-            routing is top-k. With it torch computes the balancing loss, and keeps (T, E) fp32 of
-            it for backward.
+            routing is top-k. For the balancing loss the tokens are then routed once more.
         rounding: the rule of :func:`sonic.token_rounding`; used with token rounding only. With
             ``"nr"`` an expert of less than half a tile of rows loses them all: in a training step
             whose T ``num_experts_per_tok`` / E is below that, the output is mostly zero, and the
@@ -356,20 +354,20 @@ class MoE(_ExpertsBase):
         rounds = self.routing == "token_rounding" and self.training and not is_inference_mode
         checks.check_router("MoE", tokens, weight, self.num_experts, self.top_k, impl)
         logits = router_logits(tokens, weight)
-        if rounds:
-            scores, plan, load = rounded_routing_and_load(
-                logits, self.top_k, self.tile, self.rounding, None, self.score_order
-            )
-            out = self._experts(tokens, scores, plan, impl)
-            return out, load_balancing_loss(logits, load)
-        # The loss comes from the kernels that route, not from a softmax of its own.
+        # The loss comes from the kernels that route, not from a softmax of its own. With rounding
+        # they route for it alone: it counts what the tokens choose.
         routed = route(
             logits,
             self.top_k,
             renormalize=self.score_order is not ScoreOrder.TOPK_OVER_SOFTMAX,
-            num_experts=self.num_experts,
+            num_experts=None if rounds else self.num_experts,
             balance=not is_inference_mode,
         )
+        if rounds:
+            scores, plan = rounded_routing(
+                logits, self.top_k, self.tile, self.rounding, order=self.score_order
+            )
+            return self._experts(tokens, scores, plan, impl), routed.switch
         plan = cast(RoutingPlan, plan_of(routed))
         out = self._experts(tokens, routed.scores, plan, impl)
         return out, None if is_inference_mode else routed.switch

@@ -82,27 +82,12 @@ def rounded_routing(
 
     Source: SonicMoE (arXiv 2512.14080), section 5, algorithms 4 and 6.
     """
-    weights, plan, _ = rounded_routing_and_load(logits, top_k, tile, rule, generator, order)
-    return weights, plan
-
-
-def rounded_routing_and_load(
-    logits: Tensor,
-    top_k: int,
-    tile: int | str,
-    rule: str,
-    generator: torch.Generator | None,
-    order: ScoreOrder | str,
-) -> tuple[Tensor, RoutingPlan, Tensor]:
-    """:func:`rounded_routing`, and before any rounding how many tokens chose each expert: (E,)
-    int32, what a balancing loss counts."""
     tile, full = _checked(logits, top_k, tile, rule, order)
     check_generator(_OP, "logits", logits, generator)
     uniform = draw_uniform(logits, rule, generator)
     inputs = (logits, uniform, top_k, tile, rule, full)
-    outputs = call_eagerly(_ROUNDED_ROUTING, _Function, _forward, inputs)
-    weights, _, *plan, load = outputs[:8]
-    return weights, flat_plan(plan, logits.shape[0]), load
+    weights, _, *plan = call_eagerly(_ROUNDED_ROUTING, _Function, _forward, inputs)[:7]
+    return weights, flat_plan(plan, logits.shape[0])
 
 
 @remembered
