@@ -15,6 +15,7 @@ import triton
 
 from sonic.triton import rounding_keys, rounding_select, rounding_summaries, rounding_winners
 from sonic.triton.common import power_of_2
+from sonic.triton.rounding_winners import _Leaves
 from sonic.triton.topk import HIGHEST, LOWEST
 from tests.cpu.test_triton_compile import compiled  # noqa: F401
 from tests.emulator import Fault, Policy, ptx
@@ -89,15 +90,16 @@ def _keys_of(compiled, logits, top_k, full, summarized):  # noqa: F811
     """Keys and winners, written by the kernels."""
     # Nothing runs, so that what is returned holds what was there.
     keys, *winners = rounding_winners.keys_of_logits(logits, top_k, full, summarized)
-    rows = (keys.marks,) if summarized else (keys.table,)
-    with_table = not summarized and keys.summaries is not None
-    if with_table:
-        rows = keys.table, keys.summaries, keys.words
+    rows, leaves = (keys.table,), _Leaves.SCORES
+    if summarized:
+        rows, leaves = (keys.marks,), _Leaves.MARKS
+    elif keys.summaries is not None:
+        rows, leaves = (keys.table, keys.summaries, keys.words), _Leaves.SUMMARIES
     for result in (*rows, *winners):
         result.fill_(-99)
     experts = logits.shape[1]
     tokens_of_one, *_ = rounding_winners._winner_blocks(
-        power_of_2(experts), logits.itemsize, full, summarized, with_table
+        power_of_2(experts), logits.itemsize, full, leaves
     )
     sizes = *logits.shape, experts, keys.stride
     kernel = compiled["_logit_scores_kernel"][-1]
@@ -238,7 +240,7 @@ def _in_turn(compiled, policy, overlapping=True, without_wait=None):  # noqa: F8
         result.fill_(-99)
     chosen = load, logits, keys.marks, keys.summaries, counts, words, before, scratch
     sizes = tokens, experts, experts, stride
-    tokens_of_one, *_ = rounding_winners._winner_blocks(512, logits.itemsize, False, True, False)
+    tokens_of_one, *_ = rounding_winners._winner_blocks(512, logits.itemsize, False, _Leaves.MARKS)
     programs = stride // tokens_of_one
     machine = _machine((*chosen, *winners), policy)
     for name, grid, arrays, numbers in (
