@@ -27,9 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.options import positive
-from benchmarks.shapes import BARS, Shape
-from benchmarks.tiles import GEMMS, chosen_tiling, launches
-from sonic.plan import build_plan
+from benchmarks.shapes import BARS
+from benchmarks.tiles import GEMMS, chosen_tiling, launches, timed_gemm, uniform_plan
 from sonic.runtime.backend import Backend, backend_for, load_backend
 from sonic.runtime.objects import load_object, write_object
 from sonic.runtime.problem import Arch, Problem, Schedule, TileConfig
@@ -122,15 +121,6 @@ def line(letter: str, gemm: str, times: list[list[float]], folders: list[Path]) 
     )
 
 
-def timed_gemm(shape: Shape, gemm: str, device: torch.device) -> TimedGemm:
-    """The GEMM on random operands, with uniform routing."""
-    torch.manual_seed(0)
-    ids = torch.rand(shape.T, shape.E, device=device).topk(shape.top_k).indices.int()
-    plan = build_plan(ids, shape.E)
-    problem, n, k = launches(shape)[gemm]
-    return TimedGemm(problem, plan.token_by_row, plan.offset_by_expert, shape.T, n, k)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -162,7 +152,8 @@ def main(argv: list[str] | None = None) -> int:
     backend_for(device)  # a GPU without kernels says so here
     passed = True
     for (letter, gemm), builds in loaded.items():
-        timed = timed_gemm(BARS[letter], gemm, device)
+        torch.manual_seed(0)
+        timed = timed_gemm(BARS[letter], gemm, uniform_plan(BARS[letter], device))
         for index, difference in differences(timed, builds).items():
             print(f"{letter} {gemm}: {arguments.builds[index]}: {difference}")
             passed = False

@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks import layer as plain
 from benchmarks.check import Finding, _Stream, check_layer, exact_matmuls
 from benchmarks.contest import _Clock, take_turns
 from benchmarks.launches import captured
-from benchmarks.layer import Layer, Run, call_moe, gradient_inputs
+from benchmarks.layer import Layer, Run, call_moe, gradient_inputs, run_moe
 from benchmarks.measure import sustained_ms
 from benchmarks.shapes import Shape
 from sonic.enums import ScoreOrder
@@ -327,15 +326,12 @@ def peer_forward(layer: Layer) -> torch.Tensor:
 
 def peer_distances(layer: Layer) -> dict[str, float]:
     """Relative L2 distances of SonicMoE's output and gradients from those of our top-k layer."""
+    ours = run_moe(layer).tensors
     leaves = gradient_inputs(layer, with_router=True)
-
-    def results(forward: Callable[[Layer], torch.Tensor]) -> dict[str, torch.Tensor]:
-        out = forward(layer)
-        gradients = torch.autograd.grad(out, tuple(leaves.values()), layer.dout)
-        return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
-
-    ours, theirs = results(plain.moe_forward), results(peer_forward)
-    return {name: relative_error(theirs[name], right) for name, right in ours.items()}
+    out = peer_forward(layer)
+    gradients = torch.autograd.grad(out, tuple(leaves.values()), layer.dout)
+    theirs = {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
+    return {name: relative_error(found, ours[name]) for name, found in theirs.items()}
 
 
 def race_layers(

@@ -44,7 +44,7 @@ from benchmarks.report import TILED_GEMMS, Result
 from benchmarks.shapes import BARS, Shape
 from sonic.cli import LayerSize, compile_kernels, layer_launches
 from sonic.enums import ActivationType
-from sonic.plan import build_plan
+from sonic.plan import RoutingPlan, build_plan
 from sonic.runtime.backend import Backend, backend_for, load_backend
 from sonic.runtime.problem import Arch, Problem, Schedule, TileConfig
 from sonic.runtime.tuning import TimedGemm, search
@@ -124,6 +124,18 @@ def chosen_tiling(backend: Backend, gemm: str, shape: Shape) -> TileConfig:
     return replace(chosen, split=False)  # see :func:`tilings`
 
 
+def uniform_plan(shape: Shape, device: torch.device) -> RoutingPlan:
+    """Of a routing that is random and the same for all experts."""
+    ids = torch.rand(shape.T, shape.E, device=device).topk(shape.top_k).indices.int()
+    return build_plan(ids, shape.E)
+
+
+def timed_gemm(shape: Shape, gemm: str, plan: RoutingPlan) -> TimedGemm:
+    """One of the ``GEMMS`` of ``shape`` on random operands."""
+    problem, n, k = launches(shape)[gemm]
+    return TimedGemm(problem, plan.token_by_row, plan.offset_by_expert, shape.T, n, k)
+
+
 class Sweep:
     """Milliseconds by tiling of each GEMM on each shape, and what the choice by sizes makes of
     them."""
@@ -141,12 +153,10 @@ class Sweep:
     def add(self, shape: Shape, earlier: dict[str, dict[TileConfig, float]] | None = None) -> None:
         """Time every tiling on ``shape``, or those that were fast in an ``earlier`` sweep, whose
         times the others keep."""
-        ids = torch.rand(shape.T, shape.E, device=self.device).topk(shape.top_k).indices.int()
-        plan = build_plan(ids, shape.E)
+        plan = uniform_plan(shape, self.device)
         self.shapes.append(shape)
         for gemm, space in self.spaces.items():
-            problem, n, k = launches(shape)[gemm]
-            timed = TimedGemm(problem, plan.token_by_row, plan.offset_by_expert, shape.T, n, k)
+            timed = timed_gemm(shape, gemm, plan)
             chosen = self.chosen(gemm, shape)
             known = {} if earlier is None else earlier[gemm]
             asked = fastest(known) if known else space

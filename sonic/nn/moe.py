@@ -297,8 +297,7 @@ class MoE(_ExpertsBase):
         else:
             _check_router_module(router, hidden_size, num_experts, num_experts_per_tok, routing)
             self.router = router
-            self._router_inputs = _input_names(router)
-            self._needed_inputs = _needed_names(router)
+            self._router_inputs, self._needed_inputs = _input_names(router)
         _check_shared_experts(shared_experts, hidden_size)
         self.shared_experts = shared_experts
 
@@ -513,12 +512,14 @@ def _check_router_module(
             )
 
 
-def _input_names(router: nn.Module) -> tuple[str, ...] | None:
-    """What ``router_inputs`` may name; None for anything."""
-    first, *parameters = inspect.signature(router.forward).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in (first, *parameters)):
-        return None
-    return tuple(p.name for p in parameters if p.name != "balance")
+def _input_names(router: nn.Module) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """What ``router_inputs`` may name, None for anything, and what it must name."""
+    first, *others = inspect.signature(router.forward).parameters.values()
+    inputs = [p for p in others if p.name != "balance"]
+    needed = tuple(p.name for p in inputs if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
+    if any(p.kind is p.VAR_KEYWORD for p in (first, *others)):
+        return None, needed
+    return tuple(p.name for p in inputs), needed
 
 
 def _check_routed(router: nn.Module, routed: Any) -> None:
@@ -531,13 +532,6 @@ def _check_routed(router: nn.Module, routed: Any) -> None:
                 "Return what a router of sonic.nn.routers does, a PrecomputedRouter for instance.",
             )
         )
-
-
-def _needed_names(router: nn.Module) -> tuple[str, ...]:
-    """What ``router_inputs`` must name."""
-    _, *parameters = inspect.signature(router.forward).parameters.values()
-    needed = (p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
-    return tuple(p.name for p in needed if p.name != "balance")
 
 
 def _check_shared_output(shared: Any, out: Tensor) -> None:

@@ -146,6 +146,18 @@ def _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, mask
 
 
 @triton.jit
+def _store_pairs(rounded, slot, values, mask):
+    """Pairs, by their slots and by their rows."""
+    weights, token_ids, expert_ids, by_expert, token_by_row, slot_by_row, row_by_slot, by_token = (
+        rounded
+    )
+    token, row = values[1], values[3]
+    _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, mask)
+    tl.store(token_by_row + row, token, mask=mask)
+    tl.store(slot_by_row + row, slot, mask=mask)
+
+
+@triton.jit
 def _store_offsets(offset_by_token, slot_by_token, size, token, num_tokens):
     tl.store(offset_by_token + token, slot_by_token, mask=token < num_tokens)
     tl.store(offset_by_token + token + 1, slot_by_token + size, mask=token == num_tokens - 1)
@@ -174,9 +186,7 @@ def _emit_group_of_few(
 ):
     """All pairs of a group of tokens at once, where a block has all experts and keys have a table:
     what is not a pair is looked at too, and but for scores nothing waits for memory twice."""
-    weights, token_ids, expert_ids, by_expert, token_by_row, slot_by_row, row_by_slot, by_token = (
-        rounded
-    )
+    by_expert, by_token = rounded[3], rounded[7]
     group, num_tokens, num_experts, stride, key_stride = sizes
     line = group.to(tl.int64) * num_experts
     expert = tl.arange(0, BLOCK_E)
@@ -213,10 +223,7 @@ def _emit_group_of_few(
         weight = _load_weight(
             None, None, None, scores, member, expert[None, :], stride, key_stride, live, 0
         )
-    values = weight, member, expert[None, :], row
-    _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, live)
-    tl.store(token_by_row + row, member, mask=live)
-    tl.store(slot_by_row + row, slot, mask=live)
+    _store_pairs(rounded, slot, (weight, member, expert[None, :], row), live)
 
 
 @triton.jit
@@ -239,9 +246,7 @@ def _emit_group(
 ):
     """The pairs of a group of tokens. They are put in order of their slots first, so that threads
     next to one another write slots that are; until then ``row_by_slot`` holds them."""
-    weights, token_ids, expert_ids, by_expert, token_by_row, slot_by_row, row_by_slot, by_token = (
-        rounded
-    )
+    by_expert, row_by_slot, by_token = rounded[3], rounded[6], rounded[7]
     group, num_tokens, num_experts, stride, key_stride = sizes
     line = group.to(tl.int64) * num_experts
     size, before, left = _write_first_rows(
@@ -280,10 +285,7 @@ def _emit_group(
         weight = _load_weight(
             keys, logits, marks, scores, member, expert, stride, key_stride, live, BITS
         )
-        values = weight, member, expert, row
-        _store_slots(weights, token_ids, expert_ids, row_by_slot, slot, values, live)
-        tl.store(token_by_row + row, member, mask=live)
-        tl.store(slot_by_row + row, slot, mask=live)
+        _store_pairs(rounded, slot, (weight, member, expert, row), live)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_groups", "num_slots"])

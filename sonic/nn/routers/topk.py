@@ -186,10 +186,10 @@ class TopKRouter(Router):
     def reset_parameters(self) -> None:
         """N(0, std) weight, zero biases and counts; also after ``to_empty`` on a meta module."""
         nn.init.normal_(self.weight, std=self.std)
-        for tensor in (self.bias, self.correction_bias, self.step_load, self.batch_load):
+        for tensor in (self.bias, self.correction_bias):
             if tensor is not None:
                 nn.init.zeros_(tensor)
-        self._earlier_loads.clear()
+        self.reset_counts()
 
     def reset_counts(self) -> None:
         """Forget the passes since the last :func:`update_balance`, as after warming a graph up."""
