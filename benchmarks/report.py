@@ -294,6 +294,16 @@ def skew_table(figures: CardFigures) -> str:
     return markdown_table(header, rows)
 
 
+def _weighted_mean(values: Sequence[float | None], weights: Sequence[float | None]) -> float | None:
+    """``None`` where one of the values or weights is not known."""
+    known = [
+        (v, w) for v, w in zip(values, weights, strict=True) if v is not None and w is not None
+    ]
+    if len(known) < len(values):
+        return None
+    return sum(v * w for v, w in known) / sum(w for _, w in known)
+
+
 def tiles_table(figures: CardFigures) -> str:
     """What the tiles that follow from the sizes cost, beside the best of a sweep over all."""
     bars = {tuple(shape.problem): letter for letter, shape in BARS.items()}
@@ -301,15 +311,18 @@ def tiles_table(figures: CardFigures) -> str:
     rows = []
     for problem in sorted(problems, key=lambda p: (bars.get(p, "drawn"), p)):
         ratios = [figures.get(f"tiles/{gemm}", "times the best", problem) for gemm in TILED_GEMMS]
+        best = [figures.get(f"tiles/{gemm}/best", "ms", problem) for gemm in TILED_GEMMS]
+        total = _weighted_mean(ratios, best)
         size = ", ".join(map(str, problem))
-        rows.append([bars.get(problem, ""), size, *(_cell(ratio, ".3f") for ratio in ratios)])
+        cells = (_cell(ratio, ".3f") for ratio in (*ratios, total))
+        rows.append([bars.get(problem, ""), size, *cells])
     if not rows:
         return ""
     for what, of in (("mean", statistics.mean), ("worst", max)):
         columns = zip(*(row[2:] for row in rows), strict=True)
         known = [[float(cell) for cell in column if cell != "–"] for column in columns]
         rows.append(["", what, *(_cell(of(values) if values else None, ".3f") for values in known)])
-    return markdown_table(["", "T, H, I, E, top_k", *TILED_GEMMS], rows)
+    return markdown_table(["", "T, H, I, E, top_k", *TILED_GEMMS, "all six"], rows)
 
 
 def small_table(figures: CardFigures) -> str:

@@ -194,6 +194,18 @@ def test_results_of_another_card_change_no_table_of_the_default_one(tmp_path: Pa
     assert "executed on " in seen and H100 in seen and DEFAULT_CARD in seen
 
 
+def test_tiles_of_a_layer_are_weighed_by_the_time_of_its_gemms(tmp_path: Path) -> None:
+    best = dict.fromkeys(report.TILED_GEMMS, 1.0) | {"up": 5.0}
+    ratios = dict.fromkeys(report.TILED_GEMMS, 1.0) | {"up": 1.04, "dx": 1.1}
+    figures = {(f"tiles/{gemm}", "times the best"): value for gemm, value in ratios.items()}
+    _measured(tmp_path / "2026-01-01-x.json", DEFAULT_CARD, figures)
+    assert report.TABLES["tiles"](Figures(tmp_path)).count("| 1.100 | 1.000 | 1.000 | – |") == 3
+    figures = {(f"tiles/{gemm}/best", "ms"): value for gemm, value in best.items()}
+    _measured(tmp_path / "2026-01-02-x.json", DEFAULT_CARD, figures)
+    # (5 * 1.04 + 1.1 + 4) / 10
+    assert report.TABLES["tiles"](Figures(tmp_path)).count("| 1.000 | 1.030 |") == 3
+
+
 @pytest.mark.parametrize("name", ["peers", "skew", "tiles"])
 def test_the_tables_of_an_h100_are_those_of_the_h200_with_its_results(
     name: str, tmp_path: Path
