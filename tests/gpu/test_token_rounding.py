@@ -1,8 +1,5 @@
 """Token rounding's kernels on a GPU: against oracle and twin, in graphs, without a host wait."""
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -19,22 +16,12 @@ from sonic.triton import rounding_summaries
 from sonic.triton import token_rounding as token_rounding_kernels
 from sonic.triton.token_rounding import round_logits
 from tests import rounding_checks as checks
-from tests.graphs import capture
+from tests.graphs import capture, no_synchronization
 from tests.rounding_checks import Case
 from tests.routing_checks import PLAN_TENSORS, assert_same_plan
 
 CUDA = torch.device("cuda")
 every_rule = pytest.mark.parametrize("rule", RULES)
-
-
-@contextlib.contextmanager
-def no_synchronization() -> Iterator[None]:
-    """Any wait of the host for the device that torch knows of is an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def run(case, scores, uniform):
