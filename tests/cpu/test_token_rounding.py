@@ -496,6 +496,64 @@ def test_module_in_training_equals_the_oracle_layer(rule):
         torch.testing.assert_close(ours, theirs)
 
 
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", checks.MODULE_SIZES, ids=str)
+def test_module_in_low_precision(sizes, dtype, rule):
+    """What the GPU's tests do with the kernels."""
+    tokens, tile = sizes
+    layer = checks.make_module("cpu", dtype, tile, rule)
+    checks.check_module(layer, torch.randn(tokens, 136).to(dtype), TORCH)
+
+
+@every_order
+def test_module_in_low_precision_knows_every_score_order(order):
+    layer = checks.make_module("cpu", torch.bfloat16, 16, "nr", score_order=order)
+    checks.check_module(layer, torch.randn(300, 136).bfloat16(), TORCH)
+
+
+def _half(loss):
+    return 0.5 * (loss + loss.detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "caught"),
+    [
+        (lambda out, loss: (out, loss.detach() + 0 * loss), "x|router"),
+        (lambda out, loss: (out, _half(loss)), "x|router"),
+        (lambda out, loss: (out, 1.001 * loss), "loss"),
+        (lambda out, loss: (1.01 * out, loss), "out"),
+    ],
+    ids=["no gradient of the loss", "half of it", "loss", "output"],
+)
+def test_the_modules_check_notices_mistakes(change, caught):
+    layer = checks.make_module("cpu", torch.bfloat16, 16, "nr")
+    x = torch.randn(300, 136).bfloat16()
+    checks.check_module(layer, x, TORCH)
+    layer.register_forward_hook(lambda module, inputs, outputs: change(*outputs))
+    with pytest.raises(AssertionError, match=caught):
+        checks.check_module(layer, x, TORCH)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rounding": "down"}, {"tile": 8}, {"routing": "top_k"}], ids=str
+)
+def test_the_modules_check_notices_other_pairs(change, monkeypatch):
+    layer = checks.make_module("cpu", torch.bfloat16, 16, "up")
+    x = torch.randn(300, 136).bfloat16()
+    forward = layer.forward
+
+    def changed(*arguments):
+        with monkeypatch.context() as context:
+            for name, value in change.items():
+                context.setattr(layer, name, value)
+            return forward(*arguments)
+
+    layer.forward = changed
+    with pytest.raises(AssertionError, match="out"):
+        checks.check_module(layer, x, TORCH)
+
+
 @every_order
 def test_module_outside_of_training_is_top_k(order):
     module = make(routing="token_rounding", rounding="up", tile=16, score_order=order)

@@ -22,6 +22,7 @@ from tests.routing_checks import PLAN_TENSORS, assert_same_plan
 
 CUDA = torch.device("cuda")
 every_rule = pytest.mark.parametrize("rule", RULES)
+low_precision = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
 def run(case, scores, uniform):
@@ -114,7 +115,7 @@ def test_logits_to_plan(sizes, dtype, full, guarded):
     checks.check_logits(guarded.copy_of(logits), checks.uniform_of(case, 0, CUDA), case, full)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@low_precision
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "balance-f"])
 def test_keys_without_a_table_are_the_same_bits(rule, dtype, monkeypatch):
     """Of logits that are columns of a wider tensor; ``balance-f`` always has a table."""
@@ -298,6 +299,58 @@ def test_the_layer_equals_its_flat_form(rule):
     expected = torch.autograd.grad(flat, leaves, dout)
     for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours, theirs) and theirs.any()
+
+
+def _module_and_input(rule, tokens=1000, tile="auto", dtype=torch.bfloat16, **options):
+    layer = checks.make_module(CUDA, dtype, tile, rule, **options)
+    return layer, torch.randn(tokens, layer.hidden_size, device=CUDA).to(dtype)
+
+
+@every_rule
+@low_precision
+@pytest.mark.parametrize("sizes", checks.MODULE_SIZES, ids=str)
+def test_module_against_the_reference(sizes, dtype, rule, poisoned):
+    """Output, balancing loss and all gradients, for the pairs of the oracle."""
+    checks.check_module(*_module_and_input(rule, *sizes, dtype))
+
+
+@pytest.mark.parametrize("order", ScoreOrder, ids=str)
+def test_module_of_every_score_order(order, poisoned):
+    checks.check_module(*_module_and_input("nr", score_order=order))
+
+
+@every_rule
+def test_module_does_not_synchronize_and_repeats_bitwise(rule, poisoned):
+    layer, x = _module_and_input(rule)
+    dout = torch.randn_like(x)
+    torch.manual_seed(1)
+    first = list(checks.module_step(layer, x, dout).values())
+    for _ in range(9):
+        torch.manual_seed(1)
+        with no_synchronization():
+            again = checks.module_step(layer, x, dout)
+        _assert_equal(list(again.values()), first)
+
+
+@every_rule
+def test_module_in_a_cuda_graph(rule):
+    """Captured once with its loss and backward pass, replayed on other tokens and weights."""
+    layer, x = _module_and_input(rule)
+    dout = torch.randn_like(x)
+    graph, captured = capture(lambda: list(checks.module_step(layer, x, dout).values()))
+    seen = []
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            x.normal_()
+            dout.normal_()
+            layer.router.weight.mul_(scale)
+        torch.manual_seed(5)
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        torch.manual_seed(5)
+        _assert_equal(replayed, list(checks.module_step(layer, x, dout).values()))
+        seen.append(replayed[1].item())
+    assert seen[0] != seen[1]
 
 
 def test_scores_beyond_2_31_elements():
