@@ -22,6 +22,9 @@ from tests.routing_checks import PLAN_TENSORS, assert_same_plan
 
 CUDA = torch.device("cuda")
 every_rule = pytest.mark.parametrize("rule", RULES)
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str
+)
 low_precision = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -71,9 +74,10 @@ def test_every_size_equals_the_twin(sizes, rule, guarded):
 
 
 @every_rule
-def test_scores_that_are_no_numbers(rule, poisoned):
+@every_dtype
+def test_scores_that_are_no_numbers(dtype, rule, poisoned):
     case = Case(3000, 64, 4, 128, rule)
-    scores, uniform = checks.scores_of(case, 0, CUDA), checks.uniform_of(case, 0, CUDA)
+    scores, uniform = checks.scores_of(case, 0, CUDA).to(dtype), checks.uniform_of(case, 0, CUDA)
     scores[torch.rand(scores.shape, device=CUDA) < 0.1] = torch.nan
     scores[torch.rand(scores.shape, device=CUDA) < 0.1] = torch.inf
     outputs, expected = (
@@ -85,7 +89,7 @@ def test_scores_that_are_no_numbers(rule, poisoned):
         assert torch.equal(actual, wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@every_dtype
 def test_gradient(dtype, guarded):
     case = Case(5000, 70, 4, 128, "nr")
     scores = checks.scores_of(case, 0, CUDA)
@@ -95,7 +99,7 @@ def test_gradient(dtype, guarded):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@every_dtype
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1000, 60, 4), (4097, 512, 10), (300, 4096, 33)])
 def test_winner_softmax(sizes, dtype, full, guarded):
     tokens, experts, top_k = sizes
@@ -104,7 +108,7 @@ def test_winner_softmax(sizes, dtype, full, guarded):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@every_dtype
 @pytest.mark.parametrize("sizes", [size for size in SIZES if size[1] <= 4096], ids=str)
 def test_logits_to_plan(sizes, dtype, full, guarded):
     """The fused kernels, for one rule each."""
@@ -115,10 +119,25 @@ def test_logits_to_plan(sizes, dtype, full, guarded):
     checks.check_logits(guarded.copy_of(logits), checks.uniform_of(case, 0, CUDA), case, full)
 
 
+@every_rule
+@low_precision
+@pytest.mark.parametrize(("experts", "full"), [(5, False), (64, True), (300, True), (500, False)])
+def test_long_columns_equal_the_twin(experts, full, dtype, rule, guarded):
+    """Every rule where a table has summaries, and where there are only these: the two tests below
+    compare such kernels with each other, which share what they are made of. ``balance-f`` has a
+    table at any rate."""
+    case = Case(9001, experts, 4, 128, rule)
+    logits = guarded.copy_of((2 * torch.randn(9001, experts, device=CUDA)).to(dtype))
+    assert rounding_summaries.are_summarized(logits) == (experts > 256)
+    assert rounding_summaries.are_summarized_with_table(*logits.shape) == (experts <= 64)
+    checks.check_logits(logits, checks.uniform_of(case, 0, CUDA), case, full)
+
+
 @low_precision
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "balance-f"])
 def test_keys_without_a_table_are_the_same_bits(rule, dtype, monkeypatch):
-    """Of logits that are columns of a wider tensor; ``balance-f`` always has a table."""
+    """As with one, of logits that are columns of a wider tensor, with ties, NaN and infinities;
+    ``balance-f`` always has a table, and would be compared with itself."""
     tokens, experts, top_k = 9000, 500, 4
     logits = torch.randn(tokens, 2 * experts, device=CUDA).to(dtype)[:, 8 : experts + 8]
     logits[:, 3] = logits[:, 5] = -0.0
@@ -130,6 +149,7 @@ def test_keys_without_a_table_are_the_same_bits(rule, dtype, monkeypatch):
     without = round_logits(logits, *arguments)
     assert rounding_summaries.are_summarized(logits)
     monkeypatch.setattr(rounding_summaries, "_LEAST_SUMMARIZED", experts + 1)
+    assert not rounding_summaries.are_summarized(logits)
     expected = round_logits(logits, *arguments)
     for actual, wanted in zip(
         (*without[0], *without[1:]), (*expected[0], *expected[1:]), strict=True
@@ -144,7 +164,8 @@ def test_keys_without_a_table_are_the_same_bits(rule, dtype, monkeypatch):
 def test_what_few_experts_have_of_their_own_are_the_same_bits(
     rule, experts, full, dtype, monkeypatch
 ):
-    """Summaries of the table, and pairs that are emitted at once."""
+    """Summaries of the table, and pairs that are emitted at once, beside neither of the two, which
+    every rule has; with NaN and infinities."""
     tokens, top_k = 9001, 2
     logits = torch.randn(tokens, experts, device=CUDA).to(dtype)
     for value in (torch.nan, torch.inf, -torch.inf, 0.0):
@@ -156,6 +177,7 @@ def test_what_few_experts_have_of_their_own_are_the_same_bits(
         monkeypatch.setattr(rounding_summaries, "_MOST_WITH_TABLE", most)
         monkeypatch.setattr(token_rounding_kernels, "_MOST_AT_ONCE", most)
         token_rounding_kernels._emit_launch.cache_clear()
+        assert rounding_summaries.are_summarized_with_table(tokens, experts) == (most == 64)
         rounded, *rest = round_logits(logits, *arguments)
         results.append([t for t in (*rounded, *rest) if t is not None])
     token_rounding_kernels._emit_launch.cache_clear()
@@ -236,7 +258,9 @@ def test_no_host_synchronization(rule, poisoned):
 )
 @every_rule
 def test_cuda_graph(rule, sizes):
-    """Captured once, replayed on other logits; random rules draw anew at every replay."""
+    """Captured once, replayed on other logits, beside the same operators without a graph: what they
+    compute is for the tests above. Random rules draw anew at every replay. Keys without a table
+    come of ``sizes`` with 300 experts, but for ``balance-f``."""
     logits = _logits(*sizes)
     assert rounding_summaries.are_summarized(logits) == (sizes[1] == 300)
     graph, captured = capture(lambda: _everything(logits, rule))
@@ -267,6 +291,7 @@ def test_a_generator_decides(rule):
 
 
 def test_under_compile():
+    """The operator behind torch.compile is the one of an eager call, which is what it returns."""
     compiled = torch.compile(token_rounding, fullgraph=True)
     scores = _logits().float().softmax(1)
     for actual, expected in zip(
@@ -277,7 +302,8 @@ def test_under_compile():
 
 @every_rule
 def test_the_layer_equals_its_flat_form(rule):
-    """One call, and the same pairs through general routing: same plan, so the same bits."""
+    """One call, and the same pairs through general routing: same plan, so the same bits. Both round
+    by the same operator, which is compared elsewhere; here it is plan and experts."""
     tokens, hidden, inner, experts = 2000, 256, 128, 16
     x = torch.randn(tokens, hidden, device=CUDA).bfloat16().requires_grad_()
     router = (torch.randn(experts, hidden, device=CUDA) / 16).bfloat16().requires_grad_()
