@@ -17,14 +17,12 @@ from torch import Tensor
 
 from sonic import checks
 from sonic.enums import ScoreOrder
-from sonic.plan import MAX_EXPERTS, MAX_SLOTS, RoutingPlan
-from sonic.routing.topk import MAX_TOP_K
+from sonic.plan import MAX_SLOTS, RoutingPlan
 from sonic.runtime.derivatives import differentiable_function, register_gradient
 from sonic.runtime.eager import remembered
 from sonic.runtime.errors import (
     ArgumentError,
     DeviceError,
-    DTypeError,
     MissingPackageError,
     ShapeError,
 )
@@ -35,7 +33,6 @@ RULES = ("nr", "sr", "nr-s", "balance-f", "up", "down")
 # tiles of experts with hardly any.
 KERNEL_TILE = 128
 _RANDOM_RULES = ("sr", "nr-s")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _log = logging.getLogger("sonic")
 _warned: set[tuple[int, int, int, str]] = set()
 
@@ -172,8 +169,7 @@ def max_pairs(num_tokens: int, num_experts: int, top_k: int, tile: int | str, ru
     op = "max_pairs"
     checks.check_int(op, "num_tokens", num_tokens, 0, MAX_SLOTS, "row indices are int32")
     checks.check_num_experts(op, "num_experts", num_experts)
-    limit = min(MAX_TOP_K, num_experts)
-    checks.check_int(op, "top_k", top_k, 1, limit, f"at most {MAX_TOP_K} and at most E")
+    checks.check_top_k(op, top_k, num_experts)
     rows = resolve_tile(op, tile)
     check_rule(op, rule)
     return most_pairs(num_tokens, num_experts, top_k, rows, rule)
@@ -211,7 +207,7 @@ def rounding_scores(
         Backward keeps the result, 4 T E bytes.
     """
     op = "rounding_scores"
-    _check_table(op, "logits", logits, top_k)
+    checks.check_table(op, "logits", logits, top_k)
     full = checks.choice(op, "order", order, ScoreOrder) is ScoreOrder.TOPK_OVER_SOFTMAX
     scores: Tensor = torch.ops.sonic.winner_softmax(logits, top_k, full)
     return scores
@@ -254,7 +250,7 @@ def check_rounding(
     rule: str,
 ) -> None:
     """Raise what :func:`token_rounding` lists unless the arguments, ``table`` by this name, fit."""
-    _check_table(op, name, table, top_k)
+    checks.check_table(op, name, table, top_k)
     num_tokens, num_experts = table.shape
     check_rule(op, rule)
     if most_pairs(num_tokens, num_experts, top_k, tile, rule) > MAX_SLOTS:
@@ -330,28 +326,6 @@ def resolve_tile(op: str, tile: int | str) -> int:
             )
         )
     return tile
-
-
-def _check_table(op: str, name: str, table: Tensor, top_k: int) -> None:
-    checks.check_table(op, name, table)
-    num_experts = table.shape[1]
-    if not 1 <= num_experts <= MAX_EXPERTS:
-        todo = f"Give one column of {name} per expert."
-        raise ShapeError(message(op, f"{num_experts} experts", f"1 to {MAX_EXPERTS}", todo))
-    if table.dtype not in _DTYPES:
-        came, *allowed = (str(dtype).removeprefix("torch.") for dtype in (table.dtype, *_DTYPES))
-        todo = f"Cast it: {name}.float()."
-        raise DTypeError(message(op, f"{name} is {came}", ", ".join(allowed), todo))
-    checks.check_is_int(op, "top_k", top_k, 1, min(MAX_TOP_K, num_experts))
-    if not 1 <= top_k <= min(MAX_TOP_K, num_experts):
-        raise ArgumentError(
-            message(
-                op,
-                f"top_k={top_k} with {num_experts} experts",
-                f"1 to {min(MAX_TOP_K, num_experts)} (at most {MAX_TOP_K} and at most E)",
-                "Pass top_k inside that range.",
-            )
-        )
 
 
 # ------------------------------------------------------------------------------ in torch

@@ -207,11 +207,15 @@ def test_low_precision_logits_score_in_float32():
 
 
 WRONG = [
-    (dict(logits=torch.randn(4)), ShapeError, r"shape (4,). Allowed: (T, E). Pass one row"),
-    (dict(logits=torch.randn(1, 4, 6)), ShapeError, "Allowed: (T, E). Flatten the leading axes: "),
+    (dict(logits=torch.randn(4)), ShapeError, "shape (4,). Allowed: 2 axes, (T, E). Pass one row"),
+    (dict(logits=torch.randn(1, 4, 6)), ShapeError, "Allowed: 2 axes, (T, E). Flatten the leading"),
     (dict(logits=torch.ones(4, 6, dtype=torch.int64)), DTypeError, "logits is int64. Allowed: bfl"),
-    (dict(logits=torch.ones(4, 0)), ShapeError, "1 to 65536 columns. Pass (T, E) logits."),
-    (dict(top_k=7), ArgumentError, "top_k=7 came with logits of shape (4, 6). Allowed: 1 to 6"),
+    (
+        dict(logits=torch.ones(4, 0)),
+        ShapeError,
+        "logits of 0 experts. Allowed: 1 to 65536. Give one column",
+    ),
+    (dict(top_k=7), ArgumentError, "top_k=7 came with 6 experts. Allowed: 1 to 6"),
     (dict(score="tanh"), ArgumentError, "score='tanh' is not known. Allowed: 'softmax'"),
     (dict(scale=0.0), ArgumentError, "scale=0.0"),
     (dict(bias=torch.zeros(5)), ShapeError, "bias has shape (5,). Allowed: (6,). Pass one number"),

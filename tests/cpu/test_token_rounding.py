@@ -329,11 +329,11 @@ HUGE = torch.empty(2**26, 64, device="meta")
 @pytest.mark.parametrize(
     ("error", "text", "call"),
     [
-        (ShapeError, r"\(6,\). Allowed: \(T, E\)", lambda: token_rounding(SCORES[0], 1, 8)),
+        (ShapeError, r"\(6,\). Allowed: 2 axes, \(T, E\)", lambda: token_rounding(SCORES[0], 1, 8)),
         (ShapeError, "0 experts", lambda: token_rounding(SCORES[:, :0], 1, 8)),
         (ShapeError, "may keep more than .* Split", lambda: token_rounding(HUGE, 32, 8)),
         (DTypeError, "int64", lambda: token_rounding(SCORES.long(), 1, 8)),
-        (ArgumentError, "top_k=7 with 6 exp.*d: 1 to 6", lambda: token_rounding(SCORES, 7, 8)),
+        (ArgumentError, "top_k=7 came with 6 exp.*d: 1 to 6", lambda: token_rounding(SCORES, 7, 8)),
         (ArgumentError, "tile=0. Allowed: an int from 1", lambda: token_rounding(SCORES, 1, 0)),
         (ArgumentError, "tile=8.0. Allowed: an int", lambda: token_rounding(SCORES, 1, 8.0)),
         (ArgumentError, "rule='near' is not known", lambda: token_rounding(SCORES, 1, 8, "near")),
