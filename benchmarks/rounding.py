@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.check import (
-    FACTOR,
-    SCORE_TOLERANCE,
     Finding,
-    _ErrorSums,
     _Stream,
     check_layer,
+    exact_finding,
     exact_matmuls,
+    finding_of,
 )
 from benchmarks.contest import _Clock, take_turns
 from benchmarks.launches import captured
@@ -322,9 +321,8 @@ def check_pairs(
     )
     counts = plan.expert_frequency()
     whole = bool(((counts % tile == 0) | (counts == layer.shape.T)).all())
-    error = 0.0 if same and whole else math.inf
     note = "must be equal, counts in whole tiles"
-    finding = Finding("routing", "pairs", same and whole, error, 0.0, error, note=note)
+    finding = exact_finding("routing", "pairs", same and whole, note)
     return finding, _pairs_of(plan, weights)
 
 
@@ -434,15 +432,11 @@ def check_loss(layer: Layer, way: Way) -> list[Finding]:
         paths.append((loss.detach(), {"drouter_w": dlogits.t() @ x, "dx": dlogits @ weight}))
     (exact, gradients), (narrow, rounded) = paths
     _, loss = way.forward()
-    error, yardstick = (((value.detach() - exact).abs() / exact).item() for value in (loss, narrow))
-    worst = error / (FACTOR * yardstick + SCORE_TOLERANCE)
-    findings = [Finding("module", "loss", worst <= 1, error, yardstick, worst)]
+    findings = [finding_of("module", "loss", loss, exact, narrow)]
     leaves = [way.leaves[name] for name in gradients]
     found = torch.autograd.grad(loss, leaves)
     for (name, wanted), actual in zip(gradients.items(), found, strict=True):
-        sums = _ErrorSums(0, actual.device)
-        sums.add(actual, wanted, rounded[name].to(dtype).to(wanted.dtype), (-1,))
-        findings.append(sums.finding("module loss", name))
+        findings.append(finding_of("module loss", name, actual, wanted, rounded[name].to(dtype)))
     return findings
 
 
