@@ -32,8 +32,8 @@ from benchmarks.check import (
 )
 from benchmarks.launches import captured, launches_of
 from benchmarks.measure import environment, sustained_ms
+from benchmarks.options import EachOnce, output_file
 from benchmarks.options import named_shape as shape_option
-from benchmarks.options import output_file
 from benchmarks.report import EAGER, Result, text_table
 from benchmarks.shapes import NamedShape, named_shape
 from sonic.routing.route import route
@@ -205,14 +205,20 @@ class Case:
         }
 
 
-def main() -> int:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", type=shape_option, default=SHAPES, metavar="SHAPE")
-    parser.add_argument("--routers", nargs="+", choices=ROUTERS, default=ROUTERS)
+    parser.add_argument(
+        "--shapes", nargs="+", action=EachOnce, type=shape_option, default=SHAPES, metavar="SHAPE"
+    )
+    parser.add_argument("--routers", nargs="+", action=EachOnce, choices=ROUTERS, default=ROUTERS)
     parser.add_argument("--dtype", choices=DTYPES, default="BFloat16", help="of the logits")
     parser.add_argument("--kernels", action="store_true", help="also print each kernel's time")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write a result file")
-    arguments = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
     if not torch.cuda.is_available():
         print("Needs a CUDA GPU: the router's kernels run nowhere else.", file=sys.stderr)
         return 2

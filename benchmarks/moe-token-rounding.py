@@ -31,7 +31,7 @@ from benchmarks.contest import AGREEMENT
 from benchmarks.launches import launches_of
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import environment
-from benchmarks.options import THIEK, THIEK_HELP, output_file
+from benchmarks.options import THIEK, THIEK_HELP, EachOnce, output_file
 from benchmarks.options import device as device_option
 from benchmarks.peers import obstacle, shorten_tuning, versions
 from benchmarks.report import Result, provider_of, text_table
@@ -73,6 +73,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--thiekq",
         type=_size,
         nargs="+",
+        action=EachOnce,
         metavar=f"{THIEK},Q",
         help=f"{THIEK_HELP}; and Q, the tile to round to; one or several (default {default} on a "
         "supported GPU)",
@@ -81,12 +82,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--sweep",
         type=int,
         nargs="+",
+        action=EachOnce,
         choices=range(1, len(SWEEPS) + 1),
         metavar="N",
         help="the paper's sweeps over the number of experts, by number; --thiekq adds to them",
     )
     parser.add_argument(
-        "--routing", choices=ROUTINGS, nargs="+", help="default nr, and top_k with --sweep"
+        "--routing",
+        choices=ROUTINGS,
+        nargs="+",
+        action=EachOnce,
+        help="default nr, and top_k with --sweep",
     )
     parser.add_argument(
         "--module",
@@ -113,9 +119,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--impl", choices=["auto", "cute", "reference"], default="auto", help="implementation"
     )
     arguments = parser.parse_args(argv)
-    for name in arguments.routing or ():
-        if arguments.routing.count(name) > 1:
-            parser.error(f"--routing names {name} more than once; its times would be mixed")
     if arguments.sweep:
         sizes = [size for number in arguments.sweep for size in SWEEPS[number - 1]]
         arguments.thiekq = sizes + [s for s in arguments.thiekq or [] if s not in sizes]

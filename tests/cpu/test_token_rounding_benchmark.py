@@ -232,7 +232,13 @@ def test_malformed_sizes_are_refused(text):
         (["--rep", "0"], "expected a positive number of milliseconds, got '0'"),
         (["--rep", "nan"], "expected a positive number"),
         (["--json", "."], "is a directory, expected a file"),
-        (["--routing", "nr", "nr"], "--routing names nr more than once"),
+        (
+            ["--routing", "nr", "up", "nr"],
+            "--routing: value 3 is value 1 once more. Give each once",
+        ),
+        (["--thiekq", *["8,8,8,4,2,4"] * 2], "--thiekq: value 2 is value 1 once more"),
+        (["--sweep", "1", "1"], "--sweep: value 2 is value 1 once more"),
+        (["--device", "cpu:1"], "expected cuda or cpu, got 'cpu:1': CPUs have no number. Pass cpu"),
     ],
     ids=as_typed,
 )
