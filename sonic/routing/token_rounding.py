@@ -317,10 +317,11 @@ def resolve_tile(op: str, tile: int | str) -> int:
     if tile == "auto":
         return KERNEL_TILE
     if isinstance(tile, bool) or not isinstance(tile, int) or not 1 <= tile <= MAX_SLOTS:
+        kind = "" if type(tile) in (int, str) else f" is of type {type(tile).__name__}"
         raise ArgumentError(
             message(
                 op,
-                f"tile={tile!r}",
+                f"tile={tile!r}{kind}",
                 f'an int from 1 to {MAX_SLOTS}, or "auto"',
                 f'Pass "auto" for {KERNEL_TILE}, the tile of the kernels.',
             )

@@ -335,7 +335,7 @@ HUGE = torch.empty(2**26, 64, device="meta")
         (DTypeError, "int64", lambda: token_rounding(SCORES.long(), 1, 8)),
         (ArgumentError, "top_k=7 came with 6 exp.*d: 1 to 6", lambda: token_rounding(SCORES, 7, 8)),
         (ArgumentError, "tile=0. Allowed: an int from 1", lambda: token_rounding(SCORES, 1, 0)),
-        (ArgumentError, "tile=8.0. Allowed: an int", lambda: token_rounding(SCORES, 1, 8.0)),
+        (ArgumentError, "tile=8.0 is of type float", lambda: token_rounding(SCORES, 1, 8.0)),
         (ArgumentError, "rule='near' is not known", lambda: token_rounding(SCORES, 1, 8, "near")),
         (ArgumentError, "order='sigmoid'", lambda: rounding_scores(SCORES, 1, order="sigmoid")),
         (ArgumentError, "rounding_scores: top_k=0", lambda: rounding_scores(SCORES, 0)),
@@ -640,6 +640,10 @@ def test_module_trains():
         ({"routing": "rounding"}, "routing='rounding' is not known. Allowed: 'top_k'"),
         ({"rounding": "nearest"}, "rounding='nearest' is not known. Allowed: 'nr', 'sr'"),
         ({"tile": 0}, 'MoE: tile=0. Allowed: an int from 1 to 2147483647, or "auto"'),
+        (
+            {"tile": True},
+            "MoE: tile=True is of type bool. Allowed: an int from 1 to 2147483647, or",
+        ),
         ({"tile": "big"}, "MoE: tile='big'. Allowed: an int from 1 to 2147483647, or \"auto\""),
     ],
 )
