@@ -78,7 +78,12 @@ def route(
         ``sequence`` and ``z`` carry gradients to ``logits``.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, ArgumentError: an argument is none of the above.
+        ShapeError: ``logits`` is not a matrix of 1 to 65,536 columns, or ``bias``, ``mask`` or
+            ``ids`` does not fit it.
+        DTypeError: a tensor is of another dtype.
+        DeviceError: a tensor is not where the logits are.
+        ArgumentError: a number, a string or a flag is none of the above, or ``mask`` requires a
+            gradient.
         MissingPackageError: CUDA logits without triton.
 
     Numerics:
@@ -87,7 +92,21 @@ def route(
         gradient is rounded once.
 
     Memory:
-        Backward keeps the logits, ``scores``, ``ids``, ``lse``, ``load`` and ``live``.
+        Backward keeps logits and mask, which are the caller's, and ``scores``, ``ids``, ``lse``,
+        ``load`` and ``live``: 8 T top_k + 4 T + 4 S E + 4 S bytes for S sequences, without
+        ``balance`` 8 T top_k + 4 T. Of fp64 logits ``scores`` and ``lse`` take twice as much.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+        >>> routed = route(logits, 2, num_experts=3)
+        >>> routed.ids.tolist(), routed.load.tolist(), routed.offset_by_expert.tolist()
+        ([[0, 1], [2, 1]], [[1, 2, 1]], [0, 1, 3, 4])
+        >>> f"{routed.scores[0, 0]:.4f} {routed.switch:.4f}"
+        '0.7311 0.9335'
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2, for the sigmoid, its bias, groups and the
+    sequence-wise loss; Switch Transformer (arXiv 2101.03961) for the switch loss and ST-MoE (arXiv
+    2202.08906) for the z-loss. :func:`sonic.reference.routers.balance_losses` has the formulas.
     """
     checks.check_is_tensor("route", "logits", logits)
     checks.check_is_int("route", "num_null", num_null, 0, MAX_EXPERTS)

@@ -197,6 +197,16 @@ def test_without_balance_there_are_no_sums():
     assert grads[0].any() and torch.equal(*grads)
 
 
+@pytest.mark.parametrize("balance", [True, False])
+def test_route_saves_what_its_docstring_says(balance):
+    saved = []
+    logits = torch.randn(30, 6, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        routed = route(logits, 2, num_sequences=5, balance=balance)
+    expected = logits.nbytes + 8 * 30 * 2 + 4 * 30 + (4 * 5 * 6 + 4 * 5 if balance else 0)
+    assert sum(tensor.nbytes for tensor in saved) == expected and routed.scores.requires_grad
+
+
 def test_low_precision_logits_score_in_float32():
     logits = torch.randn(30, 40).bfloat16()
     out = route(logits, 4, score="sigmoid", bias=torch.randn(40))

@@ -349,13 +349,24 @@ def test_errors(error, text, call):
         call()
 
 
-def test_the_docstring_example_runs():
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("routing.token_rounding", 9),
+        ("routing.rounded_routing", 3),
+        ("routing.route", 4),
+        ("routing.topk", 2),
+        ("nn.moe", 3),
+    ],
+)
+def test_docstring_examples_run(name, least):
     import doctest
     import importlib
 
-    module = importlib.import_module("sonic.routing.token_rounding")
+    # Not an attribute of the package: there the function has the module's name.
+    module = importlib.import_module(f"sonic.{name}")
     result = doctest.testmod(module, extraglobs={"torch": torch})
-    assert result.attempted >= 3 and result.failed == 0
+    assert result.attempted >= least and result.failed == 0
 
 
 # --- scores from logits ---------------------------------------------------------------------------
@@ -568,6 +579,29 @@ def test_module_outside_of_training_is_top_k(order):
     assert torch.equal(actual[0], expected) and torch.equal(actual[1], loss)
     module.train().tile = 1
     torch.testing.assert_close(module(x, TORCH)[0], expected)
+
+
+@pytest.mark.parametrize("rounds", [False, True], ids=["top_k", "token_rounding"])
+@every_order
+def test_module_saves_what_its_docstring_says(order, rounds):
+    options = {"routing": "token_rounding", "tile": 8} if rounds else {}
+    module = make(score_order=order, **options).float()
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            saved[tensor.data_ptr(), tensor.numel()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = module(torch.randn(50, 16, requires_grad=True), TORCH)
+    rounding = {"rounding": "nr", "tile": 8} if rounds else {}
+    expected = sonic.saved_bytes(50, 16, 12, 6, 2, dtype=torch.float32, **rounding)
+    pairs = max_pairs(50, 6, 2, 8, "nr")
+    router = 4 * pairs + 16 * 50 * 2 + 8 * 50 if rounds else 4 * 50 * 2 + 4 * 50
+    assert sum(saved.values()) == expected + 4 * 50 * 6 + router + 4 * 6 + 4
+    assert out[1] > 0
 
 
 def test_function_and_flat_lists_agree():
