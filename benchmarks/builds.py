@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.options import positive
+from benchmarks.options import EachOnce, positive
 from benchmarks.shapes import BARS
 from benchmarks.tiles import GEMMS, chosen_tiling, launches, timed_gemm, uniform_plan
 from sonic.runtime.backend import Backend, backend_for, load_backend
@@ -131,8 +131,12 @@ def main(argv: list[str] | None = None) -> int:
     racing.add_argument("builds", nargs="+", type=Path, metavar="FOLDER")
     racing.add_argument("--rounds", type=positive, default=6)
     for command in (compiling, racing):
-        command.add_argument("--shapes", nargs="+", choices=list(BARS), default=list(BARS))
-        command.add_argument("--gemms", nargs="+", choices=GEMMS, default=list(GEMMS))
+        command.add_argument(
+            "--shapes", nargs="+", action=EachOnce, choices=list(BARS), default=list(BARS)
+        )
+        command.add_argument(
+            "--gemms", nargs="+", action=EachOnce, choices=GEMMS, default=list(GEMMS)
+        )
     arguments = parser.parse_args(argv)
     if arguments.command == "compile":
         backend = load_backend(Arch.SM90, None).for_gpu(arguments.gpu)

@@ -89,6 +89,33 @@ def record_findings(
         result.add(metric, int(finding.passed), "passed", problem)
 
 
+def exact_finding(run: str, tensor: str, same: bool, note: str = "must be equal") -> Finding:
+    """Of what is equal or wrong."""
+    return Finding(run, tensor, same, 0.0 if same else math.inf, 0.0, 0.0, note=note)
+
+
+def finding_of(
+    run: str, tensor: str, actual: torch.Tensor, exact: torch.Tensor, narrow: torch.Tensor
+) -> Finding:
+    """Of a tensor or a number, in which no expert matters: its error as a whole and in its largest
+    element against ``FACTOR`` times those of ``narrow``, and ``SCORE_TOLERANCE``, as the narrow
+    error of fp32 may be next to nothing."""
+    if not exact.numel():
+        return Finding(run, tensor, True, 0.0, 0.0, 0.0, note="empty")
+    errors = []
+    for norm in (2, math.inf):
+        size = torch.linalg.vector_norm(exact, norm).item()
+        for path in (actual, narrow):
+            distance = torch.linalg.vector_norm(path.detach().to(exact.dtype) - exact, norm)
+            errors.append(_quotient(distance.item(), size))
+    error, yardstick, peak, narrow_peak = errors
+    worst = max(
+        _quotient(error, FACTOR * yardstick + SCORE_TOLERANCE),
+        _quotient(peak, FACTOR * narrow_peak + SCORE_TOLERANCE),
+    )
+    return Finding(run, tensor, worst <= 1.0, error, yardstick, worst)
+
+
 class _ErrorSums:
     """Sums of squared errors of one tensor, as a whole and by expert, without a host sync."""
 
@@ -194,14 +221,10 @@ def _reference_scores(logits: torch.Tensor, ids: torch.Tensor, order: ScoreOrder
 
 def _check_routing(layer: Layer, runs: Sequence[Run]) -> Iterator[Finding]:
     """Ids and scores of the router, and the logits and frequencies that the layer returned."""
-
-    def exact(run: str, tensor: str, same: bool, note: str) -> Finding:
-        return Finding(run, tensor, same, 0.0 if same else math.inf, 0.0, 0.0, note=note)
-
     logits = layer.logits.double()
     ranked = logits.sort(dim=1, descending=True, stable=True).indices
     ids = ranked[:, : layer.shape.top_k]
-    yield exact("router", "topk_ids", torch.equal(ids, layer.topk_ids.long()), "must be equal")
+    yield exact_finding("router", "topk_ids", torch.equal(ids, layer.topk_ids.long()))
     scores = _reference_scores(logits, ids, layer.options.score_order)
     error = (torch.linalg.vector_norm(layer.topk_weights.double() - scores)).item()
     error = _quotient(error, torch.linalg.vector_norm(scores).item())
@@ -209,11 +232,11 @@ def _check_routing(layer: Layer, runs: Sequence[Run]) -> Iterator[Finding]:
     yield Finding("router", "topk_weights", worst <= 1, error, SCORE_TOLERANCE / FACTOR, worst)
     counts = torch.bincount(ids.flatten(), minlength=layer.shape.E)
     for run in runs:
-        if run.with_router:
+        if "logits" in run.tensors:  # a module keeps them to itself
             same = torch.equal(run.tensors["logits"], layer.logits)
-            yield exact(run.name, "router_logits", same, "must be equal")
+            yield exact_finding(run.name, "router_logits", same)
             same = torch.equal(run.tensors["frequency"].long(), counts)
-            yield exact(run.name, "expert_frequency", same, "must be equal")
+            yield exact_finding(run.name, "expert_frequency", same)
 
 
 class _Stream:

@@ -42,6 +42,7 @@ from benchmarks.options import (
     not_negative,
     output_file,
     positive,
+    repetition,
     seconds,
 )
 from benchmarks.options import device as device_option
@@ -118,6 +119,10 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
         if work or arguments.json:
             return "--plot-from draws a result that is there; leave out sizes and --json"
         return None
+    asked = [BARS[letter] for letter in arguments.shapes] + arguments.thiek
+    repeated = repetition(asked)
+    if repeated is not None:
+        return f"of the sizes that --shapes and --thiek give, {repeated}"
     if arguments.profile and not arguments.host:
         return "--profile is of the calls that --host times; give both"
     if not work:
@@ -155,6 +160,9 @@ def _peers(text: str) -> list[str]:
     if unknown:
         known = ", ".join(CONTENDERS)
         raise argparse.ArgumentTypeError(f"no contender {unknown[0]!r}; there are {known}")
+    repeated = repetition(names)
+    if repeated is not None:
+        raise argparse.ArgumentTypeError(repeated)
     return [OURS, *(name for name in names if name != OURS)]
 
 

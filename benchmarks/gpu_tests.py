@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.measure import environment
-from benchmarks.options import output_file, positive, seconds
+from benchmarks.options import EachOnce, output_file, positive, seconds
 from benchmarks.report import Result
 
 TESTS = ROOT / "tests" / "gpu"
@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--files",
         nargs="+",
+        action=EachOnce,
         choices=list(known),
         metavar="NAME",
         help=f"some of them: {' '.join(known)}",

@@ -8,13 +8,15 @@ of a size, and at the sizes ``benchmarks.rounding.BAR_SIZES`` SonicMoE's top-k l
 imported, take turns in one process. On a GPU the routings take turns once more as CUDA graphs: with
 small layers an eager call may be the host's time, a replay is the device's. What lies between
 router GEMM and experts is timed besides, also as a graph and as a share of the graphs' times, and
-its launches are counted. FLOPs are those of the pairs that are routed. Output and
-every gradient are compared first, in a sweep the pairs only; after a failed check nothing is timed
-and the exit status is 1. Without a supported GPU, and with no size asked for, a small layer runs
-through the reference.
+its launches are counted. ``--module`` times ``sonic.MoE`` in training mode beside it, whose
+balancing loss routes the tokens once more, which is then part of its routing. FLOPs are those of
+the pairs that are routed. Output and every gradient are compared first, in a sweep without
+``--module`` the pairs only; after a failed check nothing is timed and the exit status is 1. Without
+a supported GPU, and with no size asked for, a small layer runs through the reference.
 """
 
 import argparse
+import functools
 import math
 import sys
 from pathlib import Path
@@ -29,12 +31,13 @@ from benchmarks.contest import AGREEMENT
 from benchmarks.launches import launches_of
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import environment
-from benchmarks.options import THIEK, THIEK_HELP, output_file
+from benchmarks.options import THIEK, THIEK_HELP, EachOnce, output_file
 from benchmarks.options import device as device_option
 from benchmarks.peers import obstacle, shorten_tuning, versions
 from benchmarks.report import Result, provider_of, text_table
 from benchmarks.rounding import (
     BAR_SIZES,
+    MODULE,
     PEER,
     ROUTINGS,
     SWEEPS,
@@ -43,12 +46,15 @@ from benchmarks.rounding import (
     Rounding,
     check_pairs,
     check_rounded_layer,
+    function_way,
     load_of,
     peer_distances,
+    peer_forward,
     race_graphs,
     race_layers,
     routing_functions,
     routing_times,
+    ways_of,
 )
 from benchmarks.shapes import Shape
 from sonic.enums import GateUpLayout
@@ -67,6 +73,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--thiekq",
         type=_size,
         nargs="+",
+        action=EachOnce,
         metavar=f"{THIEK},Q",
         help=f"{THIEK_HELP}; and Q, the tile to round to; one or several (default {default} on a "
         "supported GPU)",
@@ -75,12 +82,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--sweep",
         type=int,
         nargs="+",
+        action=EachOnce,
         choices=range(1, len(SWEEPS) + 1),
         metavar="N",
         help="the paper's sweeps over the number of experts, by number; --thiekq adds to them",
     )
     parser.add_argument(
-        "--routing", choices=ROUTINGS, nargs="+", help="default nr, and top_k with --sweep"
+        "--routing",
+        choices=ROUTINGS,
+        nargs="+",
+        action=EachOnce,
+        help="default nr, and top_k with --sweep",
+    )
+    parser.add_argument(
+        "--module",
+        action="store_true",
+        help="also time sonic.MoE in training mode, with its balancing loss",
     )
     parser.add_argument("--no_peer", action="store_true", help="do not time SonicMoE's layer")
     parser.add_argument(
@@ -102,9 +119,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--impl", choices=["auto", "cute", "reference"], default="auto", help="implementation"
     )
     arguments = parser.parse_args(argv)
-    for name in arguments.routing or ():
-        if arguments.routing.count(name) > 1:
-            parser.error(f"--routing names {name} more than once; its times would be mixed")
     if arguments.sweep:
         sizes = [size for number in arguments.sweep for size in SWEEPS[number - 1]]
         arguments.thiekq = sizes + [s for s in arguments.thiekq or [] if s not in sizes]
@@ -177,11 +191,16 @@ def peer_agrees(result: Result, layer: Layer, size: RoundedShape) -> bool:
 
 
 def check(
-    result: Result, layer: Layer, size: RoundedShape, rounding: Rounding, pairs_only: bool
+    result: Result,
+    layer: Layer,
+    size: RoundedShape,
+    rounding: Rounding,
+    pairs_only: bool,
+    with_module: bool,
 ) -> bool:
-    """Print and record what was compared; whether it passed."""
-    if not pairs_only:
-        findings = check_rounded_layer(layer, rounding)
+    """Print and record what was compared; whether it passed. A module is always compared."""
+    if with_module or not pairs_only:
+        findings = check_rounded_layer(layer, rounding, with_module)
     elif rounding.name == "top_k":
         return True
     else:
@@ -249,13 +268,14 @@ class Report:
             self.add(f"token rounding/top_k/{name}", times[name], "ms", PEER)
             self.add(f"token rounding/top_k/{name}", tflops, "TFLOPS", PEER)
 
-    def launches(self, layer: Layer, rounding: Rounding) -> None:
+    def launches(self, layer: Layer, rounding: Rounding, in_module: bool) -> None:
         """Launches of the routing alone, and each kernel's microseconds."""
-        for name, function in routing_functions(layer, rounding).items():
+        routing = rounding.name + MODULE * in_module
+        for name, function in routing_functions(layer, rounding, in_module).items():
             found = launches_of(function)
-            metric = f"token rounding/{rounding.name}/q{self.size.tile}/{name}/routing"
+            metric = f"token rounding/{routing}/q{self.size.tile}/{name}/routing"
             self.add(f"{metric}/launches", found.total, "count")
-            print(f"{rounding.name}, routing {name}: {found.total:g} launches")
+            print(f"{routing}, routing {name}: {found.total:g} launches")
             for kernel, us in found.microseconds.items():
                 short = kernel[:60]
                 print(f"  {us:8.1f} us  {found.count[kernel]:g} x {short}")
@@ -297,25 +317,36 @@ def run_size(
     right = roundings
     if not arguments.skip_test:
         pairs_only = bool(arguments.sweep)
-        right = [r for r in roundings if check(result, layer, size, r, pairs_only)]
+        right = [
+            rounding
+            for rounding in roundings
+            if check(result, layer, size, rounding, pairs_only, arguments.module)
+        ]
     if not right:
         return False
     with_peer = peer_takes_part(arguments, size, options.impl)
     agreed = not with_peer or peer_agrees(result, layer, size)
     seconds = arguments.rep / 1e3
-    times = race_layers(layer, right, with_peer, seconds)
-    replayed = race_graphs(layer, right, seconds) if device.type == "cuda" else {}
+    ways = ways_of(layer, right, arguments.module)
+    if with_peer:
+        ways[PEER] = function_way(layer, functools.partial(peer_forward, layer))
+    times = race_layers(ways, device, seconds)
+    replayed = {}
+    if device.type == "cuda":
+        drawing = [rounding.drawing() for rounding in right]
+        replayed = race_graphs(ways_of(layer, drawing, arguments.module), device, seconds)
     report = Report(result, size)
-    for rounding in right:
-        own = routing_times(layer, rounding, seconds)
-        name = rounding.name
-        report.layer(name, loads[name], times[name], replayed.get(name), own)
+    forms = [(r, in_module) for in_module in (False, True)[: 1 + arguments.module] for r in right]
+    for rounding, in_module in forms:
+        own = routing_times(layer, rounding, in_module, seconds)
+        name = rounding.name + MODULE * in_module
+        report.layer(name, loads[rounding.name], times[name], replayed.get(name), own)
     if with_peer:
         report.peer(times[PEER])
     report.print({rounding.name: loads[rounding.name] for rounding in right})
     if device.type == "cuda":
-        for rounding in right:
-            report.launches(layer, rounding)
+        for rounding, in_module in forms:
+            report.launches(layer, rounding, in_module)
     return agreed and len(right) == len(asked)
 
 

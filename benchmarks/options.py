@@ -3,7 +3,9 @@
 import argparse
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,6 +71,9 @@ def device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"expected cuda or cpu, got {text!r}") from None
     if chosen.type not in ("cuda", "cpu"):
         raise argparse.ArgumentTypeError(f"expected cuda or cpu, got {text!r}")
+    if chosen.type == "cpu" and chosen.index is not None:
+        message = f"expected cuda or cpu, got {text!r}: CPUs have no number. Pass cpu"
+        raise argparse.ArgumentTypeError(message)
     missing = missing_gpu(chosen)
     if missing is not None:
         raise argparse.ArgumentTypeError(missing)
@@ -78,6 +83,34 @@ def device(text: str) -> torch.device:
 def missing_gpu(chosen: torch.device) -> str | None:
     """What to say if torch sees no such device."""
     return devices.missing_gpu(chosen, "pass cpu")
+
+
+class EachOnce(argparse.Action):
+    """Several values, none of them twice."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        repeated = repetition(values)
+        if repeated is not None:
+            raise argparse.ArgumentError(self, repeated)
+        setattr(namespace, self.dest, values)
+
+
+def repetition(values: Sequence[Any]) -> str | None:
+    """What to say of values one of which comes twice."""
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            first = values.index(value) + 1
+            return (
+                f"value {index + 1} is value {first} once more. Give each once: figures of equal "
+                "runs would be mixed"
+            )
+    return None
 
 
 def output_file(text: str) -> Path:

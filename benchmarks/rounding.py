@@ -5,18 +5,25 @@ Symbols: T tokens, E experts, q the tile whose multiples the experts' counts bec
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.check import Finding, _Stream, check_layer, exact_matmuls
+from benchmarks.check import (
+    Finding,
+    _Stream,
+    check_layer,
+    exact_finding,
+    exact_matmuls,
+    finding_of,
+)
 from benchmarks.contest import _Clock, take_turns
 from benchmarks.launches import captured
-from benchmarks.layer import Layer, Run, call_moe, gradient_inputs, run_moe
+from benchmarks.layer import Layer, Run, call_moe, gradient_inputs, run_experts, run_moe
 from benchmarks.measure import sustained_ms
 from benchmarks.shapes import Shape
-from sonic.enums import ScoreOrder
+from sonic.enums import KernelBackendMoE, ScoreOrder
 from sonic.plan import RoutingPlan
 from sonic.runtime.limits import MAX_EXPERTS, MAX_SLOTS
 from sonic.testing.compare import relative_error
@@ -24,6 +31,7 @@ from sonic.testing.compare import relative_error
 ROUTINGS = ("top_k", "nr", "sr", "nr-s", "balance-f", "up", "down")
 RANDOM = ("sr", "nr-s")
 PEER = "sonicmoe"
+MODULE = " module"  # behind the name of a routing: the layer as a module that trains
 _SEED = 7
 PLAN_FIELDS = (
     "offset_by_expert",
@@ -116,6 +124,11 @@ class Rounding:
             return None
         return self.generator.manual_seed(_SEED)
 
+    def drawing(self) -> "Rounding":
+        """The same, of which random rules draw from the default generator, which CUDA graphs
+        know."""
+        return replace(self, generator=None)
+
 
 def moe_forward(layer: Layer, rounding: Rounding) -> torch.Tensor:
     """Output (T,H): router GEMM, scores, rounding, plan and experts."""
@@ -129,21 +142,34 @@ def _moe(layer: Layer, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor, 
     return call_moe(layer, tile=rounding.tile, **options)
 
 
-def routing_forward(layer: Layer, rounding: Rounding, logits: torch.Tensor) -> torch.Tensor:
-    """What lies between the router GEMM and the experts: scores, selection and plan.
+def routing_forward(
+    layer: Layer, rounding: Rounding, logits: torch.Tensor, in_module: bool
+) -> tuple[torch.Tensor, ...]:
+    """What lies between the router GEMM and the experts: scores, selection and plan, and
+    ``in_module`` the balancing loss.
 
     Random rules draw from the default generator, which CUDA graphs know.
     """
     from sonic.plan import build_plan
     from sonic.routing import rounded_routing, topk_routing
+    from sonic.routing.route import route
 
     top_k, order = layer.shape.top_k, layer.options.score_order
-    if rounding.name == "top_k":
-        weights, ids = topk_routing(logits, top_k, order=order)
-        build_plan(ids, layer.shape.E)
-        return weights
-    weights, _ = rounded_routing(logits, top_k, rounding.tile, rounding.name, order=order)
-    return weights
+    rounds = rounding.name != "top_k"
+    losses = ()
+    if in_module:
+        renormalize = order is not ScoreOrder.TOPK_OVER_SOFTMAX
+        num_experts = None if rounds else layer.shape.E
+        routed = route(logits, top_k, renormalize=renormalize, num_experts=num_experts)
+        if not rounds:
+            return routed.scores, routed.switch
+        losses = (routed.switch,)
+    if rounds:
+        weights, _ = rounded_routing(logits, top_k, rounding.tile, rounding.name, order=order)
+        return weights, *losses
+    weights, ids = topk_routing(logits, top_k, order=order)
+    build_plan(ids, layer.shape.E)
+    return (weights,)
 
 
 def load_of(layer: Layer, rounding: Rounding) -> Load:
@@ -152,6 +178,74 @@ def load_of(layer: Layer, rounding: Rounding) -> Load:
         counts = _moe(layer, rounding)[2]
     tiles = (counts + rounding.tile - 1) // rounding.tile
     return Load(int(counts.sum()), int(tiles.sum()) * rounding.tile)
+
+
+# --- ways to run the layer ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    """A forward pass whose first output is (T,H), what its backward pass differentiates, by the
+    name of the gradient, and the gradients of the outputs that it starts from."""
+
+    forward: Callable[[], tuple[torch.Tensor, ...]]
+    leaves: Mapping[str, torch.Tensor]
+    grads: tuple[torch.Tensor, ...]
+
+    def backward(self, outputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(outputs, tuple(self.leaves.values()), self.grads)
+
+
+def function_way(layer: Layer, forward: Callable[[], torch.Tensor]) -> Way:
+    """A function of the layer's own tensors, which has no loss."""
+    leaves = gradient_inputs(layer, with_router=True)
+    return Way(lambda: (forward(),), leaves, (layer.dout,))
+
+
+def module_way(layer: Layer, rounding: Rounding) -> Way:
+    """``sonic.MoE`` in training mode, of the layer's tensors, and the gradients of its output and
+    balancing loss. Random rules draw from the default generator."""
+    import sonic
+
+    shape, options = layer.shape, layer.options
+    routing = {"routing": "token_rounding", "rounding": rounding.name, "tile": rounding.tile}
+    module = sonic.MoE(
+        shape.E,
+        shape.top_k,
+        shape.H,
+        shape.I,
+        options.activation,
+        options.add_bias,
+        0.02,
+        layout=options.layout,
+        score_order=options.score_order,
+        device="meta",
+        dtype=options.dtype,
+        **({} if rounding.name == "top_k" else routing),
+    )
+    leaves = gradient_inputs(layer, with_router=True)
+    names = {"dw1": "c_fc.weight", "dw2": "c_proj.weight", "drouter_w": "router.weight"}
+    names |= {"db1": "c_fc.bias", "db2": "c_proj.bias"}
+    for gradient, leaf in leaves.items():
+        if gradient in names:  # and not the input
+            part, _, name = names[gradient].rpartition(".")
+            leaves[gradient] = torch.nn.Parameter(leaf.detach())
+            setattr(module.get_submodule(part), name, leaves[gradient])
+    torch_only = options.impl == "reference"
+    backend = KernelBackendMoE.torch if torch_only else KernelBackendMoE.sonicmoe
+    grads = (layer.dout, torch.ones((), device=options.device))
+    return Way(functools.partial(module, layer.x, backend), leaves, grads)
+
+
+def ways_of(layer: Layer, roundings: Sequence[Rounding], with_module: bool) -> dict[str, Way]:
+    """Each routing's layer by its name, and by that and ``MODULE`` the module."""
+    ways = {}
+    for rounding in roundings:
+        forward = functools.partial(moe_forward, layer, rounding)
+        ways[rounding.name] = function_way(layer, forward)
+        if with_module:
+            ways[rounding.name + MODULE] = module_way(layer, rounding)
+    return ways
 
 
 # --- check ----------------------------------------------------------------------------------------
@@ -180,19 +274,27 @@ class _RoundedStream(_Stream):
         self.over_all = layer.options.score_order is ScoreOrder.TOPK_OVER_SOFTMAX
 
 
-def check_rounded_layer(layer: Layer, rounding: Rounding) -> list[Finding]:
-    """Pairs exactly, then output and every gradient against the streamed reference."""
-    if rounding.name == "top_k":
-        return check_layer(layer)
+def check_rounded_layer(
+    layer: Layer, rounding: Rounding, with_module: bool = False
+) -> list[Finding]:
+    """Pairs exactly, then output and every gradient against the streamed reference; with the
+    module also its balancing loss and the gradients of that."""
     with exact_matmuls():
+        module_runs, findings = [], []
+        if with_module:
+            way = module_way(layer, rounding)
+            module_runs, findings = [_run_module(layer, way)], check_loss(layer, way)
+        if rounding.name == "top_k":
+            runs = [run_experts(layer), run_moe(layer), *module_runs]
+            return [*check_layer(layer, runs), *findings]
         finding, pairs = check_pairs(layer, rounding)
         if not finding.passed:  # there may be no layer with such pairs
             return [finding]
         table, slot_of_pair = _as_table(layer, pairs)
-        runs = [_run_flat(table, pairs, slot_of_pair), _run_moe(layer, rounding)]
+        runs = [_run_flat(table, pairs, slot_of_pair), _run_moe(layer, rounding), *module_runs]
         with torch.no_grad():
             stream = _RoundedStream(table, runs, layer.shape.top_k)
-            return [finding, *stream.findings()]
+            return [finding, *stream.findings(), *findings]
 
 
 def check_pairs(
@@ -219,9 +321,8 @@ def check_pairs(
     )
     counts = plan.expert_frequency()
     whole = bool(((counts % tile == 0) | (counts == layer.shape.T)).all())
-    error = 0.0 if same and whole else math.inf
     note = "must be equal, counts in whole tiles"
-    finding = Finding("routing", "pairs", same and whole, error, 0.0, error, note=note)
+    finding = exact_finding("routing", "pairs", same and whole, note)
     return finding, _pairs_of(plan, weights)
 
 
@@ -302,6 +403,43 @@ def _run_moe(layer: Layer, rounding: Rounding) -> Run:
     return Run("moe", {"out": out.detach()} | named, with_router=True)
 
 
+def _run_module(layer: Layer, way: Way) -> Run:
+    """The module without its loss, random rules with the numbers that :class:`Rounding` seeds."""
+    torch.manual_seed(_SEED)
+    out, _ = way.forward()
+    gradients = torch.autograd.grad(out, tuple(way.leaves.values()), layer.dout)
+    named = dict(zip(way.leaves, gradients, strict=True))
+    return Run("module", {"out": out.detach()} | named, with_router=True)
+
+
+def check_loss(layer: Layer, way: Way) -> list[Finding]:
+    """The module's balancing loss, ``E / (top_k T^2) sum_e count_e sum_t softmax(logits_t)_e``, and
+    its gradients, against fp64. The yardstick is fp32 with the logits' gradient rounded once."""
+    from sonic.routing.token_rounding import winners_of
+
+    shape, dtype = layer.shape, layer.options.dtype
+    winners = winners_of(layer.logits.float(), shape.top_k)
+    counts = torch.bincount(winners.flatten(), minlength=shape.E)
+    paths = []
+    for wide in (torch.float64, torch.float32):
+        leaf = layer.logits.detach().to(wide).requires_grad_()
+        shares = counts.to(wide) * (shape.E / (shape.top_k * shape.T**2))
+        loss = (shares * leaf.softmax(dim=1).sum(dim=0)).sum()
+        (dlogits,) = torch.autograd.grad(loss, leaf)
+        if wide is torch.float32:
+            dlogits = dlogits.to(dtype).float()
+        x, weight = (t.detach().to(wide) for t in (layer.x, layer.router_weight))
+        paths.append((loss.detach(), {"drouter_w": dlogits.t() @ x, "dx": dlogits @ weight}))
+    (exact, gradients), (narrow, rounded) = paths
+    _, loss = way.forward()
+    findings = [finding_of("module", "loss", loss, exact, narrow)]
+    leaves = [way.leaves[name] for name in gradients]
+    found = torch.autograd.grad(loss, leaves)
+    for (name, wanted), actual in zip(gradients.items(), found, strict=True):
+        findings.append(finding_of("module loss", name, actual, wanted, rounded[name].to(dtype)))
+    return findings
+
+
 # --- times ----------------------------------------------------------------------------------------
 
 
@@ -335,48 +473,36 @@ def peer_distances(layer: Layer) -> dict[str, float]:
 
 
 def race_layers(
-    layer: Layer, roundings: Sequence[Rounding], with_peer: bool, seconds: float
+    ways: Mapping[str, Way], device: torch.device, seconds: float
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of each routing's whole layer, by pass, measured in turns."""
-    leaves = tuple(gradient_inputs(layer, with_router=True).values())
+    """Milliseconds of the whole layer by way and pass, measured in turns."""
 
-    def turn_of(forward: Callable[[], torch.Tensor]) -> Callable[[_Clock], tuple]:
+    def turn_of(way: Way) -> Callable[[_Clock], tuple]:
         def turn(clock: _Clock) -> tuple:
             start = clock.mark()
-            out = forward()
+            outputs = way.forward()
             middle = clock.mark()
-            torch.autograd.grad(out, leaves, layer.dout)
+            way.backward(outputs)
             return start, middle, clock.mark()
 
         return turn
 
-    forwards = {
-        rounding.name: functools.partial(moe_forward, layer, rounding) for rounding in roundings
-    }
-    if with_peer:
-        forwards[PEER] = functools.partial(peer_forward, layer)
-    turns = {name: turn_of(forward) for name, forward in forwards.items()}
-    medians = take_turns(turns, layer.options.device, timed_seconds=seconds)
+    turns = {name: turn_of(way) for name, way in ways.items()}
+    medians = take_turns(turns, device, timed_seconds=seconds)
     passes = ("forward", "backward", "forward + backward")
     return {name: dict(zip(passes, times, strict=True)) for name, times in medians.items()}
 
 
 def race_graphs(
-    layer: Layer, roundings: Sequence[Rounding], seconds: float
+    ways: Mapping[str, Way], device: torch.device, seconds: float
 ) -> dict[str, dict[str, float]]:
     """:func:`race_layers` of CUDA graphs, whose replays wait for no host: the device's time.
 
-    Random rules draw from the default generator, which CUDA graphs know.
+    Random rules have to draw from the default generator, see :meth:`Rounding.drawing`.
     """
-    leaves = tuple(gradient_inputs(layer, with_router=True).values())
 
-    def turn_of(rounding: Rounding) -> Callable[[_Clock], tuple]:
-        drawing = replace(rounding, generator=None)
-        forward = functools.partial(moe_forward, layer, drawing)
-        replays = (
-            captured(forward),
-            captured(lambda: torch.autograd.grad(forward(), leaves, layer.dout)),
-        )
+    def turn_of(way: Way) -> Callable[[_Clock], tuple]:
+        replays = captured(way.forward), captured(lambda: way.backward(way.forward()))
 
         def turn(clock: _Clock) -> tuple:
             marks = [clock.mark()]
@@ -387,33 +513,37 @@ def race_graphs(
 
         return turn
 
-    turns = {rounding.name: turn_of(rounding) for rounding in roundings}
-    medians = take_turns(turns, layer.options.device, timed_seconds=seconds)
+    turns = {name: turn_of(way) for name, way in ways.items()}
+    medians = take_turns(turns, device, timed_seconds=seconds)
     return {
         name: {"forward": forward, "backward": both - forward, "forward + backward": both}
         for name, (forward, both, _) in medians.items()
     }
 
 
-def routing_functions(layer: Layer, rounding: Rounding) -> dict[str, Callable[[], object]]:
+def routing_functions(
+    layer: Layer, rounding: Rounding, in_module: bool
+) -> dict[str, Callable[[], object]]:
     """Routing alone, between the router GEMM and the experts, forward and with backward."""
     logits = layer.logits.detach().requires_grad_()
+    forward = functools.partial(routing_forward, layer, rounding, logits, in_module)
     with torch.no_grad():
-        dweights = torch.ones_like(routing_forward(layer, rounding, logits))
+        grads = [torch.ones_like(output) for output in forward()]
 
     def both() -> object:
-        return torch.autograd.grad(routing_forward(layer, rounding, logits), logits, dweights)
+        return torch.autograd.grad(forward(), logits, grads)
 
-    forward = functools.partial(routing_forward, layer, rounding, logits)
     return {"forward": forward, "forward + backward": both}
 
 
-def routing_times(layer: Layer, rounding: Rounding, seconds: float) -> dict[str, float]:
+def routing_times(
+    layer: Layer, rounding: Rounding, in_module: bool, seconds: float
+) -> dict[str, float]:
     """Milliseconds of :func:`routing_functions` by pass, on a GPU without waiting for the host: in
     the layer the host is ahead, and a few small launches alone would time the host."""
     device = layer.options.device
     times = {}
-    for name, function in routing_functions(layer, rounding).items():
+    for name, function in routing_functions(layer, rounding, in_module).items():
         repeats = 1
         if device.type == "cuda":
             repeats = _REPEATS

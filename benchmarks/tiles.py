@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.measure import environment
-from benchmarks.options import THIEK, THIEK_HELP, not_negative, output_file, positive
+from benchmarks.options import THIEK, THIEK_HELP, EachOnce, not_negative, output_file, positive
 from benchmarks.options import shape as shape_option
 from benchmarks.problems import random_shapes
 from benchmarks.report import TILED_GEMMS, Result
@@ -409,17 +409,26 @@ def asked_spaces(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--shapes", nargs="*", choices=list(BARS), help="default: all, or none beside --thiek"
+        "--shapes",
+        nargs="*",
+        action=EachOnce,
+        choices=list(BARS),
+        help="default: all, or none beside --thiek",
     )
     parser.add_argument(
         "--thiek",
         nargs="+",
+        action=EachOnce,
         type=shape_option,
         metavar=THIEK,
         help=f"other layers, each: {THIEK_HELP}",
     )
     parser.add_argument(
-        "--gemms", nargs="+", choices=GEMMS, help="default: all but the last, those of training"
+        "--gemms",
+        nargs="+",
+        action=EachOnce,
+        choices=GEMMS,
+        help="default: all but the last, those of training",
     )
     parser.add_argument(
         "--space",

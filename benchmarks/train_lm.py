@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import sonic
 from benchmarks.measure import environment
-from benchmarks.options import not_negative, output_file, positive
+from benchmarks.options import EachOnce, not_negative, output_file, positive
 from benchmarks.report import Result, provider_of, text_table
 from benchmarks.rounding import ROUTINGS
 from sonic import KernelBackendMoE, MoE
@@ -366,20 +366,19 @@ def plot(source: Path, target: Path) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=["top_k", "nr"])
-    parser.add_argument("--seeds", nargs="+", type=not_negative, default=[0, 1, 2, 3])
+    parser.add_argument(
+        "--routings", nargs="+", action=EachOnce, choices=ROUTINGS, default=["top_k", "nr"]
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", action=EachOnce, type=not_negative, default=[0, 1, 2, 3]
+    )
     parser.add_argument("--jobs", type=positive, default=1, help="runs at once, a process each")
     parser.add_argument("--steps", type=positive, help="of each run")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write a result file")
     parser.add_argument(
         "--plot", type=Path, nargs=2, metavar=("JSON", "PICTURE"), help="draw a result file"
     )
-    arguments = parser.parse_args(argv)
-    for name in ("routings", "seeds"):
-        values = getattr(arguments, name)
-        if len(set(values)) < len(values):
-            parser.error(f"--{name} has one of its values twice; equal runs say nothing new")
-    return arguments
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

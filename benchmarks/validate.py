@@ -36,8 +36,8 @@ from benchmarks.measure import (
     saved_bytes,
     speed_table,
 )
+from benchmarks.options import EachOnce, missing_gpu, not_negative, positive, seconds
 from benchmarks.options import device as device_option
-from benchmarks.options import missing_gpu, not_negative, positive, seconds
 from benchmarks.report import RESULTS, Result, provider_of
 from benchmarks.shapes import NAMED_SHAPES, NamedShape, Shape, named_shape
 from benchmarks.workers import Outcome, Pool, Task
@@ -427,8 +427,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--shapes", nargs="+", type=_named, default=NAMED_SHAPES, metavar="SHAPE")
+    parser.add_argument("--parts", nargs="+", action=EachOnce, choices=PARTS, default=PARTS)
+    parser.add_argument(
+        "--shapes", nargs="+", action=EachOnce, type=_named, default=NAMED_SHAPES, metavar="SHAPE"
+    )
     parser.add_argument("--problems", type=not_negative, default=600, help="random problems")
     parser.add_argument("--mutation_problems", type=not_negative, default=12)
     parser.add_argument("--first_seed", type=not_negative, default=0)

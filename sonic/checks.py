@@ -258,14 +258,38 @@ def check_tensor(op: str, name: str, value: Any, axes: tuple[str, ...], todo: st
         )
 
 
-def check_table(op: str, name: str, value: Any, allowed: str = "(T, E)") -> None:
-    """``value`` is a strided tensor with two axes, tokens and experts."""
+def check_table(op: str, name: str, value: Any, top_k: Any) -> None:
+    """``value`` is (T, E), floating point, such as logits, and ``top_k`` of its columns can win."""
     check_is_tensor(op, name, value)
     if value.dim() != 2:
         todo = f"Flatten the leading axes: {name}.flatten(0, -2)."
         if value.dim() < 2:
             todo = f"Pass one row of {name} per token."
-        raise ShapeError(message(op, f"{name} has shape {tuple(value.shape)}", allowed, todo))
+        check_tensor(op, name, value, ("T", "E"), todo)
+    num_experts = value.shape[1]
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        todo = f"Give one column of {name} per expert."
+        came = f"{name} of {num_experts} experts"
+        raise ShapeError(message(op, came, f"1 to {MAX_EXPERTS}", todo))
+    check_float(op, name, value)
+    check_top_k(op, top_k, num_experts)
+
+
+def check_top_k(
+    op: str, top_k: Any, columns: int, what: str = "experts", symbol: str = "E"
+) -> None:
+    """``top_k`` is an int, and can be chosen of so many columns, which are ``what``."""
+    limit = min(MAX_TOP_K, columns)
+    check_is_int(op, "top_k", top_k, 1, limit)
+    if not 1 <= top_k <= limit:
+        raise ArgumentError(
+            message(
+                op,
+                f"top_k={top_k} came with {columns} {what}",
+                f"1 to {limit} (at most {MAX_TOP_K} and at most {symbol}={columns})",
+                "Pass top_k inside that range.",
+            )
+        )
 
 
 def check_shape(op: str, name: str, value: Tensor, expected: dict[str, Any], todo: str) -> None:
@@ -659,8 +683,7 @@ def check_router(
         "Give one row of router weights per expert of w1.",
     )
     check_same_device(op, "hidden_states", hidden_states, router_weight=router_weight)
-    limit = min(MAX_TOP_K, num_experts)
-    check_int(op, "top_k", top_k, 1, limit, f"at most {MAX_TOP_K} and at most E={num_experts}")
+    check_top_k(op, top_k, num_experts)
     check_num_slots(op, hidden_states.shape[0] * top_k, impl)
 
 

@@ -1,6 +1,7 @@
-"""CUDA graphs of what the tests run."""
+"""CUDA graphs of what the tests run, and that it does not wait for the device."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -31,3 +32,13 @@ def capture(function: Callable[[], _Result]) -> tuple[torch.cuda.CUDAGraph, _Res
     """:func:`record` after :func:`warm_up`."""
     warm_up(function)
     return record(function)
+
+
+@contextlib.contextmanager
+def no_synchronization() -> Iterator[None]:
+    """Any wait of the host for the device that torch knows of is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -5,10 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sonic import KernelBackendMoE, MoE
+from sonic.enums import ScoreOrder
 from sonic.plan import RoutingPlan
-from sonic.reference import plan_oracle_flat
+from sonic.reference import (
+    experts_flat_low_precision,
+    experts_flat_reference,
+    plan_oracle_flat,
+)
 from sonic.reference.token_rounding import token_rounding_oracle
-from sonic.routing import max_pairs
+from sonic.routing import max_pairs, rounding_scores
 from sonic.routing.rounded_routing import _backward_torch as logit_gradient_in_torch
 from sonic.routing.token_rounding import (
     RULES,
@@ -17,7 +23,9 @@ from sonic.routing.token_rounding import (
     _winner_softmax_grad_torch,
     _winner_softmax_torch,
     flat_plan,
+    resolve_tile,
     round_winners,
+    weight_dtype,
     winners_of,
 )
 from sonic.testing import assert_close
@@ -232,3 +240,98 @@ def check_winner_softmax(logits: Tensor, top_k: int, full: bool) -> None:
         magnitude=1.0 if logits.dtype is torch.float32 else 0.0,
         name="dlogits",
     )
+
+
+# --- the module -----------------------------------------------------------------------------------
+
+MODULE_SIZES = [(300, 16), (1000, "auto")]  # tokens, tile
+_MODULE_SEED = 6  # of random rules
+# Of the loss in a module's step, for each token: its gradients are then about as large as those of
+# the output.
+_LOSS_WEIGHT = 50.0
+
+
+def make_module(
+    device: torch.device | str, dtype: torch.dtype, tile: int | str, rule: str, **options
+) -> MoE:
+    """A layer that rounds, whose router is uneven, with biases that are not zero."""
+    sizes = (8, 2, 136, 72)
+    layer = MoE(*sizes, "swiglu", True, 0.1, routing="token_rounding", rounding=rule, tile=tile,
+                device=device, dtype=dtype, **options)  # fmt: skip
+    with torch.no_grad():
+        layer.router.weight.mul_(torch.linspace(0.3, 3.0, 8, device=device)[:, None])
+        for bias in (layer.c_fc.bias, layer.c_proj.bias):
+            bias.normal_()
+    return layer
+
+
+def module_step(
+    layer: MoE, x: Tensor, dout: Tensor, backend: KernelBackendMoE = KernelBackendMoE.sonicmoe
+) -> dict[str, Tensor]:
+    """Output, balancing loss, and every gradient of both, by name."""
+    leaf = x.detach().requires_grad_()
+    out, loss = layer(leaf, backend)
+    leaves = {"x": leaf, **dict(layer.named_parameters())}
+    weight = torch.full_like(loss, _LOSS_WEIGHT * len(x))
+    gradients = torch.autograd.grad((out, loss), list(leaves.values()), (dout, weight))
+    return {"out": out.detach(), "loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def _module_reference(
+    layer: MoE, x: Tensor, dout: Tensor, pairs: tuple[Tensor, Tensor], winners: Tensor, exact: bool
+) -> dict[str, Tensor]:
+    """:func:`module_step` from the formulas, for given pairs and top-k experts: in float64, or in
+    the layer's dtype and rounded where the kernels round."""
+    dtype = torch.float64 if exact else x.dtype
+    leaves = {"x": x, **dict(layer.named_parameters())}
+    leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
+    logits = torch.nn.functional.linear(leaves["x"], leaves["router.weight"])
+    # The gradients of either's logits are rounded, then added.
+    for_scores, for_loss = (logits.to(weight_dtype(dtype)) for _ in range(2))
+    over_all = layer.score_order is ScoreOrder.TOPK_OVER_SOFTMAX
+    scale = for_scores if over_all else for_scores.gather(1, winners)
+    scores = torch.exp(for_scores - scale.logsumexp(dim=1, keepdim=True))
+    token_ids, expert_ids = pairs
+    weights = ("c_fc.weight", "c_proj.weight", "c_fc.bias", "c_proj.bias")
+    experts = experts_flat_reference if exact else experts_flat_low_precision
+    out = experts(
+        leaves["x"], *pairs, scores[token_ids.long(), expert_ids.long()],
+        *(leaves[name] for name in weights), layer.activation_function, layer.layout,
+    )  # fmt: skip
+    counts = winners.flatten().bincount(minlength=layer.num_experts).to(for_loss.dtype)
+    shares = layer.num_experts * counts / counts.sum()
+    loss = (shares * for_loss.softmax(dim=1).mean(dim=0)).sum()
+    weight = torch.full_like(loss, _LOSS_WEIGHT * len(x))
+    gradients = torch.autograd.grad((out, loss), list(leaves.values()), (dout.to(dtype), weight))
+    return {"out": out.detach(), "loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def check_module(
+    layer: MoE, x: Tensor, backend: KernelBackendMoE = KernelBackendMoE.sonicmoe
+) -> dict[str, Tensor]:
+    """Output, balancing loss and every gradient of a layer that rounds, for the pairs that the
+    oracle keeps of the scores of its logits. They are shown to be neither top-k nor none."""
+    dout = torch.randn_like(x)
+    torch.manual_seed(_MODULE_SEED)
+    actual = module_step(layer, x, dout, backend)
+    with torch.no_grad():
+        logits = torch.nn.functional.linear(x, layer.router.weight)
+        scores = rounding_scores(logits, layer.top_k, order=layer.score_order)
+    torch.manual_seed(_MODULE_SEED)
+    is_random = layer.rounding in ("sr", "nr-s")
+    uniform = torch.rand(layer.num_experts, device=x.device).cpu() if is_random else None
+    tile = resolve_tile("test", layer.tile)
+    arguments = (scores.cpu(), layer.top_k, tile, layer.rounding, uniform)
+    pairs = tuple(ids.to(x.device) for ids in token_rounding_oracle(*arguments)[:2])
+    winners = winners_of(logits.to(scores.dtype), layer.top_k)
+    kept = pairs[1].long().bincount(minlength=layer.num_experts)
+    chosen = winners.flatten().bincount(minlength=layer.num_experts)
+    assert kept.any() and not torch.equal(kept, chosen) and (kept % tile == 0).all()
+    exact, low = (
+        _module_reference(layer, x, dout, pairs, winners, is_exact) for is_exact in (True, False)
+    )
+    assert actual["loss"].dtype == torch.float32 and actual["loss"].item() > 1.05
+    for name, tensor in actual.items():
+        ulps = {"ulps": 8.0} if name == "loss" else {}
+        assert_close(tensor, exact[name], low[name], name=name, **ulps)
+    return actual

@@ -243,6 +243,32 @@ class MoE(_ExpertsBase):
 
     Parameters: those of :class:`Experts`, ``router.weight`` (E, H) or the router's own, and those
     of ``shared_experts``.
+
+    Raises:
+        ArgumentError: a size, a name or a flag is none of the above, or a router does not fit the
+            layer.
+        ShapeError: shared experts of another hidden size.
+        DTypeError, DeviceError: ``dtype`` or ``device`` is none that parameters can have.
+
+    Numerics:
+        The router's product has the wider dtype of its operands, scores and loss are fp32 (fp64 of
+        fp64), and the experts are those of :func:`sonic.experts`. Deterministic for given random
+        numbers, which two rules of rounding draw from the device's default generator. Nothing waits
+        for the device, and forward and backward pass can be captured in a CUDA graph.
+
+    Memory:
+        Backward keeps :func:`sonic.saved_bytes` for the experts, and of the built-in router the
+        logits, T E in their dtype, and 4 T top_k + 4 T + 4 E + 4 bytes; with token rounding in
+        training 4 S + 16 T top_k + 8 T + 4 E + 4, with S of :func:`sonic.routing.max_pairs`.
+
+    Example:
+        >>> layer = MoE(8, 2, 32, 16, "swiglu", False, 0.02, routing="token_rounding", tile=16)
+        >>> out, loss = layer(torch.randn(4, 64, 32), KernelBackendMoE.torch)
+        >>> out.shape, loss.shape
+        (torch.Size([4, 64, 32]), torch.Size([]))
+
+    Source: SonicMoE (arXiv 2512.14080), section 3 for the layer, section 5, algorithms 4 and 6, for
+    token rounding.
     """
 
     def __init__(
@@ -324,8 +350,15 @@ class MoE(_ExpertsBase):
             loss what is below half a tile. With a ``router``, the loss is its ``aux_loss``.
 
         Raises:
-            DeviceError: ``sonicmoe`` with a tensor that is not on a CUDA device.
-            UnsupportedError: ``scattermoe``, which is not part of this package.
+            ArgumentError: ``kernel_backend_moe`` or ``is_inference_mode`` is none of the above, or
+                ``router_inputs`` are not those of the router.
+            ShapeError, DTypeError: ``hidden_states`` is not (..., H), or of another dtype than the
+                weights.
+            DeviceError: ``sonicmoe`` with a tensor that is not on a CUDA device, or tensors on
+                several devices.
+            UnsupportedError: ``scattermoe``, which is not part of this package, or no kernels for
+                this GPU.
+            MissingPackageError: triton or cutlass is missing.
         """
         impl = self._impl(hidden_states, kernel_backend_moe)
         checks.check_bool("MoE", "is_inference_mode", is_inference_mode)

@@ -242,7 +242,8 @@ def refuse_capture(op: str, tensor: Tensor) -> None:
 def capacity_of(num_tokens: int, top_k: int, num_experts: int, factor: float) -> int:
     """Rows an expert takes at most: ``ceil(factor * T * top_k / E)``, at least 1.
 
-    The factor is the decimal number that it prints as: 1.1 is 11/10.
+    The factor is the decimal number that it prints as: 1.1 is 11/10. However small it is, an expert
+    keeps one row.
 
     Raises:
         ArgumentError: ``num_tokens``, ``top_k`` or ``num_experts`` is no int in its range, or

@@ -7,10 +7,8 @@ from torch import Tensor
 
 from sonic import checks
 from sonic.runtime.derivatives import differentiable_function, register_gradient
-from sonic.runtime.errors import ArgumentError, DTypeError, MissingPackageError, ShapeError
-from sonic.runtime.limits import MAX_EXPERTS, MAX_TOP_K, message
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+from sonic.runtime.errors import MissingPackageError, ShapeError
+from sonic.runtime.limits import MAX_EXPERTS, message
 
 
 def product_key_routing(
@@ -53,21 +51,8 @@ def _check(logits: Tensor, top_k: int, renormalize: bool) -> None:
     if logits.shape[1] != 2 or not 1 <= logits.shape[2] ** 2 <= MAX_EXPERTS:
         came = f"logits has shape {tuple(logits.shape)}"
         raise ShapeError(message(op, came, "(T, 2, n) with n from 1 to 256", todo))
-    if logits.dtype not in _DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        dtype = str(logits.dtype).removeprefix("torch.")
-        raise DTypeError(message(op, f"logits is {dtype}", allowed, "Cast it: logits.float()."))
-    limit = min(MAX_TOP_K, logits.shape[2])
-    checks.check_is_int(op, "top_k", top_k, 1, limit)
-    if not 1 <= top_k <= limit:
-        raise ArgumentError(
-            message(
-                op,
-                f"top_k={top_k} came with {logits.shape[2]} keys per half",
-                f"1 to {limit} (at most {MAX_TOP_K} and at most n={logits.shape[2]})",
-                "Pass top_k inside that range.",
-            )
-        )
+    checks.check_float(op, "logits", logits)
+    checks.check_top_k(op, top_k, logits.shape[2], "keys per half", "n")
     checks.check_bool(op, "renormalize", renormalize)
 
 

@@ -50,9 +50,13 @@ def rounded_routing(
 ) -> tuple[Tensor, RoutingPlan]:
     """Weights and plan of token rounding.
 
+    The pairs are those of :func:`sonic.token_rounding` for the scores of
+    :func:`sonic.routing.rounding_scores`, which are the weights.
+
     Args:
-        logits: (T, E) bf16, fp16 or fp32 on any device, E up to 65,536. fp64, and more than 4096
-            experts, run in torch, which sorts: about 60 bytes for each of T E while it does.
+        logits: (T, E) bf16, fp16 or fp32 on any device, any strides, E up to 65,536; T may be 0.
+            fp64, and more than 4096 experts, run in torch, which sorts: about 60 bytes for each of
+            T E while it does.
         top_k, tile, rule, generator: as in :func:`sonic.token_rounding`. A token chooses the
             experts of its ``top_k`` largest logits, as :func:`sonic.topk_routing` does.
         order: a :class:`~sonic.enums.ScoreOrder` or its value: the scores are those of
@@ -63,7 +67,11 @@ def rounded_routing(
         :func:`sonic.routing.max_pairs` has it, and the plan of the kept pairs.
 
     Raises:
-        As :func:`sonic.token_rounding`.
+        ShapeError: ``logits`` is not a matrix, E is out of range, or S exceeds 2^31 - 1.
+        DTypeError: ``logits`` is of another dtype.
+        ArgumentError: ``top_k``, ``tile``, ``rule``, ``generator`` or ``order`` is none of these.
+        DeviceError: ``generator`` is of another kind of device than ``logits``.
+        MissingPackageError: CUDA logits without triton installed.
 
     Numerics:
         Scores are fp32. The logits' gradient is rounded once. Deterministic for given random
@@ -71,8 +79,9 @@ def rounded_routing(
 
     Memory:
         Backward keeps ``weights``, the pairs' experts, T + 1 offsets (8 S + 4 T bytes), scores and
-        ids of the winners and a logsumexp (8 T top_k + 4 T bytes), and the logits for
-        ``topk_over_softmax``.
+        ids of the winners and a logsumexp (8 T top_k + 4 T bytes), and the logits, which are the
+        caller's, for ``topk_over_softmax``. Of fp64 logits weights, scores and logsumexp take twice
+        as much.
 
     Example:
         >>> logits = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6]])

@@ -17,14 +17,12 @@ from torch import Tensor
 
 from sonic import checks
 from sonic.enums import ScoreOrder
-from sonic.plan import MAX_EXPERTS, MAX_SLOTS, RoutingPlan
-from sonic.routing.topk import MAX_TOP_K
+from sonic.plan import MAX_SLOTS, RoutingPlan
 from sonic.runtime.derivatives import differentiable_function, register_gradient
 from sonic.runtime.eager import remembered
 from sonic.runtime.errors import (
     ArgumentError,
     DeviceError,
-    DTypeError,
     MissingPackageError,
     ShapeError,
 )
@@ -35,7 +33,6 @@ RULES = ("nr", "sr", "nr-s", "balance-f", "up", "down")
 # tiles of experts with hardly any.
 KERNEL_TILE = 128
 _RANDOM_RULES = ("sr", "nr-s")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _log = logging.getLogger("sonic")
 _warned: set[tuple[int, int, int, str]] = set()
 
@@ -112,6 +109,8 @@ def token_rounding(
         >>> token_ids, expert_ids, weights = token_rounding(scores, 1, 2, rule="up")
         >>> token_ids.tolist(), expert_ids.tolist()
         ([0, 1, 2, 2, 3, 3], [0, 0, 0, 1, 0, 1])
+
+    Source: SonicMoE (arXiv 2512.14080), section 5, algorithm 4, and 6 for ``"balance-f"``.
     """
     weights, token_ids, expert_ids, *_ = _token_rounding(scores, top_k, tile, rule, generator)
     return token_ids, expert_ids, weights
@@ -130,11 +129,17 @@ def token_rounding_plan(
         scores, top_k, tile, rule, generator: as in :func:`token_rounding`.
 
     Returns:
-        ``weights`` (S,), and the plan that :func:`sonic.build_plan_flat` makes of the two lists,
-        without ``slot_by_position``: slots lie by token.
+        ``weights`` (S,) fp32 (fp64 for fp64 scores), differentiable in the scores, and the plan
+        that :func:`sonic.build_plan_flat` makes of the two lists, without ``slot_by_position``:
+        slots lie by token.
 
-    Raises:
-        As :func:`token_rounding`.
+    Raises, Numerics, Memory, Source: as :func:`token_rounding`.
+
+    Example:
+        >>> scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6]])
+        >>> weights, plan = token_rounding_plan(scores, 1, 2, rule="up")
+        >>> plan.offset_by_expert.tolist(), plan.offset_by_token.tolist()
+        ([0, 4, 6], [0, 1, 2, 4, 6])
     """
     weights, _, _, *plan = _token_rounding(scores, top_k, tile, rule, generator)
     return weights, flat_plan(plan, scores.shape[0])
@@ -168,12 +173,15 @@ def max_pairs(num_tokens: int, num_experts: int, top_k: int, tile: int | str, ru
 
     Raises:
         ArgumentError: an argument is none of the above.
+
+    Example:
+        >>> max_pairs(16384, 256, 8, 128, "down"), max_pairs(16384, 256, 8, 128, "nr")
+        (131072, 147456)
     """
     op = "max_pairs"
     checks.check_int(op, "num_tokens", num_tokens, 0, MAX_SLOTS, "row indices are int32")
     checks.check_num_experts(op, "num_experts", num_experts)
-    limit = min(MAX_TOP_K, num_experts)
-    checks.check_int(op, "top_k", top_k, 1, limit, f"at most {MAX_TOP_K} and at most E")
+    checks.check_top_k(op, top_k, num_experts)
     rows = resolve_tile(op, tile)
     check_rule(op, rule)
     return most_pairs(num_tokens, num_experts, top_k, rows, rule)
@@ -196,22 +204,37 @@ def rounding_scores(
     layer trained with token rounding and evaluated with top-k then sees one scale of weights.
 
     Args:
-        logits: (T, E) bf16, fp16 or fp32 on any device, E up to 65,536; fp64, and more than 4096
-            experts, run in torch.
+        logits: (T, E) bf16, fp16 or fp32 on any device, any strides, E up to 65,536; T may be 0.
+            fp64, and more than 4096 experts, run in torch.
         top_k: 1 to min(64, E).
         order: a :class:`~sonic.enums.ScoreOrder` or its value.
 
     Returns:
-        (T, E) fp32 (fp64 for fp64 logits), differentiable in the logits.
+        (T, E) fp32 (fp64 for fp64 logits), non-negative, differentiable in the logits. A token's
+        ``top_k`` winners have scores that sum to 1, and no other is above the least of them; for
+        ``topk_over_softmax`` it is all E that sum to 1.
 
     Raises:
-        As :func:`sonic.topk_routing`.
+        ShapeError: ``logits`` is not a matrix, or E is 0 or above 65,536.
+        DTypeError: ``logits`` is of another dtype.
+        ArgumentError: ``top_k`` is outside 1 to min(64, E), or ``order`` is unknown.
+        MissingPackageError: CUDA logits without triton installed.
+
+    Numerics:
+        fp32. Deterministic. The logits' gradient is rounded once. Nothing waits for the device.
 
     Memory:
-        Backward keeps the result, 4 T E bytes.
+        Backward keeps the result, 4 T E bytes (8 T E for fp64 logits).
+
+    Example:
+        >>> scores = rounding_scores(torch.tensor([[0.0, 2.0, 2.0, -torch.inf]]), 2)
+        >>> scores[:, 1:].tolist()
+        [[0.5, 0.5, 0.0]]
+
+    Source: SonicMoE (arXiv 2512.14080), section 5: the table S of algorithm 4.
     """
     op = "rounding_scores"
-    _check_table(op, "logits", logits, top_k)
+    checks.check_table(op, "logits", logits, top_k)
     full = checks.choice(op, "order", order, ScoreOrder) is ScoreOrder.TOPK_OVER_SOFTMAX
     scores: Tensor = torch.ops.sonic.winner_softmax(logits, top_k, full)
     return scores
@@ -254,7 +277,7 @@ def check_rounding(
     rule: str,
 ) -> None:
     """Raise what :func:`token_rounding` lists unless the arguments, ``table`` by this name, fit."""
-    _check_table(op, name, table, top_k)
+    checks.check_table(op, name, table, top_k)
     num_tokens, num_experts = table.shape
     check_rule(op, rule)
     if most_pairs(num_tokens, num_experts, top_k, tile, rule) > MAX_SLOTS:
@@ -321,37 +344,16 @@ def resolve_tile(op: str, tile: int | str) -> int:
     if tile == "auto":
         return KERNEL_TILE
     if isinstance(tile, bool) or not isinstance(tile, int) or not 1 <= tile <= MAX_SLOTS:
+        kind = "" if type(tile) in (int, str) else f" is of type {type(tile).__name__}"
         raise ArgumentError(
             message(
                 op,
-                f"tile={tile!r}",
+                f"tile={tile!r}{kind}",
                 f'an int from 1 to {MAX_SLOTS}, or "auto"',
                 f'Pass "auto" for {KERNEL_TILE}, the tile of the kernels.',
             )
         )
     return tile
-
-
-def _check_table(op: str, name: str, table: Tensor, top_k: int) -> None:
-    checks.check_table(op, name, table)
-    num_experts = table.shape[1]
-    if not 1 <= num_experts <= MAX_EXPERTS:
-        todo = f"Give one column of {name} per expert."
-        raise ShapeError(message(op, f"{num_experts} experts", f"1 to {MAX_EXPERTS}", todo))
-    if table.dtype not in _DTYPES:
-        came, *allowed = (str(dtype).removeprefix("torch.") for dtype in (table.dtype, *_DTYPES))
-        todo = f"Cast it: {name}.float()."
-        raise DTypeError(message(op, f"{name} is {came}", ", ".join(allowed), todo))
-    checks.check_is_int(op, "top_k", top_k, 1, min(MAX_TOP_K, num_experts))
-    if not 1 <= top_k <= min(MAX_TOP_K, num_experts):
-        raise ArgumentError(
-            message(
-                op,
-                f"top_k={top_k} with {num_experts} experts",
-                f"1 to {min(MAX_TOP_K, num_experts)} (at most {MAX_TOP_K} and at most E)",
-                "Pass top_k inside that range.",
-            )
-        )
 
 
 # ------------------------------------------------------------------------------ in torch

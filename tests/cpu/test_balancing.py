@@ -348,6 +348,7 @@ def test_capacity_of_a_factor():
     assert capacity_of(1000, 2, 8, 1.0) == 250
     assert capacity_of(1001, 2, 8, 1.0) == 251
     assert capacity_of(0, 2, 8, 1.0) == 1
+    assert capacity_of(1000, 2, 8, 1e-9) == 1, "rounded up"
     assert capacity_of(200, 2, 8, 1.1) == 55, "not 55.00000000000001, rounded up"
     assert capacity_of(201, 2, 8, 1.1) == 56
     assert capacity_of(10**6, 1, 1, 1e-6) == 1 and capacity_of(2000001, 1, 1, 1e-6) == 3
@@ -383,6 +384,12 @@ def test_router_with_a_capacity(drop):
 
 
 # -------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("shape", [(12, 16), (1, 12, 16), (3, 4, 16)], ids=str)
+def test_load_is_int32_of_any_number_of_sequences(shape):
+    load = TopKRouter(16, 6, 2)(torch.randn(shape)).statistics.load
+    assert load.dtype == torch.int32 and load.shape == (6,) and load.sum() == 24
 
 
 def test_statistics():

@@ -538,6 +538,36 @@ def test_a_missing_gpu_is_a_sentence(script: str, impl: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "script", ["compare.py", "moe-cute.py", "moe-token-rounding.py", "validate.py"]
+)
+def test_a_numbered_cpu_is_refused(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(_load(script).parse_arguments, ["--device", "cpu:1"], capsys)
+    assert "--device: expected cuda or cpu, got 'cpu:1': CPUs have no number" in said
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "says"),
+    [
+        ("compare.py", ["--shapes", "A,B,A"], "value 3 is value 1 once more"),
+        (
+            "compare.py",
+            ["--shapes", "B", "--thiek", "24576,1536,256,128,8"],
+            "--shapes and --thiek",
+        ),
+        ("compare.py", ["--peers", "sonicmoe,sonicmoe"], "--peers: value 2 is value 1"),
+        ("validate.py", ["--shapes", "A", "A"], "--shapes: value 2 is value 1 once more"),
+        ("validate.py", ["--parts", "speed", "speed"], "--parts: value 2 is value 1 once more"),
+        ("moe-router.py", ["--shapes", "A", "D2", "A"], "--shapes: value 3 is value 1 once more"),
+        ("moe-router.py", ["--routers", "softmax", "softmax"], "--routers: value 2 is value 1"),
+    ],
+)
+def test_what_comes_twice_is_refused(
+    script: str, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refusal(_load(script).parse_arguments, flags, capsys)
+
+
+@pytest.mark.parametrize(
     ("count", "device", "says"),
     [
         (0, "cuda:1", "no cuda:1: torch sees no CUDA device"),

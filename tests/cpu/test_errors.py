@@ -251,7 +251,7 @@ CASES = [
     Case("router dtype", moe, {"router_weight": z(E, H, dtype=torch.int8)}, DTypeError,
          "router_weight is int8", "float32", "scales"),
     Case("top_k too large", moe, {"top_k": 5}, ArgumentError,
-         "top_k=5 is out of range", "1 to 4 (at most 64 and at most E=4)", "inside that range"),
+         "top_k=5 came with 4 experts", "1 to 4 (at most 64 and at most E=4)", "inside that range"),
     Case("top_k no int", moe, {"top_k": 2.0}, ArgumentError,
          "top_k=2.0 is of type float", "an int from 1 to 4", "Python int"),
     # weights
@@ -381,7 +381,7 @@ CASES = [
     Case("rule", token_rounding, {"rule": "zz"}, ArgumentError,
          "token_rounding: rule='zz'", "'balance-f'", "one of these strings"),
     Case("winners of rounding", token_rounding, {"top_k": 5}, ArgumentError,
-         "top_k=5 with 4 experts", "1 to 4 (at most 64", "inside that range"),
+         "top_k=5 came with 4 experts", "1 to 4 (at most 64", "inside that range"),
     Case("rounding of the layer", moe, {"rounding": "zz"}, ArgumentError,
          "moe: rounding='zz'", "'balance-f'", "one of these strings"),
     Case("tile of the layer", moe, {"rounding": "nr", "tile": "big"}, ArgumentError,

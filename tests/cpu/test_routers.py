@@ -197,6 +197,16 @@ def test_without_balance_there_are_no_sums():
     assert grads[0].any() and torch.equal(*grads)
 
 
+@pytest.mark.parametrize("balance", [True, False])
+def test_route_saves_what_its_docstring_says(balance):
+    saved = []
+    logits = torch.randn(30, 6, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        routed = route(logits, 2, num_sequences=5, balance=balance)
+    expected = logits.nbytes + 8 * 30 * 2 + 4 * 30 + (4 * 5 * 6 + 4 * 5 if balance else 0)
+    assert sum(tensor.nbytes for tensor in saved) == expected and routed.scores.requires_grad
+
+
 def test_low_precision_logits_score_in_float32():
     logits = torch.randn(30, 40).bfloat16()
     out = route(logits, 4, score="sigmoid", bias=torch.randn(40))
@@ -207,11 +217,15 @@ def test_low_precision_logits_score_in_float32():
 
 
 WRONG = [
-    (dict(logits=torch.randn(4)), ShapeError, r"shape (4,). Allowed: (T, E). Pass one row"),
-    (dict(logits=torch.randn(1, 4, 6)), ShapeError, "Allowed: (T, E). Flatten the leading axes: "),
+    (dict(logits=torch.randn(4)), ShapeError, "shape (4,). Allowed: 2 axes, (T, E). Pass one row"),
+    (dict(logits=torch.randn(1, 4, 6)), ShapeError, "Allowed: 2 axes, (T, E). Flatten the leading"),
     (dict(logits=torch.ones(4, 6, dtype=torch.int64)), DTypeError, "logits is int64. Allowed: bfl"),
-    (dict(logits=torch.ones(4, 0)), ShapeError, "1 to 65536 columns. Pass (T, E) logits."),
-    (dict(top_k=7), ArgumentError, "top_k=7 came with logits of shape (4, 6). Allowed: 1 to 6"),
+    (
+        dict(logits=torch.ones(4, 0)),
+        ShapeError,
+        "logits of 0 experts. Allowed: 1 to 65536. Give one column",
+    ),
+    (dict(top_k=7), ArgumentError, "top_k=7 came with 6 experts. Allowed: 1 to 6"),
     (dict(score="tanh"), ArgumentError, "score='tanh' is not known. Allowed: 'softmax'"),
     (dict(scale=0.0), ArgumentError, "scale=0.0"),
     (dict(bias=torch.zeros(5)), ShapeError, "bias has shape (5,). Allowed: (6,). Pass one number"),

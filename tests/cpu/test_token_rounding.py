@@ -329,13 +329,13 @@ HUGE = torch.empty(2**26, 64, device="meta")
 @pytest.mark.parametrize(
     ("error", "text", "call"),
     [
-        (ShapeError, r"\(6,\). Allowed: \(T, E\)", lambda: token_rounding(SCORES[0], 1, 8)),
+        (ShapeError, r"\(6,\). Allowed: 2 axes, \(T, E\)", lambda: token_rounding(SCORES[0], 1, 8)),
         (ShapeError, "0 experts", lambda: token_rounding(SCORES[:, :0], 1, 8)),
         (ShapeError, "may keep more than .* Split", lambda: token_rounding(HUGE, 32, 8)),
         (DTypeError, "int64", lambda: token_rounding(SCORES.long(), 1, 8)),
-        (ArgumentError, "top_k=7 with 6 exp.*d: 1 to 6", lambda: token_rounding(SCORES, 7, 8)),
+        (ArgumentError, "top_k=7 came with 6 exp.*d: 1 to 6", lambda: token_rounding(SCORES, 7, 8)),
         (ArgumentError, "tile=0. Allowed: an int from 1", lambda: token_rounding(SCORES, 1, 0)),
-        (ArgumentError, "tile=8.0. Allowed: an int", lambda: token_rounding(SCORES, 1, 8.0)),
+        (ArgumentError, "tile=8.0 is of type float", lambda: token_rounding(SCORES, 1, 8.0)),
         (ArgumentError, "rule='near' is not known", lambda: token_rounding(SCORES, 1, 8, "near")),
         (ArgumentError, "order='sigmoid'", lambda: rounding_scores(SCORES, 1, order="sigmoid")),
         (ArgumentError, "rounding_scores: top_k=0", lambda: rounding_scores(SCORES, 0)),
@@ -349,13 +349,24 @@ def test_errors(error, text, call):
         call()
 
 
-def test_the_docstring_example_runs():
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("routing.token_rounding", 9),
+        ("routing.rounded_routing", 3),
+        ("routing.route", 4),
+        ("routing.topk", 2),
+        ("nn.moe", 3),
+    ],
+)
+def test_docstring_examples_run(name, least):
     import doctest
     import importlib
 
-    module = importlib.import_module("sonic.routing.token_rounding")
+    # Not an attribute of the package: there the function has the module's name.
+    module = importlib.import_module(f"sonic.{name}")
     result = doctest.testmod(module, extraglobs={"torch": torch})
-    assert result.attempted >= 3 and result.failed == 0
+    assert result.attempted >= least and result.failed == 0
 
 
 # --- scores from logits ---------------------------------------------------------------------------
@@ -496,6 +507,64 @@ def test_module_in_training_equals_the_oracle_layer(rule):
         torch.testing.assert_close(ours, theirs)
 
 
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", checks.MODULE_SIZES, ids=str)
+def test_module_in_low_precision(sizes, dtype, rule):
+    """What the GPU's tests do with the kernels."""
+    tokens, tile = sizes
+    layer = checks.make_module("cpu", dtype, tile, rule)
+    checks.check_module(layer, torch.randn(tokens, 136).to(dtype), TORCH)
+
+
+@every_order
+def test_module_in_low_precision_knows_every_score_order(order):
+    layer = checks.make_module("cpu", torch.bfloat16, 16, "nr", score_order=order)
+    checks.check_module(layer, torch.randn(300, 136).bfloat16(), TORCH)
+
+
+def _half(loss):
+    return 0.5 * (loss + loss.detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "caught"),
+    [
+        (lambda out, loss: (out, loss.detach() + 0 * loss), "x|router"),
+        (lambda out, loss: (out, _half(loss)), "x|router"),
+        (lambda out, loss: (out, 1.001 * loss), "loss"),
+        (lambda out, loss: (1.01 * out, loss), "out"),
+    ],
+    ids=["no gradient of the loss", "half of it", "loss", "output"],
+)
+def test_the_modules_check_notices_mistakes(change, caught):
+    layer = checks.make_module("cpu", torch.bfloat16, 16, "nr")
+    x = torch.randn(300, 136).bfloat16()
+    checks.check_module(layer, x, TORCH)
+    layer.register_forward_hook(lambda module, inputs, outputs: change(*outputs))
+    with pytest.raises(AssertionError, match=caught):
+        checks.check_module(layer, x, TORCH)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rounding": "down"}, {"tile": 8}, {"routing": "top_k"}], ids=str
+)
+def test_the_modules_check_notices_other_pairs(change, monkeypatch):
+    layer = checks.make_module("cpu", torch.bfloat16, 16, "up")
+    x = torch.randn(300, 136).bfloat16()
+    forward = layer.forward
+
+    def changed(*arguments):
+        with monkeypatch.context() as context:
+            for name, value in change.items():
+                context.setattr(layer, name, value)
+            return forward(*arguments)
+
+    layer.forward = changed
+    with pytest.raises(AssertionError, match="out"):
+        checks.check_module(layer, x, TORCH)
+
+
 @every_order
 def test_module_outside_of_training_is_top_k(order):
     module = make(routing="token_rounding", rounding="up", tile=16, score_order=order)
@@ -510,6 +579,29 @@ def test_module_outside_of_training_is_top_k(order):
     assert torch.equal(actual[0], expected) and torch.equal(actual[1], loss)
     module.train().tile = 1
     torch.testing.assert_close(module(x, TORCH)[0], expected)
+
+
+@pytest.mark.parametrize("rounds", [False, True], ids=["top_k", "token_rounding"])
+@every_order
+def test_module_saves_what_its_docstring_says(order, rounds):
+    options = {"routing": "token_rounding", "tile": 8} if rounds else {}
+    module = make(score_order=order, **options).float()
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            saved[tensor.data_ptr(), tensor.numel()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = module(torch.randn(50, 16, requires_grad=True), TORCH)
+    rounding = {"rounding": "nr", "tile": 8} if rounds else {}
+    expected = sonic.saved_bytes(50, 16, 12, 6, 2, dtype=torch.float32, **rounding)
+    pairs = max_pairs(50, 6, 2, 8, "nr")
+    router = 4 * pairs + 16 * 50 * 2 + 8 * 50 if rounds else 4 * 50 * 2 + 4 * 50
+    assert sum(saved.values()) == expected + 4 * 50 * 6 + router + 4 * 6 + 4
+    assert out[1] > 0
 
 
 def test_function_and_flat_lists_agree():
@@ -582,6 +674,10 @@ def test_module_trains():
         ({"routing": "rounding"}, "routing='rounding' is not known. Allowed: 'top_k'"),
         ({"rounding": "nearest"}, "rounding='nearest' is not known. Allowed: 'nr', 'sr'"),
         ({"tile": 0}, 'MoE: tile=0. Allowed: an int from 1 to 2147483647, or "auto"'),
+        (
+            {"tile": True},
+            "MoE: tile=True is of type bool. Allowed: an int from 1 to 2147483647, or",
+        ),
         ({"tile": "big"}, "MoE: tile='big'. Allowed: an int from 1 to 2147483647, or \"auto\""),
     ],
 )

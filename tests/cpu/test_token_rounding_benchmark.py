@@ -13,7 +13,17 @@ import sonic
 from benchmarks import contest, rounding
 from benchmarks.layer import LayerOptions, make_layer, moe_forward
 from benchmarks.report import HEAD_KEYS, Result
-from benchmarks.rounding import Load, RoundedShape, Rounding, check_rounded_layer, load_of
+from benchmarks.rounding import (
+    MODULE,
+    Load,
+    RoundedShape,
+    Rounding,
+    Way,
+    check_loss,
+    check_rounded_layer,
+    load_of,
+    module_way,
+)
 from benchmarks.shapes import Shape
 from sonic.enums import ScoreOrder
 from tests.refusals import as_typed, refusal
@@ -95,15 +105,50 @@ def test_several_sizes_and_flags_in_one_run(script, capsys):
     assert printed.count("hardware tokens") == 4 and "drouter_w" not in printed
 
 
+@pytest.mark.parametrize("routing", ["nr", "sr", "top_k"])
+def test_the_module_is_checked_and_timed_beside_the_function(script, capsys, tmp_path, routing):
+    path = tmp_path / "result.json"
+    flags = ["--thiekq", "48,24,16,5,2,8", "--device", "cpu", "--rep", "1", "--json", str(path)]
+    assert script.main([*flags, "--routing", routing, "--module", "--add_bias"]) == 0
+    printed = capsys.readouterr().out
+    assert "module loss" in printed and f"{routing}{MODULE}" in printed
+    rows = {(row["metric"], row["unit"]) for row in json.loads(path.read_text())["rows"]}
+    for name in ("forward", "backward", "forward + backward"):
+        for suffix, unit in (("", "ms"), ("", "TFLOPS"), ("/routing", "ms")):
+            metric = f"{name}{suffix}"
+            assert (f"token rounding/{routing}/q8/{metric}", unit) in rows
+            assert (f"token rounding/{routing}{MODULE}/q8/{metric}", unit) in rows
+    assert (f"interleaved/{routing}/q8/module/loss", "passed") in rows
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient", "no gradient"])
+def test_a_wrong_balancing_loss_is_found(wrong):
+    layer = tiny_layer()
+    way = module_way(layer, Rounding.make("nr", 8, CPU))
+    assert all(finding.passed for finding in check_loss(layer, way))
+
+    def forward():
+        out, loss = way.forward()
+        if wrong == "loss":
+            return out, 1.00001 * loss
+        none = loss - loss if wrong == "no gradient" else 0.02 * (loss - loss.detach())
+        return out, loss.detach() + none
+
+    findings = check_loss(layer, Way(forward, way.leaves, way.grads))
+    failed = {finding.run for finding in findings if not finding.passed}
+    assert failed == ({"module"} if wrong == "loss" else {"module loss"})
+
+
 @pytest.mark.parametrize("order", ScoreOrder, ids=lambda order: order.value)
 def test_the_check_knows_every_score_order(order):
     layer = tiny_layer(score_order=order, add_bias=True)
-    findings = check_rounded_layer(layer, Rounding.make("nr", 16, CPU))
+    findings = check_rounded_layer(layer, Rounding.make("nr", 16, CPU), with_module=True)
     assert all(finding.passed for finding in findings), findings
     found = {(finding.run, finding.tensor) for finding in findings}
     gradients = {"out", "dx", "dw1", "dw2", "db1", "db2"}
     assert {("flat", name) for name in gradients | {"dtopk_weights"}} <= found
-    assert {("moe", name) for name in gradients | {"drouter_w"}} <= found
+    for run in ("moe", "module"):
+        assert {(run, name) for name in gradients | {"drouter_w"}} <= found
     assert ("routing", "pairs") in found
 
 
@@ -187,7 +232,13 @@ def test_malformed_sizes_are_refused(text):
         (["--rep", "0"], "expected a positive number of milliseconds, got '0'"),
         (["--rep", "nan"], "expected a positive number"),
         (["--json", "."], "is a directory, expected a file"),
-        (["--routing", "nr", "nr"], "--routing names nr more than once"),
+        (
+            ["--routing", "nr", "up", "nr"],
+            "--routing: value 3 is value 1 once more. Give each once",
+        ),
+        (["--thiekq", *["8,8,8,4,2,4"] * 2], "--thiekq: value 2 is value 1 once more"),
+        (["--sweep", "1", "1"], "--sweep: value 2 is value 1 once more"),
+        (["--device", "cpu:1"], "expected cuda or cpu, got 'cpu:1': CPUs have no number. Pass cpu"),
     ],
     ids=as_typed,
 )

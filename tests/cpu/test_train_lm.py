@@ -110,7 +110,7 @@ def test_a_file_without_curves_is_refused(tmp_path):
         (["--steps", "-1"], "positive integer"),
         (["--seeds", "-1"], "at least 0"),
         (["--routings", "foo"], "invalid choice: 'foo'"),
-        (["--routings", "nr", "nr"], "twice"),
+        (["--routings", "nr", "nr"], "--routings: value 2 is value 1 once more"),
         (["--json", "."], "is a directory"),
     ],
     ids=as_typed,

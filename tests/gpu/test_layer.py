@@ -24,6 +24,7 @@ from sonic.testing import (
     run_layer,
 )
 from sonic.triton import parts
+from tests.graphs import no_synchronization
 from tests.layers import (
     DEVICE,
     IMPL,
@@ -401,11 +402,8 @@ def test_no_host_synchronisation():
         sonic.grouped_mm(x, parameters["w1"], offset, impl=IMPL).sum().backward()
 
     run()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronization():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_current_stream_is_used():

@@ -1,8 +1,6 @@
 """The router kernels and modules on a GPU."""
 
-import contextlib
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,23 +27,13 @@ from sonic.routing.route import route
 from sonic.testing import assert_close
 from sonic.triton import router as router_module
 from tests import router_checks as checks
-from tests.graphs import record, warm_up
+from tests.graphs import no_synchronization, record, warm_up
 
 CUDA = torch.device("cuda")
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:]
 )
 both_paths = pytest.mark.parametrize("fused", [True, False], ids=["fused", "rows"])
-
-
-@contextlib.contextmanager
-def no_synchronization() -> Iterator[None]:
-    """Any wait of the host for the device that torch knows of is an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @both_paths

@@ -1,8 +1,5 @@
 """The Triton routing kernels on a GPU against their torch twins."""
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -19,7 +16,7 @@ from sonic.triton.combine import combine
 from sonic.triton.score_grad import gather_scores, score_grad
 from sonic.triton.topk import topk_scores
 from tests import routing_checks as checks
-from tests.graphs import capture
+from tests.graphs import capture, no_synchronization
 
 CUDA = torch.device("cuda")
 every_order = pytest.mark.parametrize("order", ScoreOrder, ids=lambda o: o.value)
@@ -27,16 +24,6 @@ every_dtype = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:]
 )
 every_id_dtype = pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=str)
-
-
-@contextlib.contextmanager
-def no_synchronization() -> Iterator[None]:
-    """Any wait of the host for the device that torch knows of is an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 PLANS = [

@@ -1,8 +1,5 @@
 """Token rounding's kernels on a GPU: against oracle and twin, in graphs, without a host wait."""
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -19,22 +16,16 @@ from sonic.triton import rounding_summaries
 from sonic.triton import token_rounding as token_rounding_kernels
 from sonic.triton.token_rounding import round_logits
 from tests import rounding_checks as checks
-from tests.graphs import capture
+from tests.graphs import capture, no_synchronization
 from tests.rounding_checks import Case
 from tests.routing_checks import PLAN_TENSORS, assert_same_plan
 
 CUDA = torch.device("cuda")
 every_rule = pytest.mark.parametrize("rule", RULES)
-
-
-@contextlib.contextmanager
-def no_synchronization() -> Iterator[None]:
-    """Any wait of the host for the device that torch knows of is an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str
+)
+low_precision = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
 def run(case, scores, uniform):
@@ -83,9 +74,10 @@ def test_every_size_equals_the_twin(sizes, rule, guarded):
 
 
 @every_rule
-def test_scores_that_are_no_numbers(rule, poisoned):
+@every_dtype
+def test_scores_that_are_no_numbers(dtype, rule, poisoned):
     case = Case(3000, 64, 4, 128, rule)
-    scores, uniform = checks.scores_of(case, 0, CUDA), checks.uniform_of(case, 0, CUDA)
+    scores, uniform = checks.scores_of(case, 0, CUDA).to(dtype), checks.uniform_of(case, 0, CUDA)
     scores[torch.rand(scores.shape, device=CUDA) < 0.1] = torch.nan
     scores[torch.rand(scores.shape, device=CUDA) < 0.1] = torch.inf
     outputs, expected = (
@@ -97,7 +89,7 @@ def test_scores_that_are_no_numbers(rule, poisoned):
         assert torch.equal(actual, wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@every_dtype
 def test_gradient(dtype, guarded):
     case = Case(5000, 70, 4, 128, "nr")
     scores = checks.scores_of(case, 0, CUDA)
@@ -107,7 +99,7 @@ def test_gradient(dtype, guarded):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@every_dtype
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1000, 60, 4), (4097, 512, 10), (300, 4096, 33)])
 def test_winner_softmax(sizes, dtype, full, guarded):
     tokens, experts, top_k = sizes
@@ -116,7 +108,7 @@ def test_winner_softmax(sizes, dtype, full, guarded):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["winners", "full"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@every_dtype
 @pytest.mark.parametrize("sizes", [size for size in SIZES if size[1] <= 4096], ids=str)
 def test_logits_to_plan(sizes, dtype, full, guarded):
     """The fused kernels, for one rule each."""
@@ -127,10 +119,25 @@ def test_logits_to_plan(sizes, dtype, full, guarded):
     checks.check_logits(guarded.copy_of(logits), checks.uniform_of(case, 0, CUDA), case, full)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_rule
+@low_precision
+@pytest.mark.parametrize(("experts", "full"), [(5, False), (64, True), (300, True), (500, False)])
+def test_long_columns_equal_the_twin(experts, full, dtype, rule, guarded):
+    """Every rule where a table has summaries, and where there are only these: the two tests below
+    compare such kernels with each other, which share what they are made of. ``balance-f`` has a
+    table at any rate."""
+    case = Case(9001, experts, 4, 128, rule)
+    logits = guarded.copy_of((2 * torch.randn(9001, experts, device=CUDA)).to(dtype))
+    assert rounding_summaries.are_summarized(logits) == (experts > 256)
+    assert rounding_summaries.are_summarized_with_table(*logits.shape) == (experts <= 64)
+    checks.check_logits(logits, checks.uniform_of(case, 0, CUDA), case, full)
+
+
+@low_precision
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "balance-f"])
 def test_keys_without_a_table_are_the_same_bits(rule, dtype, monkeypatch):
-    """Of logits that are columns of a wider tensor; ``balance-f`` always has a table."""
+    """As with one, of logits that are columns of a wider tensor, with ties, NaN and infinities;
+    ``balance-f`` always has a table, and would be compared with itself."""
     tokens, experts, top_k = 9000, 500, 4
     logits = torch.randn(tokens, 2 * experts, device=CUDA).to(dtype)[:, 8 : experts + 8]
     logits[:, 3] = logits[:, 5] = -0.0
@@ -142,6 +149,7 @@ def test_keys_without_a_table_are_the_same_bits(rule, dtype, monkeypatch):
     without = round_logits(logits, *arguments)
     assert rounding_summaries.are_summarized(logits)
     monkeypatch.setattr(rounding_summaries, "_LEAST_SUMMARIZED", experts + 1)
+    assert not rounding_summaries.are_summarized(logits)
     expected = round_logits(logits, *arguments)
     for actual, wanted in zip(
         (*without[0], *without[1:]), (*expected[0], *expected[1:]), strict=True
@@ -156,7 +164,8 @@ def test_keys_without_a_table_are_the_same_bits(rule, dtype, monkeypatch):
 def test_what_few_experts_have_of_their_own_are_the_same_bits(
     rule, experts, full, dtype, monkeypatch
 ):
-    """Summaries of the table, and pairs that are emitted at once."""
+    """Summaries of the table, and pairs that are emitted at once, beside neither of the two, which
+    every rule has; with NaN and infinities."""
     tokens, top_k = 9001, 2
     logits = torch.randn(tokens, experts, device=CUDA).to(dtype)
     for value in (torch.nan, torch.inf, -torch.inf, 0.0):
@@ -168,6 +177,7 @@ def test_what_few_experts_have_of_their_own_are_the_same_bits(
         monkeypatch.setattr(rounding_summaries, "_MOST_WITH_TABLE", most)
         monkeypatch.setattr(token_rounding_kernels, "_MOST_AT_ONCE", most)
         token_rounding_kernels._emit_launch.cache_clear()
+        assert rounding_summaries.are_summarized_with_table(tokens, experts) == (most == 64)
         rounded, *rest = round_logits(logits, *arguments)
         results.append([t for t in (*rounded, *rest) if t is not None])
     token_rounding_kernels._emit_launch.cache_clear()
@@ -248,7 +258,9 @@ def test_no_host_synchronization(rule, poisoned):
 )
 @every_rule
 def test_cuda_graph(rule, sizes):
-    """Captured once, replayed on other logits; random rules draw anew at every replay."""
+    """Captured once, replayed on other logits, beside the same operators without a graph: what they
+    compute is for the tests above. Random rules draw anew at every replay. Keys without a table
+    come of ``sizes`` with 300 experts, but for ``balance-f``."""
     logits = _logits(*sizes)
     assert rounding_summaries.are_summarized(logits) == (sizes[1] == 300)
     graph, captured = capture(lambda: _everything(logits, rule))
@@ -279,6 +291,7 @@ def test_a_generator_decides(rule):
 
 
 def test_under_compile():
+    """The operator behind torch.compile is the one of an eager call, which is what it returns."""
     compiled = torch.compile(token_rounding, fullgraph=True)
     scores = _logits().float().softmax(1)
     for actual, expected in zip(
@@ -289,7 +302,8 @@ def test_under_compile():
 
 @every_rule
 def test_the_layer_equals_its_flat_form(rule):
-    """One call, and the same pairs through general routing: same plan, so the same bits."""
+    """One call, and the same pairs through general routing: same plan, so the same bits. Both round
+    by the same operator, which is compared elsewhere; here it is plan and experts."""
     tokens, hidden, inner, experts = 2000, 256, 128, 16
     x = torch.randn(tokens, hidden, device=CUDA).bfloat16().requires_grad_()
     router = (torch.randn(experts, hidden, device=CUDA) / 16).bfloat16().requires_grad_()
@@ -311,6 +325,58 @@ def test_the_layer_equals_its_flat_form(rule):
     expected = torch.autograd.grad(flat, leaves, dout)
     for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours, theirs) and theirs.any()
+
+
+def _module_and_input(rule, tokens=1000, tile="auto", dtype=torch.bfloat16, **options):
+    layer = checks.make_module(CUDA, dtype, tile, rule, **options)
+    return layer, torch.randn(tokens, layer.hidden_size, device=CUDA).to(dtype)
+
+
+@every_rule
+@low_precision
+@pytest.mark.parametrize("sizes", checks.MODULE_SIZES, ids=str)
+def test_module_against_the_reference(sizes, dtype, rule, poisoned):
+    """Output, balancing loss and all gradients, for the pairs of the oracle."""
+    checks.check_module(*_module_and_input(rule, *sizes, dtype))
+
+
+@pytest.mark.parametrize("order", ScoreOrder, ids=str)
+def test_module_of_every_score_order(order, poisoned):
+    checks.check_module(*_module_and_input("nr", score_order=order))
+
+
+@every_rule
+def test_module_does_not_synchronize_and_repeats_bitwise(rule, poisoned):
+    layer, x = _module_and_input(rule)
+    dout = torch.randn_like(x)
+    torch.manual_seed(1)
+    first = list(checks.module_step(layer, x, dout).values())
+    for _ in range(9):
+        torch.manual_seed(1)
+        with no_synchronization():
+            again = checks.module_step(layer, x, dout)
+        _assert_equal(list(again.values()), first)
+
+
+@every_rule
+def test_module_in_a_cuda_graph(rule):
+    """Captured once with its loss and backward pass, replayed on other tokens and weights."""
+    layer, x = _module_and_input(rule)
+    dout = torch.randn_like(x)
+    graph, captured = capture(lambda: list(checks.module_step(layer, x, dout).values()))
+    seen = []
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            x.normal_()
+            dout.normal_()
+            layer.router.weight.mul_(scale)
+        torch.manual_seed(5)
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        torch.manual_seed(5)
+        _assert_equal(replayed, list(checks.module_step(layer, x, dout).values()))
+        seen.append(replayed[1].item())
+    assert seen[0] != seen[1]
 
 
 def test_scores_beyond_2_31_elements():

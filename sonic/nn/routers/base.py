@@ -95,8 +95,7 @@ class Router(nn.Module):
         checks.check_int(op, "hidden_size", hidden_size, 1, 2**31 - 1, "a size")
         checks.check_int(op, "num_experts", num_experts, 1, checks.MAX_EXPERTS, "16-bit ids")
         checks.check_int(op, "the number of columns", columns, 1, checks.MAX_EXPERTS, "16-bit ids")
-        limit = min(checks.MAX_TOP_K, columns)
-        checks.check_int(op, "top_k", top_k, 1, limit, "at most 64 and at most the columns")
+        checks.check_top_k(op, top_k, columns, "columns", "C")
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k

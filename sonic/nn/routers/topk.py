@@ -60,8 +60,9 @@ class TopKRouter(Router):
             ``num_groups`` runs of columns, ranked by the sum of their ``group_best`` best choices.
         num_identity, num_null: experts that cost nothing.
         losses: factors of the balancing losses, a :class:`LossWeights` or a mapping.
-        capacity_factor: in training an expert takes at most ``factor * T * top_k / E`` rows; None
-            for no limit. eval_capacity_factor: likewise in eval mode.
+        capacity_factor: in training an expert takes at most ``factor * T * top_k / E`` rows,
+            rounded up, so that any factor leaves it one; None for no limit.
+            eval_capacity_factor: likewise in eval mode.
         capacity_drop: ``"position"`` drops an expert's last tokens, ``"score"`` its least weighted.
         group: processes that share a batch, for the global-batch loss in training and for
             :func:`update_balance`; None for this process alone. With that loss a forward in
@@ -294,7 +295,9 @@ class TopKRouter(Router):
         losses: dict[str, Tensor] = {}
         if balance:
             losses = self._losses(tensors)
-            load = tensors.load.sum(dim=0) if tensors.load.shape[0] > 1 else tensors.load[0]
+            load = tensors.load[0]
+            if tensors.load.shape[0] > 1:
+                load = tensors.load.sum(dim=0, dtype=torch.int32)
             statistics = RoutingStatistics(load, tensors.entropy, self.num_experts, plan)
         return RouterOutput(
             winners,
