@@ -145,6 +145,14 @@ def _refuse_tile(
                 "elements, of which a copy fits the registers",
                 remedy,
             )
+        # Of C all slots but one are filled ahead, with chunks of one tile.
+        most = config.tile_n // epilogue.acc_chunk + 1
+        if epilogue.c_blocks and config.epilogue_stages > most:
+            return Unsupported(
+                f"epilogue_stages={config.epilogue_stages} with an overlapped epilogue that loads "
+                f"a tile: at most {most} for tile_n={config.tile_n}",
+                remedy,
+            )
     return None
 
 

@@ -99,6 +99,10 @@ def describe_toolchain(arch: Arch) -> dict[str, str]:
     return described
 
 
+class _DamagedError(ValueError):
+    """An entry that nobody can use: incomplete, changed, or not safe from others."""
+
+
 class KernelCache:
     """Loads compiled kernels and, in mode ``rw``, keeps them. Not thread-safe.
 
@@ -156,10 +160,12 @@ class KernelCache:
                 return self._open(path, key)
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            # Loaders raise errors of many types, and whichever it is, the answer is to compile.
+            # Loaders raise errors of many types, and whichever it is, the answer is to compile. But
+            # only what is seen to be damaged goes: other processes may not lack the memory, the
+            # files or the library that this one lacks.
             except Exception as error:
                 _log.warning("did not use the compiled kernel %s: %s", path, error)
-                if self._writes:
+                if self._writes and isinstance(error, _DamagedError):
                     with contextlib.suppress(OSError):
                         path.unlink()
         return None
@@ -228,7 +234,10 @@ class KernelCache:
         return owners
 
     def _open(self, path: Path, key: KernelKey) -> Any:
-        _check_seal(_read(path, self.owners()))
+        try:
+            _check_seal(_read(path, self.owners()))
+        except ValueError as error:
+            raise _DamagedError(error) from error
         return self._load(path, key.symbol)
 
     def _damage(self, path: Path) -> str | None:

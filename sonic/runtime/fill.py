@@ -28,7 +28,7 @@ _log = logging.getLogger("sonic")
 
 _MOST_JOBS = 8  # that nobody asked for: each takes about a gigabyte
 _MOST_SECONDS = 1800.0
-_AT_ONCE = 1.0  # seconds: whoever waited longer for its turn came second
+_CLOCKS = 5.0  # seconds by which the clock of the cache's disk may be behind
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _tried: set[Hashable] = set()  # layers whose kernels this process has looked for
 
@@ -99,13 +99,30 @@ def fill_cache(
         *(["--add_bias"] if up.has_bias else []),
         *([] if up.store_preact else ["--inference"]),
     ]
-    start = time.perf_counter()
+    failed = _mark_of_failure(folder, backend.gpu, keys[0], (hidden, width, experts))
+    start = time.time()
     with turn(folder / f".fill-{backend.gpu}.lock"):
-        # Where another process had its turn before and some are missing still, that one has failed.
-        if not is_filled() and time.perf_counter() - start < _AT_ONCE:
-            _run(command, folder)
-            if not is_filled():
-                _log.warning("sonic compile left some %s missing here", up.name)
+        # Whoever had its turn before compiled these kernels, or others, or could not.
+        if is_filled() or _changed_since(failed, start - _CLOCKS):
+            return
+        _run(command, folder)
+        if is_filled():
+            failed.unlink(missing_ok=True)
+        else:
+            failed.touch(mode=0o600)
+            _log.warning("sonic compile left some %s missing here", up.name)
+
+
+def _mark_of_failure(folder: Path, gpu: str, key: KernelKey, sizes: tuple[int, ...]) -> Path:
+    """The file whose time says when the kernels of a layer could not all be compiled last."""
+    return folder / f".fill-{gpu}-{key.stem}-{'-'.join(map(str, sizes))}.failed"
+
+
+def _changed_since(path: Path, moment: float) -> bool:
+    try:
+        return path.stat().st_mtime >= moment
+    except OSError:
+        return False
 
 
 def _run(command: list[str], folder: Path) -> None:

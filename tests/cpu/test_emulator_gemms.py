@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed")
 
-from kernels_sm90.tiles import BLOCK_K, pieces_alternate
+from kernels_sm90.tiles import BLOCK_K, pieces_alternate, supports_config
+from sonic.device.blocks import EpilogueBlocks
 from sonic.enums import ActivationType, GateUpLayout
 from sonic.reference import stages as reference
 from sonic.runtime import launch
@@ -126,6 +127,16 @@ def test_pieces_that_alternate(emulated_gemm, activation):  # noqa: F811
     sizes = Sizes(40, 25 * BLOCK_K + 8, 136, (130, 0, 7))
     assert pieces_alternate(26) and not pieces_alternate(25)
     emulated_gemm(GroupedGemm(down_backward_act_problem(activation, "bfloat16"), sizes), config)
+
+
+def test_all_of_a_loaded_tile_ahead(emulated_gemm):  # noqa: F811
+    """As many slots as are supported: one more than a tile has chunks."""
+    problem = down_backward_act_problem(ActivationType.GELU, "bfloat16")
+    most = 64 // EpilogueBlocks.of(problem).acc_chunk + 1
+    config = TileConfig(128, 64, 1, 1, OVERLAPPED, most)
+    assert supports_config(problem, config) is None
+    assert supports_config(problem, replace(config, epilogue_stages=most + 1)) is not None
+    emulated_gemm(GroupedGemm(problem, replace(SIZES, width=200)), config)
 
 
 # Three heights, an expert that leaves the second CTA of a pair nothing, and outputs of one, two or

@@ -61,6 +61,13 @@ class Machine:
         folder = self.cache.folder(Arch.SM90, create=True)
         return [folder / f"{key.stem}.so" for key in self.keys]
 
+    def mark_as_failed(self):
+        """What a process that could not compile the last layer that was used leaves."""
+        folder = self.cache.folder(Arch.SM90, create=True)
+        path = fill._mark_of_failure(folder, self.backend.gpu, self.keys[0], self.sizes)
+        path.touch()
+        return path
+
     def use(
         self,
         activation=ActivationType.SWIGLU,
@@ -73,6 +80,7 @@ class Machine:
         width = INTERMEDIATE * (2 if activation.is_gated else 1)
         configs = self.backend.default_configs(up, width, HIDDEN, experts)
         self.keys = [KernelKey(Arch.SM90, up, config) for config in configs]
+        self.sizes = HIDDEN, width, experts
         fill.fill_cache(up, DEVICE, hidden=HIDDEN, width=width, experts=experts)
 
 
@@ -222,12 +230,34 @@ def test_of_several_processes_one_compiles(machine, monkeypatch):
             if keeps:
                 machine.write_kernels()
             else:
-                monkeypatch.setattr(fill, "_AT_ONCE", -1.0)
+                machine.mark_as_failed()
             yield
 
         monkeypatch.setattr(fill, "turn", late)
         machine.use()
         assert not machine.commands
+
+
+def test_a_turn_of_another_layer_is_no_failure_of_this_one(machine, monkeypatch):
+    """However long it took; nor is a failure of this layer's, long ago."""
+    machine.use()
+    other = machine.mark_as_failed()
+
+    @contextlib.contextmanager
+    def late(path):
+        other.touch()
+        yield
+
+    monkeypatch.setattr(fill, "turn", late)
+    machine.use(bias=True)
+    assert len(machine.commands) == 2
+    failed = machine.mark_as_failed()
+    os.utime(failed, (0, 0))
+    machine.set_up()
+    for kernel in machine.paths():
+        kernel.unlink()
+    machine.use(bias=True)
+    assert len(machine.commands) == 3 and not failed.exists()
 
 
 def test_odd_search_paths_are_no_failure(machine, monkeypatch, tmp_path):

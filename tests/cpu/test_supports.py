@@ -110,6 +110,10 @@ CONFIGS = {
     "accumulators": (DOWN, COOPERATIVE, {"tile_m": 256, "tile_n": 256}, "256 accumulators"),
     "stages of the epilogue": (DOWN, COOPERATIVE, {"epilogue_stages": 0}, "at least 2 where"),
     "stages of a loaded tile": (DH, COOPERATIVE, {"epilogue_stages": 1}, "epilogue_stages=1"),
+    "stages of a tile loaded ahead": (
+        DH, replace(COOPERATIVE, schedule=Schedule.OVERLAPPED, tile_n=64),
+        {"epilogue_stages": 6}, "at most 5 for tile_n=64",
+    ),
     "shared memory": (
         ACCUMULATE, COOPERATIVE, {"tile_m": 256, "epilogue_stages": 8}, "bytes of shared memory",
     ),
