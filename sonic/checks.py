@@ -151,11 +151,16 @@ def check_bool(op: str, name: str, value: Any) -> None:
         )
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def check_number(op: str, name: str, value: Any, todo: str, positive: bool = False) -> None:
-    """A finite number, at least 0 or above it."""
+    """A finite number of float32, at least 0 or above it."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < math.inf or (positive and value == 0):
+    if not is_number or not 0 <= value <= _LARGEST or (positive and value == 0):
         allowed = "a finite number above 0" if positive else "a finite number, 0 or above"
+        if is_number and _LARGEST < value < math.inf:
+            allowed = f"{allowed}, that float32 has"
         raise ArgumentError(message(op, f"{name}={value!r}", allowed, todo))
 
 
@@ -195,6 +200,10 @@ def check_device_option(op: str, device: Any) -> None:
         ) from None
     if torch._C._len_torch_dispatch_stack():
         return  # it may be a fake one
+    if made_on.type not in ("cuda", "cpu", "meta"):
+        allowed = "cuda, cpu and meta"
+        todo = "Build it on one of these, and move it with .to() where torch can."
+        raise DeviceError(message(op, f"device={device!r}", allowed, todo))
     missing = missing_gpu(made_on, 'build it on the CPU or with device="meta"')
     if missing is not None:
         raise DeviceError(f"{op}: device: {missing}.")

@@ -236,6 +236,12 @@ def experts_planned(
     checks.check_hidden_states(op, hidden_states)
     impl = checks.resolve_impl(op, impl, hidden_states.device)
     operands = _operands(op, hidden_states, w1, b1, w2, b2, activation, layout, impl, main_grads)
+    if not isinstance(plan, RoutingPlan):
+        todo = "Make it with sonic.build_plan(topk_ids, num_experts)."
+        came = f"plan is of type {type(plan).__name__}"
+        raise ArgumentError(checks.message(op, came, "a sonic.RoutingPlan", todo))
+    top_k = plan.top_k if plan.offset_by_token is None else None
+    _check_slot_weights(op, hidden_states, weights, plan.token_by_row, plan.num_tokens, top_k)
     sizes = plan.num_tokens, plan.num_experts, plan.num_rows
     if sizes != (hidden_states.shape[0], w1.shape[0], weights.numel()):
         raise ShapeError(
@@ -250,6 +256,28 @@ def experts_planned(
         )
     checks.check_num_slots(op, plan.num_rows, impl)
     return _run(operands, weights, plan)
+
+
+@remembered
+def _check_slot_weights(
+    op: str,
+    hidden_states: Tensor,
+    weights: Any,
+    token_by_row: Tensor,
+    num_tokens: int,
+    top_k: int | None,
+) -> None:
+    """``weights`` are those of a plan's slots; ``top_k`` is None if they are a flat list."""
+    todo = "Pass one weight for each slot of the plan, laid out as its ids were."
+    if top_k is None:
+        axes = {"S": token_by_row.shape[0]}
+    else:
+        axes = {"T": num_tokens, "top_k": top_k}
+    checks.check_tensor(op, "weights", weights, tuple(axes), todo)
+    checks.check_float(op, "weights", weights)
+    checks.check_shape(op, "weights", weights, axes, todo)
+    others = {"weights": weights, "plan": token_by_row}
+    checks.check_same_device(op, "hidden_states", hidden_states, **others)
 
 
 def moe(
@@ -306,9 +334,9 @@ def moe(
     operands = _operands(op, hidden_states, w1, b1, w2, b2, activation, layout, impl, main_grads)
     checks.check_router(op, hidden_states, router_weight, w1.shape[0], top_k, impl)
     tile = resolve_tile(op, tile)
+    check_generator(op, "hidden_states", hidden_states, generator)
     if rounding is not None:
         check_rule(op, rounding, "rounding")
-        check_generator(op, "hidden_states", hidden_states, generator)
     logits = router_logits(hidden_states, router_weight)
     if rounding is None:
         scores, ids = topk_routing(logits, top_k, order=order)
@@ -399,6 +427,14 @@ def moe_TC_softmax_topk_layer(
         ``(out (T, H), router_logits (T, E), expert_frequency (E,))``.
     """
     op = "moe_TC_softmax_topk_layer"
+    flags = {
+        "is_inference_mode_enabled": is_inference_mode_enabled,
+        "is_softmax_over_topk": is_softmax_over_topk,
+        "norm_topk_probs": norm_topk_probs,
+        "concat_layout": concat_layout,
+    }
+    for name, flag in flags.items():
+        checks.check_bool(op, name, flag)
     if is_softmax_over_topk and norm_topk_probs:
         raise ArgumentError(
             checks.message(
@@ -502,6 +538,7 @@ _GENERAL_NAMES = {
     "weights is": "router_scores is",
     "weights have": "router_scores have",
     "weights.reshape": "router_scores.reshape",
+    "weights.float": "router_scores.float",
 }
 
 

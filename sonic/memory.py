@@ -70,6 +70,8 @@ def saved_bytes(
         DTypeError: ``dtype`` is none that the layer computes in.
     """
     op = "saved_bytes"
+    checks.check_bool(op, "weights_frozen", weights_frozen)
+    _check_tile(op, tile)
     rows = _rows(op, num_tokens, top_k, num_slots)
     _check(op, num_tokens, hidden_size, intermediate_size, num_experts, dtype)
     if rounding is not None:
@@ -189,6 +191,12 @@ def _rows(op: str, num_tokens: int, top_k: int | None, num_slots: int | None) ->
     )
 
 
+def _check_tile(op: str, tile: int | str) -> None:
+    from sonic.routing.token_rounding import resolve_tile
+
+    resolve_tile(op, tile)
+
+
 def _rounded_rows(
     op: str, num_tokens: int, num_experts: int, top_k: int | None, rounding: str, tile: int | str
 ) -> int:
@@ -199,4 +207,5 @@ def _rounded_rows(
             f"{op}: rounding={rounding!r} came with top_k={top_k}. Allowed: one of "
             f"{', '.join(map(repr, RULES))}, with top_k. Pass both, or leave rounding out."
         )
+    checks.check_top_k(op, top_k, num_experts)
     return most_pairs(num_tokens, num_experts, top_k, resolve_tile(op, tile), rounding)

@@ -37,6 +37,7 @@ _LAYER_NAMES = {
     r"\bw2\b": "c_proj.weight",
     r"\bb1\b": "c_fc.bias",
     r"\bb2\b": "c_proj.bias",
+    r"\brouter_weight\b": "router.weight",
     'impl="cute"': 'kernel_backend_moe="sonicmoe"',
     'impl="reference"': 'kernel_backend_moe="torch"',
 }
@@ -152,7 +153,11 @@ class _ExpertsBase(nn.Module):
             op, "activation_function", activation_function, ActivationType
         )
         self.layout = checks.choice(op, "layout", layout, GateUpLayout)
-        width = intermediate_size * (2 if self.activation_function.is_gated else 1)
+        gated = self.activation_function.is_gated
+        if gated:
+            most, why = (2**31 - 1) // 2, "gate and up rows have one index"
+            checks.check_int(op, "intermediate_size", intermediate_size, 1, most, why)
+        width = intermediate_size * (2 if gated else 1)
         self.c_fc = ExpertLinear(
             num_experts, hidden_size, width, add_bias, std, device=device, dtype=dtype
         )
@@ -161,10 +166,13 @@ class _ExpertsBase(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Initialise every part anew; what to call after ``to_empty`` on a meta module."""
-        for part in self.children():
-            if callable(reset := getattr(part, "reset_parameters", None)):
-                reset()
+        """Initialise every part anew; what to call after ``to_empty`` on a meta module.
+
+        Raises:
+            ArgumentError: a module of the caller's has parameters and no ``reset_parameters``.
+        """
+        for name, part in self.named_children():
+            _reset(name, part)
 
     def extra_repr(self) -> str:
         return (
@@ -339,7 +347,9 @@ class MoE(_ExpertsBase):
         Args:
             hidden_states: (..., H), floating point.
             kernel_backend_moe: ``sonicmoe`` for the kernels (CUDA), ``torch`` for the reference.
-            is_inference_mode: if True, nothing is kept for a backward pass and no loss is computed.
+            is_inference_mode: if True, nothing is kept for a backward pass, no loss is computed and
+                nothing is rounded. A module given as ``router`` goes by its own ``training``, with
+                its noise and its capacity: call ``eval()`` for theirs of inference.
             router_inputs: keyword arguments for the module given as ``router``, such as ``mask``
                 (added to the logits: -inf bars an expert).
 
@@ -372,6 +382,7 @@ class MoE(_ExpertsBase):
                 out, aux_loss = self._by_linear_router(hidden_states, impl, is_inference_mode)
             out = out.view(hidden_states.shape)
             if self.shared_experts is not None:
+                # Experts that take tokens alone: SharedExperts, by its kernels.
                 options = {"impl": impl} if isinstance(self.shared_experts, Experts) else {}
                 shared = self.shared_experts(hidden_states, **options)
                 _check_shared_output(shared, out)
@@ -384,7 +395,11 @@ class MoE(_ExpertsBase):
         tokens = hidden_states.reshape(-1, self.hidden_size)
         weight = cast(Tensor, self.router.weight)
         rounds = self.routing == "token_rounding" and self.training and not is_inference_mode
-        checks.check_router("MoE", tokens, weight, self.num_experts, self.top_k, impl)
+        self._check_own_linear()
+        try:
+            checks.check_router("MoE", tokens, weight, self.num_experts, self.top_k, impl)
+        except SonicError as error:
+            raise _of_layer(error) from error
         logits = router_logits(tokens, weight)
         # The loss comes from the kernels that route, not from a softmax of its own. With rounding
         # they route for it alone: it counts what the tokens choose.
@@ -413,10 +428,7 @@ class MoE(_ExpertsBase):
                 **self._parameters_and_options(impl),
             )
         except SonicError as error:
-            text = str(error).removeprefix("experts_planned: ")
-            for name, theirs in _LAYER_NAMES.items():
-                text = re.sub(name, theirs, text)
-            raise type(error)(f"MoE: {text}") from error
+            raise _of_layer(error) from error
 
     def _by_own_router(
         self,
@@ -433,6 +445,21 @@ class MoE(_ExpertsBase):
             # The float32 weight makes the sum float32, which is then rounded once.
             out = torch.addcmul(out, routed.identity_weight[:, None], tokens).to(out.dtype)
         return out, routed.aux_loss if balance else None
+
+    def _check_own_linear(self) -> None:
+        """What the built-in router does is done with its weight alone."""
+        router = self.router
+        if isinstance(router, nn.Linear) and router.bias is None:
+            return
+        came = type(router).__name__ + (" with a bias" if isinstance(router, nn.Linear) else "")
+        raise ArgumentError(
+            checks.message(
+                "MoE",
+                f"the layer's router was replaced by a {came}",
+                "a torch.nn.Linear without bias there",
+                "Build the layer with router=, for instance a router of sonic.nn.routers.",
+            )
+        )
 
     def _check_router_inputs(self, router_inputs: Any) -> None:
         known = self._router_inputs
@@ -494,6 +521,34 @@ class MoE(_ExpertsBase):
         if self.routing == "token_rounding":
             text += f", routing='token_rounding', rounding={self.rounding!r}, tile={self.tile!r}"
         return text
+
+
+def _of_layer(error: SonicError) -> SonicError:
+    """``error`` of a function, by the names that the layer and its caller have for arguments."""
+    text = str(error).removeprefix("experts_planned: ").removeprefix("MoE: ")
+    for name, theirs in _LAYER_NAMES.items():
+        text = re.sub(name, theirs, text)
+    if "on meta" in text:
+        text += " A layer on meta gets memory from to_empty(device=...), then reset_parameters()."
+    return type(error)(f"MoE: {text}")
+
+
+def _reset(name: str, part: nn.Module) -> None:
+    """Initialise ``part``, of this name in the layer, and what it holds."""
+    if callable(reset := getattr(part, "reset_parameters", None)):
+        reset()
+        return
+    if any(True for _ in part.parameters(recurse=False)):
+        raise ArgumentError(
+            checks.message(
+                "reset_parameters",
+                f"{name} is a {type(part).__name__} with parameters of its own",
+                "modules with a reset_parameters",
+                "Give it one.",
+            )
+        )
+    for child, inner in part.named_children():
+        _reset(f"{name}.{child}", inner)
 
 
 def _check_router_module(
@@ -584,13 +639,17 @@ def _check_shared_output(shared: Any, out: Tensor) -> None:
 
 
 def _check_shared_experts(shared: Any, hidden_size: int) -> None:
-    if shared is not None and not isinstance(shared, nn.Module):
+    routed = isinstance(shared, _ExpertsBase) and type(shared).forward in (
+        Experts.forward,
+        MoE.forward,
+    )
+    if shared is not None and (routed or not isinstance(shared, nn.Module)):
         raise ArgumentError(
             checks.message(
                 "MoE",
                 f"shared_experts is of type {type(shared).__name__}",
                 "a module from (..., H) to (..., H), or None",
-                "Pass a sonic.nn.routers.SharedExperts, for instance.",
+                "Pass a sonic.nn.routers.SharedExperts, for instance, which routes nothing.",
             )
         )
     for part, name in _sizes_of_ends(shared):

@@ -92,8 +92,8 @@ def choice_of(values: Tensor, bias: Tensor | None, route: Route) -> Tensor:
         choice = choice.masked_fill(values == -torch.inf, -torch.inf)
     if route.num_groups == 1:
         return choice
-    num_tokens = choice.shape[0]
-    by_group = choice.reshape(num_tokens, route.num_groups, -1)
+    num_tokens, num_columns = choice.shape
+    by_group = choice.reshape(num_tokens, route.num_groups, num_columns // route.num_groups)
     best = by_group.sort(dim=-1, descending=True).values[..., : route.group_best]
     rank = torch.where(best == -torch.inf, 0.0, best).sum(dim=-1)
     rank = rank.masked_fill(best[..., 0] == -torch.inf, -torch.inf)

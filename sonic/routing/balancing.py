@@ -6,6 +6,7 @@ works on its sums, on tensors of E elements; nothing waits for the device.
 Sizes: T tokens, E columns of the logits, S sequences, ``top_k`` winners.
 """
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from sonic import checks
 from sonic.plan import RoutingPlan, build_plan
 from sonic.reference.routers import load_shares
-from sonic.runtime.errors import ArgumentError, UnsupportedError
+from sonic.runtime.errors import ArgumentError, DTypeError, UnsupportedError
 from sonic.runtime.route import RouteTensors
 
 DROP_RULES = ("position", "score")
@@ -211,7 +212,8 @@ def corrected_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 
     Raises:
         ArgumentError: ``bias`` or ``load`` is no tensor, or ``rate`` no finite number from 0 on.
-        DTypeError: ``bias`` is not floating point.
+        DTypeError: ``bias`` is not floating point, or ``load`` complex.
+        DeviceError: the two are on two devices.
         ShapeError: the two are not vectors of one length.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
@@ -220,6 +222,10 @@ def corrected_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     checks.check_tensor(op, "bias", bias, ("E",), "Pass one bias per expert.")
     checks.check_tensor(op, "load", load, ("E",), "Sum it over sequences: load.sum(dim=0).")
     checks.check_float(op, "bias", bias)
+    checks.check_same_device(op, "bias", bias, load=load)
+    if load.is_complex():
+        todo = "Count the winners of each expert."
+        raise DTypeError(checks.message(op, f"load is {load.dtype}", "real numbers", todo))
     checks.check_shape(op, "load", load, {"E": bias.shape[0]}, "Count the winners of each expert.")
     checks.check_number(op, "rate", rate, "1e-3 is usual.")
     load = load.to(torch.float64)
@@ -272,8 +278,7 @@ def capacity_of_ratio(num_tokens: int, top_k: int, num_experts: int, ratio: tupl
 def check_factor(op: str, name: str, factor: Any) -> None:
     """A capacity factor: a number up to the one at which no expert can be full."""
     todo = "Pass a factor such as 1.25, or None where the limit is optional."
-    checks.check_number(op, name, factor, todo, positive=True)
-    if factor > checks.MAX_EXPERTS:
+    if isinstance(factor, (int, float)) and checks.MAX_EXPERTS < factor < math.inf:
         raise ArgumentError(
             checks.message(
                 op,
@@ -283,6 +288,7 @@ def check_factor(op: str, name: str, factor: Any) -> None:
                 todo,
             )
         )
+    checks.check_number(op, name, factor, todo, positive=True)
 
 
 def limit_capacity(
@@ -291,19 +297,19 @@ def limit_capacity(
     """Ids with the slots beyond each expert's capacity replaced by -1.
 
     Args:
-        ids: (T, top_k) int32; ids outside ``[0, num_experts)`` are kept as they are.
+        ids: (T, top_k) int32 or int64; ids outside ``[0, num_experts)`` are kept as they are.
         scores: (T, top_k), read for ``drop="score"``.
         capacity: rows per expert, at least 0.
         drop: ``"position"`` drops an expert's last slots, ``"score"`` those of lowest score (of
             equal scores, the last).
 
     Returns:
-        (T, top_k) int32.
+        (T, top_k), of the dtype of ``ids``.
 
     Raises:
         ArgumentError: ``ids`` or ``scores`` is no tensor, ``num_experts`` or ``capacity`` no int in
             its range, or ``drop`` unknown.
-        DTypeError: ``ids`` are not int32 or int64.
+        DTypeError: ``ids`` are not int32 or int64, or ``scores`` not floating point.
         ShapeError, DeviceError: ``ids`` is no matrix, or ``scores`` differs from it in shape or
             device.
     """
@@ -311,6 +317,7 @@ def limit_capacity(
     checks.check_tensor(op, "ids", ids, ("T", "top_k"), "Pass one row of expert ids per token.")
     checks.check_ids(op, "ids", ids)
     checks.check_is_tensor(op, "scores", scores)
+    checks.check_float(op, "scores", scores)
     sizes = {"T": ids.shape[0], "top_k": ids.shape[1]}
     checks.check_shape(op, "scores", scores, sizes, "Pass one score per id.")
     checks.check_same_device(op, "ids", ids, scores=scores)

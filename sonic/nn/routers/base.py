@@ -146,3 +146,16 @@ class SharedReference:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SharedReference":
         return self
+
+    def __reduce__(self) -> tuple[type, tuple[Any]]:
+        if self.value is not None:
+            raise ArgumentError(
+                checks.message(
+                    "pickle",
+                    "a router with a process group was to be pickled",
+                    "routers without one: a group is of one process",
+                    "Keep router.state_dict() instead, or set router.group = None before and the "
+                    "group again behind.",
+                )
+            )
+        return SharedReference, (None,)

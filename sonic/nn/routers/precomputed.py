@@ -61,6 +61,7 @@ class PrecomputedRouter(Router):
         """
         tokens = self.tokens(hidden_states)
         op = "PrecomputedRouter"
+        checks.check_bool(op, "balance", balance)
         checks.check_topk(op, tokens, topk_ids, topk_weights, "reference")
         checks.check_int(op, "top_k", topk_ids.shape[1], self.top_k, self.top_k, "of this router")
         plan = build_plan(topk_ids, self.num_experts)

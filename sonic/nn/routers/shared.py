@@ -69,5 +69,5 @@ class SharedExperts(Experts):
             weights = torch.ones(shape, dtype=torch.float32, device=tokens.device)
         else:
             logits = router_logits(tokens, self.gate.weight, self.gate.bias)
-            weights = torch.sigmoid(logits.float())
+            weights = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         return super().forward(tokens, ids, weights, impl).view(hidden_states.shape)

@@ -199,6 +199,19 @@ class TopKRouter(Router):
                 tensor.zero_()
         self._earlier_loads.clear()
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Counts are not part of a checkpoint, and those of other weights are none of these.
+
+        After ``to_empty`` they hold what the memory held, and weights that are assigned may lie on
+        another device than they do.
+        """
+        super()._load_from_state_dict(*arguments)
+        for name in ("step_load", "batch_load"):
+            counts = getattr(self, name)
+            if counts is not None and counts.device != self.weight.device:
+                setattr(self, name, torch.empty_like(counts, device=self.weight.device))
+        self.reset_counts()
+
     @property
     def capacity_factor(self) -> float | None:
         """Of training; may be assigned."""
