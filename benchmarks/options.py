@@ -116,6 +116,8 @@ def repetition(values: Sequence[Any]) -> str | None:
 def output_file(text: str) -> Path:
     """A file that can be written, which is tried; directories that are missing are made with it."""
     path = Path(text)
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a file, got none")
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a directory, expected a file")
     place = path.absolute()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sonic.runtime.limits import MAX_TOP_K
+from sonic.runtime.limits import MAX_EXPERTS, MAX_SLOTS, MAX_TOP_K
 
 # Multiply-adds of the six GEMMs, in units of rows * H * I * 2 FLOPs: (gated, not gated).
 _GEMM_UNITS = {
@@ -29,7 +29,8 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """Read ``T,H,I,E,top_k``; raises ``ValueError`` when it is not five positive integers."""
+        """Read ``T,H,I,E,top_k``; raises ``ValueError`` when it is not five positive integers, or
+        more than any layer takes."""
         try:
             numbers = [int(part) for part in text.split(",")]
         except ValueError:
@@ -37,8 +38,15 @@ class Shape:
         if len(numbers) != 5 or min(numbers) < 1:
             raise ValueError(f"expected five positive integers T,H,I,E,top_k, got {text!r}")
         shape = cls(*numbers)
-        if shape.top_k > MAX_TOP_K:
-            raise ValueError(f"top_k={shape.top_k} exceeds {MAX_TOP_K} in {text!r}")
+        for name, value, most in (
+            ("top_k", shape.top_k, MAX_TOP_K),
+            ("E", shape.E, MAX_EXPERTS),
+            ("T * top_k", shape.rows, MAX_SLOTS),
+            ("H", shape.H, MAX_SLOTS),
+            ("2 I", 2 * shape.I, MAX_SLOTS),
+        ):
+            if value > most:
+                raise ValueError(f"{name}={value} exceeds {most} in {text!r}")
         if shape.top_k > shape.E:
             raise ValueError(f"top_k={shape.top_k} exceeds E={shape.E} in {text!r}")
         return shape

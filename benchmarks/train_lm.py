@@ -340,8 +340,10 @@ def plot(source: Path, target: Path) -> None:
     curves = {key: curve for key, curve in known.items() if key[2] == "validation"}
     if not curves:
         raise SystemExit(f"{source} has no curves of a language model.")
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit(f"no picture: {error}; install matplotlib, or draw it elsewhere") from None
     matplotlib.use("Agg")
     matplotlib.rcParams |= {"svg.hashsalt": "sonic", "font.size": 9}
     from matplotlib import pyplot

@@ -36,7 +36,14 @@ from benchmarks.measure import (
     saved_bytes,
     speed_table,
 )
-from benchmarks.options import EachOnce, missing_gpu, not_negative, positive, seconds
+from benchmarks.options import (
+    EachOnce,
+    missing_gpu,
+    not_negative,
+    output_file,
+    positive,
+    seconds,
+)
 from benchmarks.options import device as device_option
 from benchmarks.report import RESULTS, Result, provider_of
 from benchmarks.shapes import NAMED_SHAPES, NamedShape, Shape, named_shape
@@ -437,7 +444,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=positive, default=8, help="worker processes")
     parser.add_argument("--limit", type=seconds, default=600, help="seconds for each part")
     parser.add_argument("--task_seconds", type=seconds, default=180, help="seconds for one task")
-    parser.add_argument("--name", default="validation", help="of the result file")
+    parser.add_argument("--name", type=_name, default="validation", help="of the result file")
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory for result files")
     parser.add_argument("--device", type=device_option, default=torch.device("cuda"))
     parser.add_argument("--impl", choices=["auto", "cute", "reference"], default="auto")
@@ -450,6 +457,13 @@ def _named(text: str) -> NamedShape:
         return NamedShape(text, "", Shape.parse(text)) if "," in text else named_shape(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _name(text: str) -> str:
+    """What can stand in the name of a file."""
+    if not text or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"expected a part of a file's name, got {text!r}")
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -480,6 +494,11 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda":
         budget = int(0.9 * torch.cuda.get_device_properties(device).total_memory)
     path = arguments.output / f"{result.head['date']}-{arguments.name}.json"
+    try:
+        output_file(str(path))
+    except argparse.ArgumentTypeError as error:
+        print(f"--output: {error}")
+        return 2
     print(f"{result.head['device']}, driver {result.head['driver']}, {result.head['versions']}")
     # Workers inherit this: without it each would start as many threads as there are cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))

@@ -467,7 +467,11 @@ def _refused(script: str, *flags: str) -> str:
     [
         (["--json", "."], "is a directory"),
         (["--json", "LICENSE/result.json"], "cannot be written"),
+        (["--json="], "expected the name of a file"),
         (["--thiek", "8,8,8,128,65"], "top_k=65 exceeds 64"),
+        (["--thiek", "8,8,8,70000,2"], "E=70000 exceeds 65536"),
+        (["--thiek", "2147483647,8,8,4,2"], "T * top_k=4294967294 exceeds"),
+        (["--thiek", "8,8,1073741824,4,2"], "2 I=2147483648 exceeds"),
         (["--device", "banana"], "expected cuda or cpu"),
         (["--device", "meta"], "expected cuda or cpu"),
     ],
