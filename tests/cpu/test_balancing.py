@@ -53,12 +53,43 @@ def test_sequence_loss(score):
 
 
 def test_sequences_come_from_the_shape():
-    router = SoftmaxRouter(H, E, K, std=0.5)
+    router = SoftmaxRouter(H, E, K, std=0.5, losses={"sequence": 1.0})
     x = torch.randn(4, 10, H)
     by_sequence = [router(part).losses["switch"] for part in x]
     out = router(x)
     torch.testing.assert_close(out.losses["sequence"], torch.stack(by_sequence).mean())
     torch.testing.assert_close(router(x.view(40, H)).losses["sequence"], out.losses["switch"])
+
+
+def test_without_a_sequence_loss_sequences_are_so_many_tokens(monkeypatch):
+    """A pass by sequences costs more, and one of 2047 tokens each would leave the fused kernels."""
+    passes = []
+
+    def watched(logits, top_k, **options):
+        passes.append(options["num_sequences"])
+        return route(logits, top_k, **options)
+
+    monkeypatch.setattr("sonic.nn.routers.topk.route", watched)
+    x = torch.randn(3, 7, H)
+    for losses, expected in (({"switch": 1.0, "global_batch": 0.5}, 1), ({"sequence": 1.0}, 3)):
+        router = SoftmaxRouter(H, E, K, losses=losses, std=0.5)
+        outputs, gradients = [], []
+        for tokens in (x, x.flatten(0, 1)):
+            update_balance(router)
+            outputs.append(router(tokens))
+            (gradient,) = torch.autograd.grad(outputs[-1].aux_loss, router.weight)
+            gradients.append(gradient)
+        assert passes == [expected, 1]
+        passes.clear()
+        ours, flat = outputs
+        assert ("sequence" in ours.losses) == (expected > 1)
+        assert torch.equal(ours.statistics.load, flat.statistics.load)
+        assert ours.statistics.load.shape == (E,)
+        assert torch.equal(ours.topk_weights, flat.topk_weights) and gradients[1].any()
+        if expected == 1:
+            assert torch.equal(ours.aux_loss, flat.aux_loss) and torch.equal(*gradients)
+        else:
+            assert not torch.equal(ours.aux_loss, flat.aux_loss)
 
 
 def test_z_loss_and_entropy():

@@ -179,6 +179,22 @@ def test_launches(tokens, experts, top_k, score):
     assert len(kernels_of(backward)) <= 3, kernels_of(backward)
 
 
+def test_launches_of_sequences_without_their_loss():
+    """Sequences that no tile divides take the launches of flat tokens where nobody asks for their
+    loss."""
+    losses = {"switch": 0.01, "z": 1e-3}
+    options = {"losses": losses, "device": CUDA, "dtype": torch.bfloat16}
+    router = SoftmaxRouter(128, 32, 4, **options)
+    x = torch.randn(4, 2047, 128, device=CUDA).bfloat16()
+    flat = x.flatten(0, 1)
+    assert kernels_of(lambda: router(x)) == kernels_of(lambda: router(flat))
+    ours, theirs = router(x), router(flat)
+    for name in losses:
+        assert ours.losses[name] > 0 and torch.equal(ours.losses[name], theirs.losses[name])
+    assert torch.equal(ours.plan.row_by_slot, theirs.plan.row_by_slot)
+    assert len(kernels_of(lambda: route(ours.logits, 4, num_experts=32))) <= 4
+
+
 def routers():
     options = {"device": CUDA, "dtype": torch.bfloat16}
     losses = {"switch": 0.01, "sequence": 0.01, "global_batch": 0.01, "z": 1e-3}

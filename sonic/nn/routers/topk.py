@@ -281,7 +281,8 @@ class TopKRouter(Router):
         """Route tokens.
 
         Args:
-            hidden_states: (..., H). A tensor (B, n, H) holds B sequences, for sequence-wise losses.
+            hidden_states: (..., H). A tensor (B, n, H) holds B sequences, for a sequence-wise loss;
+                without one they are so many tokens.
             mask: (T, C) or (C,) floating point, added to the logits: 0 leaves a column open, -inf
                 bars it (modalities, padding). Of booleans that are True where allowed it is
                 ``torch.where(allowed, 0.0, -torch.inf)``.
@@ -298,7 +299,7 @@ class TopKRouter(Router):
             mask=mask,
             ids=ids,
             num_experts=None if ratio is not None else self.num_experts,
-            num_sequences=num_sequences(hidden_states),
+            num_sequences=num_sequences(hidden_states) if self.losses.sequence else 1,
             balance=balance,
             **self._options,
         )
@@ -338,7 +339,9 @@ class TopKRouter(Router):
 
     def _losses(self, tensors: RouteTensors) -> dict[str, Tensor]:
         """The losses, and in training the counts that outlast this pass."""
-        losses = {"switch": tensors.switch, "sequence": tensors.sequence, "z": tensors.z}
+        losses = {"switch": tensors.switch, "z": tensors.z}
+        if self.losses.sequence:
+            losses["sequence"] = tensors.sequence
         if self.step_load is not None and self.training:
             count(self.step_load, tensors.load)
         if self.batch_load is not None:
