@@ -27,7 +27,7 @@ from sonic.routing.route import route
 from sonic.testing import assert_close
 from sonic.triton import router as router_module
 from tests import router_checks as checks
-from tests.graphs import no_synchronization, record, warm_up
+from tests.graphs import kernels_of, no_synchronization, record, warm_up
 
 CUDA = torch.device("cuda")
 every_dtype = pytest.mark.parametrize(
@@ -142,17 +142,6 @@ def test_product_keys(tokens, size, top_k, dtype, renormalize, guarded):
 
 
 # ----------------------------------------------------------------- launches, graphs, compile
-
-
-def kernels_of(function) -> list[str]:
-    """Names of what the GPU ran, memory operations included."""
-    function()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        torch.cuda.synchronize()
-    on_gpu = torch.autograd.DeviceType.CUDA
-    return [event.name for event in profile.events() if event.device_type == on_gpu]
 
 
 SHAPES = [(32768, 128, 8), (24576, 128, 8), (16384, 256, 8), (16384, 512, 10), (8192, 128, 4)]
