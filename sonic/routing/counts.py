@@ -62,15 +62,10 @@ class EarlierLoads:
     """
 
     def __init__(self, counted: Tensor) -> None:
-        import torch._dynamo  # here, because it takes a second
-
         columns = counted.shape[0] - 1
         passes = max(16, min(_MOST, _MOST_ENTRIES // columns))
         self.table = counted.new_zeros(passes, 2 * columns + 2)
         self.num_kept = counted.new_zeros(())
-        for tensor in (self.table, self.num_kept):
-            # Otherwise a CUDA graph of the compiler would write to a copy.
-            torch._dynamo.mark_static_address(tensor, guard=False)
 
     def clear(self) -> None:
         """Forget all passes; to be called when the counts start anew."""
@@ -138,15 +133,19 @@ def _earlier_load_fake(counted: Tensor, *_: object) -> Tensor:
     return torch.empty_like(counted)
 
 
+# A CUDA graph that the compiler records (mode="reduce-overhead") would keep the answer of the pass
+# that was recorded, and write to its own copy of the table.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 _LIBRARY = torch.library.Library("sonic", "FRAGMENT")
-_LIBRARY.define("count(Tensor(a!) counted, Tensor load) -> ()")
+_LIBRARY.define("count(Tensor(a!) counted, Tensor load) -> ()", tags=_TAGS)
 # The schema does not say that the first three are written to, on purpose. torch.compile would then
 # hand a pass that it repeats copies of what they were, or refuse to repeat it; a repetition has to
 # see what they are now. Nothing else that is traced reads them, and their order does not matter
 # but for which pass is called the earlier one.
 _LIBRARY.define(
     "earlier_load(Tensor counted, Tensor table, Tensor num_kept, Tensor load, Tensor prob_sum,"
-    " bool keep, bool has_graph) -> Tensor"
+    " bool keep, bool has_graph) -> Tensor",
+    tags=_TAGS,
 )
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("count", _count, _device)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -327,6 +328,42 @@ def test_graph_capture_leaves_the_bias_alone_and_replays_count():
     assert torch.equal(router.correction_bias, expected)
     graph.replay()
     assert not torch.equal(out, eager), "a replay reads the bias as it is now"
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "in turn"])
+def test_compiled_passes_in_a_checkpoint_count_once(at_once, reentrant, mode):
+    """And have the gradient of passes without a checkpoint, in several steps of three
+    micro-batches: all forward passes and then all backward ones, or each by itself."""
+    torch._dynamo.reset()
+    losses = {"switch": 0.5, "global_batch": 1.0}
+    router = SigmoidRouter(128, 32, 4, losses=losses, std=0.5, device=CUDA)
+    compiled = torch.compile(lambda x: router(x).aux_loss, mode=mode, fullgraph=True)
+    batches = [torch.randn(96, 128, device=CUDA) + 0.1 * i for i in range(3)]
+
+    def step(run):
+        router.zero_grad()
+        router.reset_counts()
+        if mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        losses = []
+        for x in batches:
+            # Of a graph's memory, which the next replay writes.
+            losses.append(run(x.sin().requires_grad_()).clone())
+            if not at_once:
+                losses.pop().backward()
+        for loss in losses:
+            loss.backward()
+        return router.weight.grad, router.step_load.clone(), router.batch_load.clone()
+
+    plain = step(lambda x: router(x).aux_loss)
+    assert plain[0].any() and plain[1].sum() == 4 * 288 and plain[2][-1] == 288
+    for _ in range(4):
+        again = step(lambda x: checkpoint(compiled, x, use_reentrant=reentrant))
+        for ours, theirs in zip(again[1:], plain[1:], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        torch.testing.assert_close(again[0], plain[0], rtol=1e-3, atol=1e-5)
 
 
 @every_router

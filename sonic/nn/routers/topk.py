@@ -77,9 +77,9 @@ class TopKRouter(Router):
     Activation checkpointing, eager or compiled: a repeated pass is not counted and has the loads of
     its first run in the global-batch loss, whatever the order of backward passes, provided that
     these come before :func:`update_balance`. Reentrant checkpointing, and any of compiled passes,
-    knows the last 256 passes again (fewer above 8192 columns), by their loads and probabilities; of
-    identical micro-batches it may exchange the loads. Any forward that runs inside a backward pass,
-    in a hook for instance, is taken for a repetition and not counted.
+    knows the last 256 passes again (fewer above 8192 columns), by their loads and probabilities, in
+    4 KiB for each column; of identical micro-batches it may exchange the loads. Any forward that
+    runs inside a backward pass, in a hook for instance, is taken for a repetition and not counted.
     """
 
     bias: nn.Parameter | None
