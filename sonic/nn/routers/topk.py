@@ -80,6 +80,9 @@ class TopKRouter(Router):
     knows the last 256 passes again (fewer above 8192 columns), by their loads and probabilities, in
     4 KiB for each column; of identical micro-batches it may exchange the loads. Any forward that
     runs inside a backward pass, in a hook for instance, is taken for a repetition and not counted.
+
+    ``DistributedDataParallel`` has to be given ``broadcast_buffers=False``: by default it replaces
+    every process's counts by those of the first one at each forward.
     """
 
     bias: nn.Parameter | None
