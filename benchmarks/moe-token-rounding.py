@@ -9,7 +9,7 @@ imported, take turns in one process. On a GPU the routings take turns once more 
 small layers an eager call may be the host's time, a replay is the device's. What lies between
 router GEMM and experts is timed besides, also as a graph and as a share of the graphs' times, and
 its launches are counted. ``--module`` times ``sonic.MoE`` in training mode beside it, whose
-balancing loss routes the tokens once more, which is then part of its routing. FLOPs are those of
+balancing loss is then part of its routing. FLOPs are those of
 the pairs that are routed. Output and every gradient are compared first, in a sweep without
 ``--module`` the pairs only; after a failed check nothing is timed and the exit status is 1. Without
 a supported GPU, and with no size asked for, a small layer runs through the reference.

@@ -151,22 +151,20 @@ def routing_forward(
     Random rules draw from the default generator, which CUDA graphs know.
     """
     from sonic.plan import build_plan
-    from sonic.routing import rounded_routing, topk_routing
+    from sonic.routing import topk_routing
+    from sonic.routing.rounded_routing import rounded_choices
     from sonic.routing.route import route
+    from sonic.routing.switch_loss import switch_loss
 
     top_k, order = layer.shape.top_k, layer.options.score_order
-    rounds = rounding.name != "top_k"
-    losses = ()
+    if rounding.name != "top_k":
+        options = (rounding.tile, rounding.name)
+        weights, _, load = rounded_choices(logits, top_k, *options, order=order)
+        return (weights, switch_loss(logits, load, top_k)) if in_module else (weights,)
     if in_module:
         renormalize = order is not ScoreOrder.TOPK_OVER_SOFTMAX
-        num_experts = None if rounds else layer.shape.E
-        routed = route(logits, top_k, renormalize=renormalize, num_experts=num_experts)
-        if not rounds:
-            return routed.scores, routed.switch
-        losses = (routed.switch,)
-    if rounds:
-        weights, _ = rounded_routing(logits, top_k, rounding.tile, rounding.name, order=order)
-        return weights, *losses
+        routed = route(logits, top_k, renormalize=renormalize, num_experts=layer.shape.E)
+        return routed.scores, routed.switch
     weights, ids = topk_routing(logits, top_k, order=order)
     build_plan(ids, layer.shape.E)
     return (weights,)

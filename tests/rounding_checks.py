@@ -11,6 +11,7 @@ from sonic.plan import RoutingPlan
 from sonic.reference import (
     experts_flat_low_precision,
     experts_flat_reference,
+    load_balancing_loss,
     plan_oracle_flat,
 )
 from sonic.reference.token_rounding import token_rounding_oracle
@@ -238,6 +239,34 @@ def check_winner_softmax(logits: Tensor, top_k: int, full: bool) -> None:
         # The only expert has score one and gradient zero.
         allow_zero_reference=logits.shape[1] == 1,
         magnitude=1.0 if logits.dtype is torch.float32 else 0.0,
+        name="dlogits",
+    )
+
+
+def check_switch_loss(logits: Tensor, top_k: int) -> None:
+    """The loss of the tokens' choices and its gradient, by the kernels, against its formula."""
+    from sonic.triton.switch_loss import switch_loss, switch_loss_grad
+
+    tokens, experts = logits.shape
+    load = winners_of(logits.float(), top_k).flatten().bincount(minlength=experts).int()
+    scale = experts / (top_k * tokens**2)
+    loss, lse, mean = switch_loss(logits, load, scale)
+    dloss = torch.full_like(loss, 0.5 * tokens)  # entries are then as large as probabilities
+    gradient = switch_loss_grad(dloss, logits, load, lse, mean, scale)
+    losses, gradients = [], []
+    for dtype in (torch.float64, logits.dtype):
+        leaf = logits.detach().to(dtype).requires_grad_()
+        losses.append(load_balancing_loss(leaf, load))
+        gradients.append(torch.autograd.grad(losses[-1], leaf, dloss.to(losses[-1].dtype))[0])
+    assert loss.dtype == lse.dtype == mean.dtype == torch.float32
+    assert gradient.dtype == logits.dtype and gradient.is_contiguous()
+    assert_close(loss, *(value.detach() for value in losses), ulps=8.0, name="loss")
+    assert_close(
+        gradient,
+        *gradients,
+        ulps=16.0,
+        allow_zero_reference=experts == top_k,
+        magnitude=1.0 if logits.dtype is torch.float32 else 1e-4,
         name="dlogits",
     )
 

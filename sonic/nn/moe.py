@@ -19,8 +19,9 @@ from sonic.flops import register_if_counting
 from sonic.functional import experts, experts_planned, grouped_mm
 from sonic.plan import RoutingPlan
 from sonic.routing.logits import router_logits
-from sonic.routing.rounded_routing import rounded_routing
+from sonic.routing.rounded_routing import rounded_choices
 from sonic.routing.route import plan_of, route
+from sonic.routing.switch_loss import switch_loss
 from sonic.routing.token_rounding import RULES as ROUNDING_RULES
 from sonic.routing.token_rounding import resolve_tile
 from sonic.runtime.errors import (
@@ -237,7 +238,8 @@ class MoE(_ExpertsBase):
             ``"topk_over_softmax_norm"``.
         routing: ``"top_k"``, or ``"token_rounding"``: in training every expert's number of tokens
             becomes a multiple of the kernels' tile. In eval mode, and with ``is_inference_mode``,
-            routing is top-k. For the balancing loss the tokens are then routed once more.
+            routing is top-k. The balancing loss then takes one more
+            look at the logits.
         rounding: the rule of :func:`sonic.token_rounding`; used with token rounding only. With
             ``"nr"`` an expert of less than half a tile of rows loses them all: in a training step
             whose T ``num_experts_per_tok`` / E is below that, the output is mostly zero, and the
@@ -401,20 +403,21 @@ class MoE(_ExpertsBase):
         except SonicError as error:
             raise _of_layer(error) from error
         logits = router_logits(tokens, weight)
-        # The loss comes from the kernels that route, not from a softmax of its own. With rounding
-        # they route for it alone: it counts what the tokens choose.
+        if rounds:
+            scores, plan, load = rounded_choices(
+                logits, self.top_k, self.tile, self.rounding, order=self.score_order
+            )
+            # The loss counts what the tokens choose.
+            loss = switch_loss(logits, load, self.top_k)
+            return self._experts(tokens, scores, plan, impl), loss
+        # The loss comes from the kernels that route, not from a softmax of its own.
         routed = route(
             logits,
             self.top_k,
             renormalize=self.score_order is not ScoreOrder.TOPK_OVER_SOFTMAX,
-            num_experts=None if rounds else self.num_experts,
+            num_experts=self.num_experts,
             balance=not is_inference_mode,
         )
-        if rounds:
-            scores, plan = rounded_routing(
-                logits, self.top_k, self.tile, self.rounding, order=self.score_order
-            )
-            return self._experts(tokens, scores, plan, impl), routed.switch
         plan = cast(RoutingPlan, plan_of(routed))
         out = self._experts(tokens, routed.scores, plan, impl)
         return out, None if is_inference_mode else routed.switch

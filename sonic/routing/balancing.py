@@ -24,16 +24,6 @@ from sonic.runtime.route import RouteTensors
 DROP_RULES = ("position", "score")
 
 
-def is_recomputation() -> bool:
-    """True inside a backward pass: a forward that runs there repeats one that ran before.
-
-    Activation checkpointing does that. Whatever counts tokens must not count them again.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
 def all_reduced(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Sum of ``tensor`` over the processes of ``group``, in place; itself without a group."""
     if group is not None:
@@ -151,51 +141,6 @@ def _weighted_sum(prob: Tensor, weight: Tensor) -> Tensor:
         return (weight * prob).sum()
     total: Tensor = _WeightedSum.apply(prob, weight)
     return total
-
-
-class EarlierLoads:
-    """The counts that passes without a graph found, for the passes that repeat them.
-
-    Reentrant checkpointing runs a pass without a graph and repeats it in the backward pass, by when
-    later passes have been counted, and nothing but its numbers ties the two together. So a
-    repetition takes the counts of the pass whose loads and probabilities are nearest to its own;
-    among equal ones, that which was taken least often. All of it happens on the device.
-    """
-
-    MOST = 256
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget all passes; to be called when the counts start anew."""
-        self._passes: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def keep(self, tensors: RouteTensors, earlier: Tensor) -> None:
-        """Remember what a pass found, and forget all but the last ``MOST``."""
-        new = (_numbers(tensors)[None], earlier[None], earlier.new_zeros(1))
-        if self._passes is not None:
-            pairs = zip(self._passes, new, strict=True)
-            new = tuple(torch.cat([old[1 - self.MOST :], one]) for old, one in pairs)  # type: ignore[assignment]
-        self._passes = new
-
-    def find(self, tensors: RouteTensors) -> Tensor | None:
-        """(E + 1,) what the pass found that this one repeats; None where none is remembered."""
-        if self._passes is None:
-            return None
-        numbers, earlier, taken = self._passes
-        distance = (numbers - _numbers(tensors)).abs().sum(dim=1)
-        rank = torch.where(distance == distance.min(), taken, torch.iinfo(taken.dtype).max)
-        found = rank.argmin()[None]
-        if torch.is_grad_enabled():  # otherwise this repetition is itself repeated
-            self._passes = numbers, earlier, taken.index_add(0, found, torch.ones_like(found))
-        return earlier.index_select(0, found)[0]
-
-
-def _numbers(tensors: RouteTensors) -> Tensor:
-    """(2E + 1,) fp64: loads, number of tokens and probabilities, by which a pass is known again."""
-    prob = tensors.prob_sum.detach().sum(dim=0).double().nan_to_num()
-    return torch.cat([local_load(tensors).double(), prob])
 
 
 # -------------------------------------------------------------------------- correction bias

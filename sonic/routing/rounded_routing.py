@@ -91,12 +91,27 @@ def rounded_routing(
 
     Source: SonicMoE (arXiv 2512.14080), section 5, algorithms 4 and 6.
     """
+    return rounded_choices(logits, top_k, tile, rule, generator, order=order)[:2]
+
+
+def rounded_choices(
+    logits: Tensor,
+    top_k: int,
+    tile: int | str,
+    rule: str = "nr",
+    generator: torch.Generator | None = None,
+    *,
+    order: ScoreOrder | str = ScoreOrder.SOFTMAX_OVER_TOPK,
+) -> tuple[Tensor, RoutingPlan, Tensor]:
+    """:func:`rounded_routing`, and ``load`` (E,) int32: tokens that chose each expert, before any
+    rounding."""
     tile, full = _checked(logits, top_k, tile, rule, order)
     check_generator(_OP, "logits", logits, generator)
     uniform = draw_uniform(logits, rule, generator)
     inputs = (logits, uniform, top_k, tile, rule, full)
-    weights, _, *plan = call_eagerly(_ROUNDED_ROUTING, _Function, _forward, inputs)[:7]
-    return weights, flat_plan(plan, logits.shape[0])
+    results = call_eagerly(_ROUNDED_ROUTING, _Function, _forward, inputs)
+    weights, _, *plan = results[:7]
+    return weights, flat_plan(plan, logits.shape[0]), results[7]
 
 
 @remembered

@@ -1,8 +1,8 @@
 """Token rounding: every expert's row count becomes a multiple of the tile, and the routing plan of
 the pairs that are kept follows in the same launches.
 
-T tokens, E experts, S slots. Three launches, four where there is no table of keys, five of the rule
-``balance-f``::
+T tokens, E experts, S slots. Three launches, four where there is no table of keys, two more of the
+rule ``balance-f``, and three more of given scores with E > 4096, which find the winners first::
 
     keys     how experts rank tokens, of given scores           sonic.triton.rounding_keys
              the same of logits, with their winners             sonic.triton.rounding_winners

@@ -56,6 +56,7 @@ def test_sequences(sequences, fused, poisoned):
 
 def test_sequences_that_no_tile_divides_are_not_fused():
     assert not router_module.is_fused(21, 10, False, checks.make_route(10, 3, num_sequences=3))
+    assert router_module.is_fused(21, 10, False, checks.make_route(10, 3, num_sequences=1))
     inputs = checks.make_inputs(21, 10, torch.float32, CPU)
     checks.check_route(inputs, checks.make_route(10, 3, num_sequences=3), fused=False)
 

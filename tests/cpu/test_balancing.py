@@ -13,6 +13,7 @@ from sonic.plan import build_plan
 from sonic.reference import load_balancing_loss
 from sonic.routing import balancing
 from sonic.routing.balancing import RoutingStatistics, capacity_of, limit_capacity
+from sonic.routing.counts import EarlierLoads
 from sonic.routing.route import route
 from sonic.runtime.errors import ArgumentError
 
@@ -52,12 +53,43 @@ def test_sequence_loss(score):
 
 
 def test_sequences_come_from_the_shape():
-    router = SoftmaxRouter(H, E, K, std=0.5)
+    router = SoftmaxRouter(H, E, K, std=0.5, losses={"sequence": 1.0})
     x = torch.randn(4, 10, H)
     by_sequence = [router(part).losses["switch"] for part in x]
     out = router(x)
     torch.testing.assert_close(out.losses["sequence"], torch.stack(by_sequence).mean())
     torch.testing.assert_close(router(x.view(40, H)).losses["sequence"], out.losses["switch"])
+
+
+def test_without_a_sequence_loss_sequences_are_so_many_tokens(monkeypatch):
+    """A pass by sequences costs more, and one of 2047 tokens each would leave the fused kernels."""
+    passes = []
+
+    def watched(logits, top_k, **options):
+        passes.append(options["num_sequences"])
+        return route(logits, top_k, **options)
+
+    monkeypatch.setattr("sonic.nn.routers.topk.route", watched)
+    x = torch.randn(3, 7, H)
+    for losses, expected in (({"switch": 1.0, "global_batch": 0.5}, 1), ({"sequence": 1.0}, 3)):
+        router = SoftmaxRouter(H, E, K, losses=losses, std=0.5)
+        outputs, gradients = [], []
+        for tokens in (x, x.flatten(0, 1)):
+            update_balance(router)
+            outputs.append(router(tokens))
+            (gradient,) = torch.autograd.grad(outputs[-1].aux_loss, router.weight)
+            gradients.append(gradient)
+        assert passes == [expected, 1]
+        passes.clear()
+        ours, flat = outputs
+        assert ("sequence" in ours.losses) == (expected > 1)
+        assert torch.equal(ours.statistics.load, flat.statistics.load)
+        assert ours.statistics.load.shape == (E,)
+        assert torch.equal(ours.topk_weights, flat.topk_weights) and gradients[1].any()
+        if expected == 1:
+            assert torch.equal(ours.aux_loss, flat.aux_loss) and torch.equal(*gradients)
+        else:
+            assert not torch.equal(ours.aux_loss, flat.aux_loss)
 
 
 def test_z_loss_and_entropy():
@@ -195,23 +227,92 @@ def test_a_second_backward_finds_the_same_loads():
     torch.testing.assert_close(grads[2], grads[0])
 
 
+def compiled_in_a_checkpoint(function, x, *, use_reentrant, backend="aot_eager"):
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    return checkpoint(compiled, x, use_reentrant=use_reentrant)
+
+
+def checkpoint_in_a_graph(function, x, *, backend):
+    repeated = functools.partial(checkpoint, function, use_reentrant=False)
+    return torch.compile(lambda x: repeated(x), backend=backend, fullgraph=True)(x)
+
+
+COMPILED = {
+    "reentrant": functools.partial(compiled_in_a_checkpoint, use_reentrant=True),
+    "not": functools.partial(compiled_in_a_checkpoint, use_reentrant=False),
+    "not-eager": functools.partial(compiled_in_a_checkpoint, use_reentrant=False, backend="eager"),
+    "inside": functools.partial(checkpoint_in_a_graph, backend="aot_eager"),
+    "inside-partition": functools.partial(
+        checkpoint_in_a_graph, backend="aot_eager_decomp_partition"
+    ),
+    "inside-eager": functools.partial(checkpoint_in_a_graph, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("schedule", ["abcdABCD", "abAcBdCD", "aAbBcCdD"])
+@pytest.mark.parametrize("repeat", COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize("same", [False, True], ids=["", "same"])
+def test_checkpointing_of_compiled_passes_keeps_the_gradient(schedule, repeat, same):
+    """What is traced runs in both passes, and asks in each which one it is."""
+    torch._dynamo.reset()
+    plain = gradient_of_a_schedule(schedule, lambda f, x: f(x), same)
+    assert plain.any()
+    torch.testing.assert_close(gradient_of_a_schedule(schedule, repeat, same), plain)
+
+
+@pytest.mark.parametrize("repeat", COMPILED.values(), ids=COMPILED)
+def test_checkpointing_of_compiled_passes_counts_once(repeat):
+    torch._dynamo.reset()
+    router = SigmoidRouter(H, E, K, losses={"global_batch": 1.0}, std=0.5)
+    load = torch.zeros(E)
+    for size in (4, 4, 9):
+        x = torch.randn(size, H, requires_grad=True)
+        load += one_hot_load(router.eval()(x.sin()).topk_ids, E)
+        router.train()
+        repeat(lambda x: router(x.sin()).aux_loss, x).backward()
+        assert torch.equal(router.step_load.float(), load)
+        assert torch.equal(router.batch_load[:-1].float(), load)
+
+
 def test_passes_are_kept_for_a_step_and_in_bounds():
-    """Those without a graph; the counts' new start forgets them."""
+    """Those without a graph; the counts' new start forgets them, and what they lie in stays."""
     router = SoftmaxRouter(H, E, K, losses={"global_batch": 1.0}, std=0.5)
     router(torch.randn(3, H))
     kept = router._earlier_loads
-    assert kept._passes is None
+    place = kept.table.data_ptr()
+    assert kept.num_kept == 0 and len(kept.table) == 256
     with torch.no_grad():
-        for _ in range(kept.MOST + 2):
+        for _ in range(258):
             router(torch.randn(1, H))
-    assert [len(part) for part in kept._passes] == [kept.MOST] * 3
-    assert kept._passes[1][-1, -1] == 3 + kept.MOST + 1
+    assert kept.num_kept == 258 and kept.table.shape == (256, 2 * E + 2)
+    tokens = kept.table[:, -2]
+    assert tokens.tolist() == [3 + 256, 3 + 257, *range(3 + 2, 3 + 256)]
     update_balance(router)
-    assert kept._passes is None
+    assert kept.num_kept == 0
     with torch.no_grad():
         router(torch.randn(1, H))
+    assert kept.num_kept == 1
     router.reset_counts()
-    assert kept._passes is None and not router.batch_load.any()
+    assert kept.num_kept == 0 and not router.batch_load.any()
+    assert kept.table.data_ptr() == place and router.bfloat16()._earlier_loads.table.numel()
+    assert len(EarlierLoads(torch.zeros(65537, dtype=torch.int64)).table) == 32
+
+
+def test_forgotten_passes_are_not_found():
+    """What the table still holds of an earlier step is not what a repetition takes."""
+    router = SoftmaxRouter(H, E, K, losses={"global_batch": 1.0}, std=0.5).double()
+    x = torch.randn(5, H).double()
+    grads = []
+    for earlier, repeat in ((0, True), (3, True), (3, False)):
+        router.reset_counts()
+        router.batch_load.copy_(torch.arange(E + 1) * earlier)
+        leaf = x.clone().requires_grad_()
+        run = lambda x: router(x).aux_loss  # noqa: E731
+        (checkpoint(run, leaf, use_reentrant=True) if repeat else run(leaf)).backward()
+        grads.append(leaf.grad)
+    first, again, plain = grads
+    assert not torch.allclose(first, plain)
+    torch.testing.assert_close(again, plain)
 
 
 # -------------------------------------------------------------------------- correction bias

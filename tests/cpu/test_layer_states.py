@@ -49,6 +49,9 @@ def test_a_checkpoint_brings_no_counts(assign):
     update_balance(source)
     assert torch.equal(layer.router.correction_bias, source.router.correction_bias)
     assert layer.router.correction_bias.any()
+    with torch.no_grad():  # which is remembered beside the counts, for a repetition
+        layer(x, "torch")
+    assert layer.router._earlier_loads.num_kept == 1
 
 
 def test_counts_of_other_weights_are_forgotten():

@@ -19,7 +19,10 @@ from sonic.routing import (
     token_rounding,
     token_rounding_plan,
 )
-from sonic.routing.token_rounding import KERNEL_TILE, RULES, _warned
+from sonic.routing.rounded_routing import rounded_choices
+from sonic.routing.route import route
+from sonic.routing.switch_loss import switch_loss
+from sonic.routing.token_rounding import KERNEL_TILE, RULES, _warned, winners_of
 from sonic.routing.topk import topk_routing
 from sonic.runtime.errors import ArgumentError, DTypeError, ShapeError
 from sonic.runtime.problem import EpilogueKind, Problem, Ragged
@@ -465,6 +468,37 @@ def test_one_operator_under_compile():
         assert torch.equal(gradient, torch.autograd.grad(expected.square().sum(), logits)[0])
 
 
+def test_switch_loss_is_its_formula_and_gradcheck_and_opcheck():
+    logits = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    load = winners_of(logits, 2).flatten().bincount(minlength=5).int()
+    loss = switch_loss(logits, load, 2)
+    routed = route(logits, 2)
+    assert torch.equal(routed.load[0], load)
+    for other in (load_balancing_loss(logits, load), routed.switch):
+        torch.testing.assert_close(loss, other)
+        grads = [torch.autograd.grad(v, logits, retain_graph=True)[0] for v in (loss, other)]
+        assert grads[1].any()
+        torch.testing.assert_close(*grads)
+    torch.autograd.gradcheck(lambda values: switch_loss(values, load, 2), logits)
+    assert switch_loss(logits[:0], 0 * load, 2) == 0
+    low = logits.detach().bfloat16().requires_grad_()
+    torch.library.opcheck(torch.ops.sonic.switch_loss.default, (low, load, 2))
+    results = torch.ops.sonic.switch_loss(low.detach(), load, 2)
+    assert [result.dtype for result in results] == [torch.float32] * 3
+    arguments = (results[0], low.detach(), load, *results[1:], 2)
+    torch.library.opcheck(torch.ops.sonic.switch_loss_backward.default, arguments)
+
+
+@every_rule
+@every_order
+def test_one_operator_counts_choices_before_rounding(rule, order):
+    logits = 2 * torch.randn(60, 9)
+    weights, plan, load = rounded_choices(logits, 3, 8, rule, order=order)
+    assert load.dtype == torch.int32
+    assert torch.equal(load.long(), winners_of(logits, 3).flatten().bincount(minlength=9))
+    assert not torch.equal(load, plan.expert_frequency()) and weights.any()
+
+
 # --- layer ----------------------------------------------------------------------------------------
 
 TORCH = KernelBackendMoE.torch
@@ -599,8 +633,9 @@ def test_module_saves_what_its_docstring_says(order, rounds):
     rounding = {"rounding": "nr", "tile": 8} if rounds else {}
     expected = sonic.saved_bytes(50, 16, 12, 6, 2, dtype=torch.float32, **rounding)
     pairs = max_pairs(50, 6, 2, 8, "nr")
-    router = 4 * pairs + 16 * 50 * 2 + 8 * 50 if rounds else 4 * 50 * 2 + 4 * 50
-    assert sum(saved.values()) == expected + 4 * 50 * 6 + router + 4 * 6 + 4
+    # Of the loss that follows rounding two numbers of a token, of the other the number of tokens.
+    router = 4 * pairs + 8 * 50 * 2 + 4 * 50 + 8 * 50 if rounds else 4 * 50 * 2 + 4 * 50 + 4
+    assert sum(saved.values()) == expected + 4 * 50 * 6 + router + 4 * 6
     assert out[1] > 0
 
 

@@ -147,9 +147,18 @@ def _launch_product_key(module) -> None:
         module.product_key_grad(scores, logits, scores, ids, lse, renormalize)
 
 
+def _launch_switch_loss(module) -> None:
+    for tokens in (300, 32768):
+        for experts, dtype in ((128, torch.bfloat16), (5, torch.float32), (8192, torch.float16)):
+            logits = torch.zeros(tokens, experts, dtype=dtype)
+            loss, *saved = module.switch_loss(logits, _ids(experts), 0.5)
+            module.switch_loss_grad(loss, logits, _ids(experts), *saved, 0.5)
+
+
 _LAUNCHES = {
     "product_key": _launch_product_key,
     "router": _launch_routers,
+    "switch_loss": _launch_switch_loss,
     "token_rounding": _launch_token_rounding,
 }
 
@@ -344,6 +353,15 @@ def _loads_and_sums(kernel) -> str:
     """The order of 16-byte loads and floating-point sums, as ``l`` and ``s``."""
     found = re.finditer(r"\bLDG\.\S*128\b|\b(FFMA|FADD)\b", kernel.asm["sass"])
     return "".join("s" if match[1] else "l" for match in found)
+
+
+def test_the_number_of_tokens_does_not_recompile_the_switch_loss(compiled):
+    module = MODULES["switch_loss"]
+    for tokens in (1024, 1025, 4000):
+        logits = torch.zeros(tokens, 16)
+        loss, *saved = module.switch_loss(logits, _ids(16), 0.5 / tokens)
+        module.switch_loss_grad(loss, logits, _ids(16), *saved, 0.5 / tokens)
+    assert len(compiled) == 3 and all(len(variants) == 1 for variants in compiled.values())
 
 
 def test_the_number_of_tokens_does_not_recompile(compiled):

@@ -16,6 +16,7 @@ from sonic.triton import (
     rounding_select,
     rounding_summaries,
     rounding_winners,
+    switch_loss,
 )
 from sonic.triton import token_rounding as kernels
 from sonic.triton.rounding_keys import _marks_of_one
@@ -28,6 +29,7 @@ from sonic.triton.rounding_summaries import (
     popcount,
 )
 from sonic.triton.rounding_winners import keys_of_logits
+from sonic.triton.switch_loss import _load_block
 from sonic.triton.token_rounding import _kept_before
 from sonic.triton.topk import HIGHEST
 from tests import rounding_checks as checks
@@ -256,6 +258,51 @@ def test_winner_softmax(sizes, dtype, full, guarded):
     tokens, experts, top_k = sizes
     logits = guarded.copy_of((2 * torch.randn(tokens, experts)).to(dtype))
     checks.check_winner_softmax(logits, top_k, full)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", [(9, 8, 2), (300, 60, 4), (3, 1, 1), (1, 5, 3)], ids=str)
+def test_switch_loss(sizes, dtype, guarded):
+    tokens, experts, top_k = sizes
+    logits = guarded.copy_of((2 * torch.randn(tokens, experts)).to(dtype))
+    checks.check_switch_loss(logits, top_k)
+
+
+def test_switch_loss_in_blocks_of_experts_and_of_parts(guarded, monkeypatch):
+    """Also where the first blocks have nothing but -inf, or a row nothing else."""
+    for name, value in (("_ELEMENTS", 16), ("_MOST_ROWS", 2), ("_PARTS", 4)):
+        monkeypatch.setattr(switch_loss, name, value)
+    logits = 2 * torch.randn(2 * 40, 70)[::2]
+    logits[:7, :40] = -torch.inf
+    logits[1:9, 64:] = -torch.inf
+    checks.check_switch_loss(logits, 3)
+    barred = torch.full((2, 5), -torch.inf)
+    load = torch.ones(5, dtype=torch.int32)
+    loss, lse, mean = switch_loss.switch_loss(barred, load, 1.0)
+    assert loss == 0 and not mean.any()
+    gradient = switch_loss.switch_loss_grad(loss + 1, barred, load, lse, mean, 1.0)
+    assert torch.equal(gradient, torch.zeros(2, 5))
+
+
+@triton.jit
+def _block_with_counts_of_the_next(logits, load, token, is_token, expert, num_experts, stride):
+    value, _ = _load_block(logits, load, token, is_token, expert, num_experts, stride)
+    count = tl.load(load + (expert + 1) % num_experts).to(tl.float32)
+    return value, count[None, :]
+
+
+@triton.jit
+def _block_without_the_last(logits, load, token, is_token, expert, num_experts, stride):
+    return _load_block(logits, load, token, is_token, expert, num_experts - 1, stride)
+
+
+@pytest.mark.parametrize("wrong", [_block_with_counts_of_the_next, _block_without_the_last])
+def test_wrong_terms_of_the_switch_loss_are_noticed(wrong, monkeypatch):
+    logits = 2 * torch.randn(60, 8)
+    checks.check_switch_loss(logits, 2)
+    monkeypatch.setattr(switch_loss, "_load_block", wrong)
+    with pytest.raises(AssertionError):
+        checks.check_switch_loss(logits, 2)
 
 
 def logits_of(case, dtype, seed=0):

@@ -11,12 +11,14 @@ import sonic
 from sonic.enums import ScoreOrder
 from sonic.plan import build_plan_flat
 from sonic.routing import rounded_routing, rounding_scores, token_rounding, token_rounding_plan
-from sonic.routing.token_rounding import RULES
+from sonic.routing.rounded_routing import rounded_choices
+from sonic.routing.switch_loss import switch_loss
+from sonic.routing.token_rounding import RULES, winners_of
 from sonic.triton import rounding_summaries
 from sonic.triton import token_rounding as token_rounding_kernels
 from sonic.triton.token_rounding import round_logits
 from tests import rounding_checks as checks
-from tests.graphs import capture, no_synchronization
+from tests.graphs import capture, kernels_of, no_synchronization
 from tests.rounding_checks import Case
 from tests.routing_checks import PLAN_TENSORS, assert_same_plan
 
@@ -325,6 +327,31 @@ def test_the_layer_equals_its_flat_form(rule):
     expected = torch.autograd.grad(flat, leaves, dout)
     for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours, theirs) and theirs.any()
+
+
+@every_dtype
+@pytest.mark.parametrize("sizes", [*(size[:3] for size in SIZES), (300, 65536, 8)], ids=str)
+def test_switch_loss(sizes, dtype, guarded):
+    tokens, experts, top_k = sizes
+    logits = (2 * torch.randn(tokens, experts, device=CUDA)).to(dtype)
+    checks.check_switch_loss(guarded.copy_of(logits), top_k)
+
+
+def test_launches_of_the_switch_loss():
+    """Two that read the logits and sum, and one for their gradient; the choices are counted by
+    what rounds."""
+    logits = _logits(32768, 128).requires_grad_()
+    _, _, load = rounded_choices(logits, 8, 128)
+    chosen = winners_of(logits.float(), 8).flatten().bincount(minlength=128)
+    assert torch.equal(load.long(), chosen)
+    loss = switch_loss(logits, load, 8)
+    dloss = torch.ones_like(loss)
+
+    def backward():
+        torch.autograd.grad(loss, logits, dloss, retain_graph=True)
+
+    assert len(kernels_of(lambda: switch_loss(logits, load, 8))) == 2
+    assert len(kernels_of(backward)) == 1
 
 
 def _module_and_input(rule, tokens=1000, tile="auto", dtype=torch.bfloat16, **options):

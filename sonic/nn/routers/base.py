@@ -42,7 +42,8 @@ class RouterOutput:
         topk_weights: (T, top_k) fp32 (fp64 from fp64 logits or weights), differentiable.
         plan: the plan of these ids.
         logits: (T, C), or None where the router has none.
-        losses: unweighted losses by the names of :class:`LossWeights`; empty without balancing.
+        losses: unweighted losses by the names of :class:`LossWeights`, ``sequence`` and
+            ``global_batch`` if they have a factor; empty without balancing.
         loss_weights: their factors.
         statistics: loads and entropies, or None without balancing.
         identity_weight: (T,) fp32, the weight of a token's own hidden state in the layer's output,

@@ -22,7 +22,6 @@ from sonic.nn.routers.base import (
 from sonic.plan import build_plan
 from sonic.routing.balancing import (
     DROP_RULES,
-    EarlierLoads,
     RoutingStatistics,
     all_reduced,
     capacity_of_ratio,
@@ -31,11 +30,11 @@ from sonic.routing.balancing import (
     corrected_bias,
     exact_ratio,
     global_batch_loss,
-    is_recomputation,
     limit_capacity,
     local_load,
     refuse_capture,
 )
+from sonic.routing.counts import EarlierLoads, count, earlier_load
 from sonic.routing.logits import router_logits
 from sonic.routing.route import check_options, plan_of, route
 from sonic.runtime.errors import ArgumentError
@@ -75,16 +74,22 @@ class TopKRouter(Router):
 
     Parameters: ``weight`` (C, H), ``bias`` (C,) or None.
 
-    Activation checkpointing: a repeated pass is not counted and has the loads of its first run in
-    the global-batch loss, whatever the order of backward passes, provided that these come before
-    :func:`update_balance`. Reentrant checkpointing knows the last 256 passes again, by their loads
-    and probabilities; of identical micro-batches it may exchange the loads.
+    Activation checkpointing, eager or compiled: a repeated pass is not counted and has the loads of
+    its first run in the global-batch loss, whatever the order of backward passes, provided that
+    these come before :func:`update_balance`. Reentrant checkpointing, and any of compiled passes,
+    knows the last 256 passes again (fewer above 8192 columns), by their loads and probabilities, in
+    4 KiB for each column; of identical micro-batches it may exchange the loads. Any forward that
+    runs inside a backward pass, in a hook for instance, is taken for a repetition and not counted.
+
+    ``DistributedDataParallel`` has to be given ``broadcast_buffers=False``: by default it replaces
+    every process's counts by those of the first one at each forward.
     """
 
     bias: nn.Parameter | None
     correction_bias: Tensor | None
     step_load: Tensor | None
     batch_load: Tensor | None
+    _earlier_loads: EarlierLoads | None
     _factors: tuple[float | None, float | None]
     _ratios: tuple[tuple[int, int] | None, tuple[int, int] | None]
 
@@ -166,7 +171,7 @@ class TopKRouter(Router):
         self.register_buffer("correction_bias", bias)
         self.register_buffer("step_load", step_load, persistent=False)
         self.register_buffer("batch_load", batch_load, persistent=False)
-        self._earlier_loads = EarlierLoads()
+        self._earlier_loads = None if batch_load is None else EarlierLoads(batch_load)
         self.reset_parameters()
 
     def _check_options(self) -> None:
@@ -197,7 +202,8 @@ class TopKRouter(Router):
         for tensor in (self.step_load, self.batch_load):
             if tensor is not None:
                 tensor.zero_()
-        self._earlier_loads.clear()
+        if self._earlier_loads is not None:
+            self._earlier_loads.clear()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         """Counts are not part of a checkpoint, and those of other weights are none of these.
@@ -210,6 +216,8 @@ class TopKRouter(Router):
             counts = getattr(self, name)
             if counts is not None and counts.device != self.weight.device:
                 setattr(self, name, torch.empty_like(counts, device=self.weight.device))
+        if self.batch_load is not None:
+            self._earlier_loads = EarlierLoads(self.batch_load)
         self.reset_counts()
 
     @property
@@ -254,7 +262,8 @@ class TopKRouter(Router):
         """Casting the module leaves the correction bias in float32: its steps are small."""
         before = self.correction_bias
         super()._apply(fn, recurse)
-        self._earlier_loads.clear()  # they may lie on another device now
+        if self.batch_load is not None:  # it may lie on another device now
+            self._earlier_loads = EarlierLoads(self.batch_load)
         after = self.correction_bias
         if before is not None and after is not None and after.dtype != torch.float32:
             self.correction_bias = before.to(after.device)
@@ -275,7 +284,8 @@ class TopKRouter(Router):
         """Route tokens.
 
         Args:
-            hidden_states: (..., H). A tensor (B, n, H) holds B sequences, for sequence-wise losses.
+            hidden_states: (..., H). A tensor (B, n, H) holds B sequences, for a sequence-wise loss;
+                without one they are so many tokens.
             mask: (T, C) or (C,) floating point, added to the logits: 0 leaves a column open, -inf
                 bars it (modalities, padding). Of booleans that are True where allowed it is
                 ``torch.where(allowed, 0.0, -torch.inf)``.
@@ -292,7 +302,7 @@ class TopKRouter(Router):
             mask=mask,
             ids=ids,
             num_experts=None if ratio is not None else self.num_experts,
-            num_sequences=num_sequences(hidden_states),
+            num_sequences=num_sequences(hidden_states) if self.losses.sequence else 1,
             balance=balance,
             **self._options,
         )
@@ -332,12 +342,16 @@ class TopKRouter(Router):
 
     def _losses(self, tensors: RouteTensors) -> dict[str, Tensor]:
         """The losses, and in training the counts that outlast this pass."""
-        losses = {"switch": tensors.switch, "sequence": tensors.sequence, "z": tensors.z}
-        counts = self.training and not is_recomputation()
-        if self.step_load is not None and counts:
-            self.step_load.add_(tensors.load.sum(dim=0))
+        losses = {"switch": tensors.switch, "z": tensors.z}
+        if self.losses.sequence:
+            losses["sequence"] = tensors.sequence
+        if self.step_load is not None and self.training:
+            count(self.step_load, tensors.load)
         if self.batch_load is not None:
-            earlier = self._earlier_load(tensors, self.batch_load) if self.training else None
+            earlier = None
+            if self.training and (passes := self._earlier_loads) is not None:
+                load = local_load(tensors)
+                earlier = earlier_load(self.batch_load, passes, load, tensors.prob_sum)
             losses["global_batch"] = global_batch_loss(
                 tensors,
                 top_k=self.top_k,
@@ -346,19 +360,6 @@ class TopKRouter(Router):
                 earlier_load=earlier,
             )
         return losses
-
-    def _earlier_load(self, tensors: RouteTensors, counted: Tensor) -> Tensor:
-        """(C + 1,) ``counted`` before this pass, which is added unless it repeats another one."""
-        now = local_load(tensors)
-        if is_recomputation():
-            earlier = self._earlier_loads.find(tensors)
-            # A pass that had a graph kept its own loads there; what is found here is not used.
-            return counted - now if earlier is None else earlier
-        earlier = counted.clone()
-        counted.add_(now)
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._earlier_loads.keep(tensors, earlier)
-        return earlier
 
     def extra_repr(self) -> str:
         shown = [f"{name}={value!r}" for name, value in self._options.items() if value != 1]
@@ -401,6 +402,7 @@ def update_balance(module: nn.Module, rate: float = 1e-3) -> None:
         if router.batch_load is not None:
             refuse_capture(op, router.batch_load)
             router.batch_load.zero_()
+        if router._earlier_loads is not None:
             router._earlier_loads.clear()
         if router.step_load is not None:
             refuse_capture(op, router.step_load)
