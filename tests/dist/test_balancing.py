@@ -57,6 +57,28 @@ def train(routers, data, group):
     return {"losses": torch.stack(losses), "bias": torch.stack(biases), "grads": grads}
 
 
+class Loss(torch.nn.Module):
+    def __init__(self, router):
+        super().__init__()
+        self.router = router
+
+    def forward(self, x):
+        return self.router(x).aux_loss
+
+
+def check_wrapped(data):
+    """DistributedDataParallel broadcasts buffers before each pass: no count is of another process."""
+    alone = make_routers()[0]
+    alone.group = dist.group.WORLD
+    wrapped = torch.nn.parallel.DistributedDataParallel(Loss(copy.deepcopy(alone)))
+    for micro in data:
+        alone(micro).aux_loss.backward()
+        wrapped(micro).backward()
+    for name in ("step_load", "batch_load"):
+        mine, expected = getattr(wrapped.module.router, name), getattr(alone, name)
+        assert torch.equal(mine, expected) and mine.any(), name
+
+
 def worker(rank, shares, folder):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(str(Path(folder) / "store"), len(shares))
@@ -74,6 +96,7 @@ def worker(rank, shares, folder):
             copied.eval()
             out = copied[1](data[0, 0])
             torch.testing.assert_close(out.losses["global_batch"], out.losses["switch"])
+        check_wrapped(data[0])
         torch.save(result, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()

@@ -80,9 +80,6 @@ class TopKRouter(Router):
     knows the last 256 passes again (fewer above 8192 columns), by their loads and probabilities, in
     4 KiB for each column; of identical micro-batches it may exchange the loads. Any forward that
     runs inside a backward pass, in a hook for instance, is taken for a repetition and not counted.
-
-    ``DistributedDataParallel`` has to be given ``broadcast_buffers=False``: by default it replaces
-    every process's counts by those of the first one at each forward.
     """
 
     bias: nn.Parameter | None
@@ -161,17 +158,11 @@ class TopKRouter(Router):
             self.bias = nn.Parameter(torch.empty(columns, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
-        counts = {"dtype": torch.int64, "device": device}
-        bias = step_load = batch_load = None
-        if correction_bias:
-            bias = torch.empty(columns, dtype=torch.float32, device=device)
-            step_load = torch.empty(columns, **counts)  # type: ignore[arg-type]
-        if self.losses.global_batch:
-            batch_load = torch.empty(columns + 1, **counts)  # type: ignore[arg-type]
+        bias = torch.empty(columns, dtype=torch.float32, device=device) if correction_bias else None
         self.register_buffer("correction_bias", bias)
-        self.register_buffer("step_load", step_load, persistent=False)
-        self.register_buffer("batch_load", batch_load, persistent=False)
-        self._earlier_loads = None if batch_load is None else EarlierLoads(batch_load)
+        # No buffers: DistributedDataParallel would replace them by those of its first process.
+        self.step_load = self.batch_load = self._earlier_loads = None
+        self._start_counts(self.weight.device)
         self.reset_parameters()
 
     def _check_options(self) -> None:
@@ -205,19 +196,23 @@ class TopKRouter(Router):
         if self._earlier_loads is not None:
             self._earlier_loads.clear()
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        """Counts are not part of a checkpoint, and those of other weights are none of these.
-
-        After ``to_empty`` they hold what the memory held, and weights that are assigned may lie on
-        another device than they do.
-        """
-        super()._load_from_state_dict(*arguments)
-        for name in ("step_load", "batch_load"):
-            counts = getattr(self, name)
-            if counts is not None and counts.device != self.weight.device:
-                setattr(self, name, torch.empty_like(counts, device=self.weight.device))
-        if self.batch_load is not None:
+    def _start_counts(self, device: torch.device) -> None:
+        """Counts of no pass, on ``device``."""
+        if self.correction_bias is not None:
+            self.step_load = torch.zeros(self.num_columns, dtype=torch.int64, device=device)
+        if self.losses.global_batch:
+            self.batch_load = torch.zeros(self.num_columns + 1, dtype=torch.int64, device=device)
             self._earlier_loads = EarlierLoads(self.batch_load)
+
+    def _counts_are_elsewhere(self, device: torch.device) -> bool:
+        counts = self.batch_load if self.step_load is None else self.step_load
+        return counts is not None and counts.device != device
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Counts are not part of a checkpoint, and those of other weights are none of these."""
+        super()._load_from_state_dict(*arguments)
+        if self._counts_are_elsewhere(self.weight.device):  # weights were assigned
+            self._start_counts(self.weight.device)
         self.reset_counts()
 
     @property
@@ -262,7 +257,10 @@ class TopKRouter(Router):
         """Casting the module leaves the correction bias in float32: its steps are small."""
         before = self.correction_bias
         super()._apply(fn, recurse)
-        if self.batch_load is not None:  # it may lie on another device now
+        if self.step_load is not None:
+            self.step_load = fn(self.step_load)
+        if self.batch_load is not None:
+            self.batch_load = fn(self.batch_load)
             self._earlier_loads = EarlierLoads(self.batch_load)
         after = self.correction_bias
         if before is not None and after is not None and after.dtype != torch.float32:
@@ -345,6 +343,8 @@ class TopKRouter(Router):
         losses = {"switch": tensors.switch, "z": tensors.z}
         if self.losses.sequence:
             losses["sequence"] = tensors.sequence
+        if self.training and self._counts_are_elsewhere(tensors.load.device):
+            self._start_counts(tensors.load.device)  # the parameters were moved one by one
         if self.step_load is not None and self.training:
             count(self.step_load, tensors.load)
         if self.batch_load is not None:
