@@ -59,11 +59,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Run:
-    """What one forward and backward of the layer under test returned, by tensor name."""
+    """What one forward and backward of the layer under test returned, by tensor name.
+
+    ``allowance`` multiplies the errors that it may have: 1 of our layer, whose rounding points are
+    those of the yardstick; more of one that rounds more often.
+    """
 
     name: str
     tensors: dict[str, torch.Tensor]
     with_router: bool
+    allowance: float = 1.0
 
 
 def make_layer(shape: Shape, options: LayerOptions) -> Layer:
