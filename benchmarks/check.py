@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from benchmarks.layer import Layer, Run, run_experts, run_moe
+from benchmarks.layer import Layer, Run, run_experts, run_inference, run_moe
 from benchmarks.report import ERROR_UNIT, NARROW, Result, text_table
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
 
@@ -80,17 +80,21 @@ def findings_table(findings: Sequence[Finding]) -> str:
 
 
 def record_findings(
-    result: Result, problem: list[int], layout: str, findings: Sequence[Finding]
+    result: Result,
+    problem: list[int],
+    layout: str,
+    findings: Sequence[Finding],
+    provider: str = "",
 ) -> None:
     """Errors of both paths, the worst expert, and the verdict of each finding."""
     for finding in findings:
         metric = f"{layout}/{finding.run}/{finding.tensor}"
-        result.add(metric, finding.error, ERROR_UNIT, problem)
+        result.add(metric, finding.error, ERROR_UNIT, problem, provider)
         result.add(metric, finding.yardstick, ERROR_UNIT, problem, provider=NARROW)
-        result.add(metric, finding.worst, "of what is allowed", problem)
+        result.add(metric, finding.worst, "of what is allowed", problem, provider)
         if finding.expert is not None:
-            result.add(metric, finding.expert, "worst expert", problem)
-        result.add(metric, int(finding.passed), "passed", problem)
+            result.add(metric, finding.expert, "worst expert", problem, provider)
+        result.add(metric, int(finding.passed), "passed", problem, provider)
 
 
 def exact_finding(run: str, tensor: str, same: bool, note: str = "must be equal") -> Finding:
@@ -261,9 +265,10 @@ def exact_matmuls() -> Iterator[None]:
 
 
 def check_layer(layer: Layer, runs: Sequence[Run] | None = None) -> list[Finding]:
-    """Compare ``runs`` of ``layer`` (by default both kinds) with the streamed reference."""
+    """Compare ``runs`` of ``layer`` (by default both kinds, and both without gradients) with the
+    streamed reference."""
     if runs is None:
-        runs = (run_experts(layer), run_moe(layer))
+        runs = (run_experts(layer), run_moe(layer), *run_inference(layer))
     with exact_matmuls(), torch.no_grad():
         return [*_check_routing(layer, runs), *_Stream(layer, runs).findings()]
 

@@ -186,3 +186,13 @@ def run_moe(layer: Layer) -> Run:
     named = dict(zip(leaves, gradients, strict=True))
     facts = {"out": out.detach(), "logits": logits.detach(), "frequency": frequency}
     return Run("moe", facts | named, with_router=True)
+
+
+def run_inference(layer: Layer) -> list[Run]:
+    """Output of both regions without gradients, for which other kernels run."""
+    with torch.no_grad():
+        experts, moe = experts_forward(layer), moe_forward(layer)
+    return [
+        Run("experts inference", {"out": experts}, with_router=False),
+        Run("moe inference", {"out": moe}, with_router=True),
+    ]

@@ -49,7 +49,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "supported GPU)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="BFloat16")
-    parser.add_argument("--skip_test", action="store_true", help="time without checking first")
+    parser.add_argument(
+        "--skip_test",
+        action="store_true",
+        help="print times without checking first; not with --json",
+    )
     parser.add_argument("--activation", choices=[a.value for a in ActivationType], default="swiglu")
     parser.add_argument("--add_bias", action="store_true")
     parser.add_argument(
@@ -68,7 +72,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--impl", choices=["auto", "cute", "reference"], default="auto", help="implementation"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.skip_test and arguments.json:
+        parser.error("--json records what was checked; leave out --skip_test or --json")
+    return arguments
 
 
 def choose(arguments: argparse.Namespace) -> tuple[Shape, torch.device, str]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.contest import take_turns
-from benchmarks.launches import captured
+from benchmarks.launches import captured_results
 from benchmarks.layer import Layer
 from benchmarks.measure import synchronize
 from benchmarks.peers import FORWARD_ONLY, Contender, with_routing_logits
@@ -79,7 +79,8 @@ def capture_graphs(
     graphs, failures = {}, {}
     for name, contender in contenders.items():
         try:
-            graphs[name] = _capture([_with_layer(contender, layer) for layer in layers])
+            others = [_with_layer(contender, layer) for layer in layers]
+            graphs[name] = Graph(*captured_results(lambda own=others: [c.inference() for c in own]))
             graphs[name].replay()
         except Exception as error:  # a peer that synchronises cannot be captured
             failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -107,15 +108,6 @@ def _with_layer(contender: Contender, layer: Layer) -> Contender:
     other = copy.copy(contender)
     other.layer = layer  # type: ignore[attr-defined]
     return other
-
-
-def _capture(contenders: list[Contender]) -> Graph:
-    outputs: list[torch.Tensor] = []
-
-    def all_of_them() -> None:
-        outputs[:] = [contender.inference() for contender in contenders]
-
-    return Graph(captured(all_of_them), outputs)
 
 
 class HostTime(NamedTuple):

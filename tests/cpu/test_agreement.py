@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import agreement, compare, peers, small
+from benchmarks import agreement, compare, launches, peers, small
 from benchmarks.agreement import check_contenders, findings_of, inference_run, sound, training_run
 from benchmarks.check import _block_counts, _block_sums, _worst_block
 from benchmarks.layer import Layer, LayerOptions, make_layer
@@ -175,7 +175,7 @@ def test_the_layer_of_triton_kernels_is_checked_as_its_own_function() -> None:
 
 
 def test_what_a_graph_left_is_checked_of_every_routing(monkeypatch) -> None:
-    monkeypatch.setattr(small, "captured", lambda function: function)
+    monkeypatch.setattr(launches, "captured", lambda function: function)
     layer = _layer()
     layers = small.rotations(layer)
     contenders = {name: peers.CONTENDERS[name](layer) for name in ("sonic", "torch")}

@@ -160,6 +160,7 @@ def test_the_reference_implementation_passes(dtype: torch.dtype) -> None:
         gradients = {"dx", "dw1", "dw2", "db1", "db2"}
         for run, own in (("experts", "dtopk_weights"), ("moe", "drouter_w")):
             assert {(run, name) for name in gradients | {"out", own}} <= compared
+            assert (f"{run} inference", "out") in compared
 
 
 MISTAKES = {
