@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from benchmarks.check import Finding, check_runs, findings_table
+from benchmarks.figures import ERROR_UNIT, Result
 from benchmarks.layer import Layer, Run
 from benchmarks.peers import FORWARD_ONLY, OURS, Contender, TorchGroupedMM, function_of
-from benchmarks.report import ERROR_UNIT, Result
 
 GRADIENTS = ("dx", "dw1", "dw2", "dtopk_weights")
 INFERENCE, TRAINING = "inference", "training"  # what a pass is, behind the contender's name

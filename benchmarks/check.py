@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from benchmarks.figures import ERROR_UNIT, NARROW, Result, text_table
 from benchmarks.layer import Layer, Run, run_experts, run_inference, run_moe
-from benchmarks.report import ERROR_UNIT, NARROW, Result, text_table
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
 
 FACTOR = 2.0

@@ -45,6 +45,7 @@ from benchmarks.contest import (
     race,
     time_limit,
 )
+from benchmarks.figures import Result, text_table
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import environment
 from benchmarks.options import (
@@ -71,7 +72,6 @@ from benchmarks.peers import (
     versions,
 )
 from benchmarks.problems import SKEWS, random_shapes, with_skew
-from benchmarks.report import Result, text_table
 from benchmarks.shapes import BARS, DECODE_TOKENS, Shape
 
 MIB = 2**20

@@ -18,6 +18,7 @@ import torch
 
 import sonic
 from benchmarks.check import check_layer, findings_table, record_findings
+from benchmarks.figures import Result, provider_of, text_table
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import (
     PassFigures,
@@ -31,7 +32,6 @@ from benchmarks.measure import (
 from benchmarks.options import THIEK, THIEK_HELP, output_file
 from benchmarks.options import device as device_option
 from benchmarks.options import shape as shape_option
-from benchmarks.report import Result, provider_of, text_table
 from benchmarks.shapes import DEFAULT_SHAPE, SMALL_SHAPE, Shape
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
 

@@ -12,8 +12,8 @@ its launches are counted. ``--module`` times ``sonic.MoE`` in training mode besi
 balancing loss is then part of its routing. FLOPs are those of the pairs that are routed. Output and
 every gradient are compared first, SonicMoE's too, and what a graph leaves with what the eager call
 returns; there is none of rules that draw random numbers, as its replays would draw others. What
-failed is not timed, and the exit status is 1. Without a supported GPU, and with no size asked for, a
-small layer runs through the reference.
+failed is not timed, and the exit status is 1. Without a supported GPU, and with no size asked for,
+a small layer runs through the reference.
 """
 
 import argparse
@@ -29,13 +29,13 @@ import torch
 
 import sonic
 from benchmarks.check import Finding, findings_table, record_findings
+from benchmarks.figures import Result, provider_of, text_table
 from benchmarks.launches import launches_of
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import environment
 from benchmarks.options import THIEK, THIEK_HELP, EachOnce, output_file
 from benchmarks.options import device as device_option
 from benchmarks.peers import obstacle, shorten_tuning, versions
-from benchmarks.report import Result, provider_of, text_table
 from benchmarks.rounding import (
     BAR_SIZES,
     MODULE,

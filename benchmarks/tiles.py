@@ -36,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks.figures import TILED_GEMMS, Result
 from benchmarks.measure import environment
 from benchmarks.options import THIEK, THIEK_HELP, EachOnce, not_negative, output_file, positive
 from benchmarks.options import shape as shape_option
 from benchmarks.problems import random_shapes
-from benchmarks.report import TILED_GEMMS, Result
 from benchmarks.shapes import BARS, Shape
 from sonic.cli import LayerSize, compile_kernels, layer_launches
 from sonic.enums import ActivationType

@@ -20,6 +20,7 @@ import sonic
 from benchmarks import cold_start, gpu_tests, measure, options, workers
 from benchmarks import layer as benchmark_layer
 from benchmarks.check import Finding, check_layer, findings_table
+from benchmarks.figures import Result
 from benchmarks.layer import (
     Layer,
     LayerOptions,
@@ -29,7 +30,6 @@ from benchmarks.layer import (
     run_experts,
     run_moe,
 )
-from benchmarks.report import Result
 from benchmarks.shapes import EXTRA_SHAPES, NAMED_SHAPES, SMALL_SHAPE, Shape, named_shape
 from benchmarks.workers import Outcome, Pool, Task
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compare, peers, plot, small
 from benchmarks.contest import OutOfTime, take_turns, time_limit
+from benchmarks.figures import Result
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.problems import HOT_SHARE, random_shapes, skewed_ids, with_skew
-from benchmarks.report import Result
 from benchmarks.shapes import BARS, NAMED_SHAPES, Shape
 from tests.refusals import as_typed, refusal
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tiles
-from benchmarks.report import HEAD_KEYS, RESULTS, TABLES, TILED_GEMMS, Figures, Result
+from benchmarks.figures import HEAD_KEYS, RESULTS, TILED_GEMMS, Figures, Result
+from benchmarks.report import TABLES
 from benchmarks.shapes import BARS, Shape
 from benchmarks.tiles import (
     SEED,

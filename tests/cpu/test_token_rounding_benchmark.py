@@ -12,8 +12,8 @@ import torch
 import sonic
 from benchmarks import contest, launches, rounding
 from benchmarks import layer as benchmark_layer
+from benchmarks.figures import HEAD_KEYS, Result
 from benchmarks.layer import LayerOptions, make_layer, moe_forward
-from benchmarks.report import HEAD_KEYS, Result
 from benchmarks.rounding import (
     MODULE,
     Load,
