@@ -140,7 +140,8 @@ def _weighted_mean(values: Sequence[float | None], weights: Sequence[float | Non
 
 
 def tiles_table(figures: CardFigures) -> str:
-    """What the tiles that follow from the sizes cost, beside the best of a sweep over all."""
+    """Time with the tiles that follow from the sizes over that with the best of a sweep; which
+    tilings a sweep had, its file's command says (``--space``)."""
     bars = {tuple(shape.problem): letter for letter, shape in BARS.items()}
     problems = figures.problems("tiles/up")
     rows = []
