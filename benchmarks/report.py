@@ -22,6 +22,7 @@ from benchmarks.figures import (
     EAGER,
     EMULATOR,
     ERROR_UNIT,
+    FOLDER,
     H100,
     NARROW,
     NO_CARD,
@@ -332,6 +333,34 @@ def memory_table(figures: CardFigures) -> str:
     return markdown_table(header, rows)
 
 
+MIB = 2**20
+
+
+def peak_table(figures: CardFigures) -> str:
+    """What a forward and backward pass takes besides inputs and weights, beside SonicMoE, by the
+    counts of torch's allocator: what is kept between the two, and the most that lies above that and
+    the gradients."""
+    rows = []
+    for letter, shape in BARS.items():
+        kept, above = (
+            [
+                figures.get(f"compare/none/{what}", "B", shape.problem, provider)
+                for provider in (OURS, "sonicmoe")
+            ]
+            for what in ("saved", "above_saved")
+        )
+        if kept[0] is None or above[0] is None:
+            continue
+        cells = [_cell(size and size / MIB, ".0f") for size in (*kept, *above)]
+        ratio = above[1] / above[0] if above[1] and above[0] else None
+        size = ", ".join(map(str, shape.problem))
+        rows.append([letter, size, *cells, _cell(ratio, ".2f")])
+    if not rows:
+        return ""
+    header = ["", "T, H, I, E, top_k", "kept MiB", "SonicMoE", "above it MiB", "SonicMoE", "×"]
+    return markdown_table(header, rows)
+
+
 def robustness_table(figures: CardFigures) -> str:
     """Counts of the randomised and repeated checks."""
     rows = []
@@ -351,8 +380,14 @@ def robustness_table(figures: CardFigures) -> str:
 
 def support_table(figures: Figures) -> str:
     """What has been seen of each architecture, from committed correctness results."""
-    hopper = figures.cards("correctness/run")
-    seen = f"executed on {', '.join(hopper)}" if hopper else "compiled; no executed run committed"
+    runs = []
+    for card in figures.cards("correctness/run"):
+        path = figures.on(card).file_of("correctness/run", "count")
+        if path is not None:
+            head = figures.heads[path]
+            commit = f"commit `{str(head['commit'])[:12]}`, {head['date']}"
+            runs.append(f"{card} ({commit}: [{path.name}]({FOLDER}{path.name}))")
+    seen = f"executed on {', '.join(runs)}" if runs else "compiled; no executed run committed"
     header = ["GPU", "kernels", "evidence"]
     rows = [
         ["Hopper, compute capability 9.0 (H100, H200, GH200)", "forward and backward", seen],
@@ -506,6 +541,7 @@ TABLES: dict[str, Callable[[Figures], str]] = {
     "routers": _on_default_card(router_table, "figures of routers"),
     "accuracy": _on_default_card(accuracy_table, "errors"),
     "memory": _on_default_card(memory_table, "sizes"),
+    "peak memory": _on_default_card(peak_table, "peaks of memory"),
     "robustness": _on_default_card(robustness_table, "counts"),
     "emulator": _on(NO_CARD, emulator_table, "runs of the emulator"),
 }

@@ -367,3 +367,25 @@ def test_results_of_a_cpu_are_of_no_card(tmp_path: Path) -> None:
     assert figures.on(NO_CARD).get(metric, "ms", PROBLEM, OURS) == 99.5
     table = report.TABLES["performance"](figures)
     assert "1.500" in table and "99.5" not in table and "98.5" not in table
+
+
+def test_support_names_the_commit_that_was_validated(tmp_path: Path) -> None:
+    rows = [("correctness/run", 12, "count", [])]
+    _timed(tmp_path / "a.json", "2026-01-01", "01:00:00", "1" * 40, rows)
+    _timed(tmp_path / "b.json", "2026-01-01", "02:00:00", "2" * 40, [("x", 1.0, "ms", [])])
+    seen = f"executed on {DEFAULT_CARD} (commit `{'1' * 12}`, 2026-01-01: [a.json]"
+    assert seen in report.TABLES["support"](Figures(tmp_path))
+
+
+def test_peak_memory_stands_beside_the_peers(tmp_path: Path) -> None:
+    mib = 2**20
+    figures = (("saved", 100.25, 200), ("above_saved", 40, 60))
+    rows = [
+        (f"compare/none/{what}", size * mib, "B", PROBLEM, provider)
+        for what, *sizes in figures
+        for provider, size in zip((OURS, "sonicmoe"), sizes, strict=True)
+    ]
+    _timed(tmp_path / "a.json", "2026-01-01", None, "1", rows)
+    assert "| 100 | 200 | 40 | 60 | 1.50 |" in report.TABLES["peak memory"](Figures(tmp_path))
+    _timed(tmp_path / "a.json", "2026-01-01", None, "1", rows[::2])
+    assert "| 100 | – | 40 | – | – |" in report.TABLES["peak memory"](Figures(tmp_path))
