@@ -18,7 +18,7 @@ GRADIENTS = ("dx", "dw1", "dw2", "dtopk_weights")
 INFERENCE, TRAINING = "inference", "training"  # what a pass is, behind the contender's name
 # Errors of independent roundings add up by their squares: of one that rounds four times as often.
 PEER_ALLOWANCE = 2.0
-_ROOM = 2.0  # times the results of a layer that another one takes, its transients included
+_ROOM = 4.0  # times a gradient that another contender's results and transients may take
 _SEPARATOR = "/"
 
 Findings = dict[str, list[Finding]]  # by contender

@@ -8,6 +8,12 @@ A peer that cannot be imported, does not get ready in ``--limit`` seconds or fai
 reason and left out. Results are written after every size. Timed is the region from given ids and
 weights to the output, and to all gradients; ratios are to ours: above 1, ours is faster.
 
+SonicMoE tunes itself at each size. At A to F, and for ``--small`` and ``--host``, it chooses among
+six tile shapes and a few gather kernels, those that a search over all found near the best at A to F
+(``--tuning good``); which of its others is better elsewhere nobody has looked at, so with
+``--random`` or ``--thiek`` it chooses among all (``--tuning full``), which takes minutes a size:
+``--limit`` may have to be longer. The result file says which.
+
 Before a size is timed, output and gradients of every pass of every contender are held to a wide
 reference (:mod:`benchmarks.agreement`); so are skewed routing, CUDA graphs and the calls whose host
 time is taken. One that is wrong is neither timed nor recorded, of a size where ours is wrong
@@ -66,6 +72,8 @@ from benchmarks.peers import (
     FORWARD_ONLY,
     NEEDS_LOGITS,
     OURS,
+    PEER,
+    TUNINGS,
     Contender,
     obstacle,
     shorten_tuning,
@@ -100,10 +108,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", type=_peers, default=list(CONTENDERS), metavar="NAME,...")
     parser.add_argument(
         "--tuning",
-        choices=["full", "good"],
-        default="good",
-        help="what sonicmoe may choose from at each size: all its tiles, or those that were ever "
-        "near the best",
+        choices=TUNINGS,
+        help="what sonicmoe may choose from at each size: all its tiles (the default with --random "
+        "or --thiek), or those that were near the best for A to F",
     )
     parser.add_argument(
         "--seconds", type=seconds, default=0.7, help="timed, per contender and race"
@@ -115,6 +122,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot-from", type=Path, metavar="FILE", help="of this result; no run")
     parser.add_argument("--device", type=device_option, default=torch.device("cuda"))
     arguments = parser.parse_args(argv)
+    if arguments.tuning is None:
+        arguments.tuning = "full" if arguments.random or arguments.thiek else "good"
     refused = _contradiction(arguments)
     if refused is not None:
         parser.error(refused)
@@ -192,7 +201,7 @@ def participants(wanted: list[str], tuning: str) -> list[str]:
         found.append(name)
         if versions(name):
             print(f"{name}: {versions(name)}")
-    if "sonicmoe" in found:
+    if PEER in found:
         shorten_tuning(good_tiles_only=tuning == "good")
     return found
 
@@ -472,7 +481,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     os.environ.setdefault("QUACK_COMPILE_WORKERS", str(os.cpu_count() or 8))
     names = participants(arguments.peers, arguments.tuning)
-    result = Result(environment(arguments.device))
+    head = environment(arguments.device)
+    if PEER in names:
+        head["tuning"] = f"{PEER}: {arguments.tuning}"
+    result = Result(head)
     passed = compare_layers(shapes, names, arguments, result)
     if arguments.host:
         passed &= compare_host(names, arguments, result)

@@ -35,11 +35,10 @@ from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import environment
 from benchmarks.options import THIEK, THIEK_HELP, EachOnce, output_file
 from benchmarks.options import device as device_option
-from benchmarks.peers import obstacle, shorten_tuning, versions
+from benchmarks.peers import PEER, obstacle, shorten_tuning, versions
 from benchmarks.rounding import (
     BAR_SIZES,
     MODULE,
-    PEER,
     RANDOM,
     ROUTINGS,
     SWEEPS,
@@ -327,6 +326,8 @@ def run_size(
     roundings = [rounding for rounding in asked if has_pairs(size, rounding, loads)]
     right, layout = roundings, options.layout.value
     with_peer = peer_takes_part(arguments, size, options.impl)
+    if with_peer:
+        result.head["tuning"] = f"{PEER}: good"
     sound = len(roundings) == len(asked)
     if not arguments.skip_test:
         right = []

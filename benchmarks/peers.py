@@ -119,6 +119,7 @@ _GOOD_TILES = {
     (192, 128, True),
 }
 _TUNING_LAUNCHES = 8
+TUNINGS = ("full", "good")  # all tiles, or _GOOD_TILES
 
 
 def _short_measurement(
@@ -363,10 +364,10 @@ class Bound:
 
 # -------------------------------------------------------------------------------------- list
 
-OURS, BOUND = "sonic", "bound"
+OURS, PEER, BOUND = "sonic", "sonicmoe", "bound"
 CONTENDERS: dict[str, Callable[[Layer], Contender]] = {
     OURS: Sonic,
-    "sonicmoe": SonicMoE,
+    PEER: SonicMoE,
     "torch": TorchGroupedMM,
     "triton_kernels": TritonKernels,
     BOUND: Bound,

@@ -24,6 +24,7 @@ from benchmarks.contest import _Clock, take_turns
 from benchmarks.launches import captured, captured_results
 from benchmarks.layer import Layer, Run, call_moe, gradient_inputs, run_experts, run_moe
 from benchmarks.measure import sustained_ms
+from benchmarks.peers import PEER
 from benchmarks.shapes import Shape
 from sonic.enums import KernelBackendMoE, ScoreOrder
 from sonic.plan import RoutingPlan
@@ -31,7 +32,6 @@ from sonic.runtime.limits import MAX_EXPERTS, MAX_SLOTS
 
 ROUTINGS = ("top_k", "nr", "sr", "nr-s", "balance-f", "up", "down")
 RANDOM = ("sr", "nr-s")
-PEER = "sonicmoe"
 MODULE = " module"  # behind the name of a routing: the layer as a module that trains
 _SEED = 7
 PLAN_FIELDS = (

@@ -180,6 +180,41 @@ def test_a_whole_run_writes_what_the_plot_reads(tmp_path: Path, monkeypatch, cap
     }
 
 
+@pytest.mark.parametrize(
+    ("flags", "tuning"),
+    [
+        (["--shapes", "A"], "good"),
+        (["--random", "1"], "full"),
+        (["--thiek", "48,64,32,8,2"], "full"),
+        (["--random", "1", "--tuning", "good"], "good"),
+        (["--small"], "good"),
+    ],
+    ids=as_typed,
+)
+def test_a_peer_chooses_among_all_its_tiles_at_sizes_that_were_not_searched(
+    flags: list[str], tuning: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(compare, "missing_gpu", lambda _: None)
+    assert compare.parse_arguments(flags).tuning == tuning
+
+
+def test_the_result_says_what_the_peer_could_choose_from(tmp_path: Path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setitem(peers.CONTENDERS, "sonicmoe", peers.CONTENDERS["torch"])
+    monkeypatch.setattr(compare, "obstacle", lambda _: None)
+    monkeypatch.setattr(compare, "shorten_tuning", lambda **options: asked.append(options))
+    path = tmp_path / "result.json"
+    command = ["--device", "cpu", "--host", "--peers"]
+    monkeypatch.setattr(
+        compare, "compare_host", lambda *args: compare._write(args[2], args[1]) or True
+    )
+    assert compare.main([*command, "sonicmoe", "--json", str(path)]) == 0
+    assert Result.read(path).head["tuning"] == "sonicmoe: good"
+    assert asked == [{"good_tiles_only": True}]
+    assert compare.main([*command, "torch", "--json", str(path)]) == 0
+    assert "tuning" not in Result.read(path).head
+
+
 def test_skewed_routing_is_raced_with_uniform(tmp_path: Path) -> None:
     path = tmp_path / "skew.json"
     command = ["--device", "cpu", "--thiek", "48,64,32,8,2", "--seconds", "0.01"]
