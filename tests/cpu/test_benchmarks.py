@@ -342,7 +342,7 @@ def test_the_result_file_has_the_agreed_form(
     path = tmp_path / "new" / "result.json"
     assert moe_cute.main([*TINY_FLAGS, "--json", str(path)]) == 0
     content = json.loads(path.read_text())
-    head = ["device", "driver", "versions", "commit", "command", "date"]
+    head = ["device", "driver", "versions", "commit", "command", "date", "time"]
     assert list(content) == [*head, "rows"]
     assert content["commit"] == "0123abc"
     assert content["versions"]["torch"] == torch.__version__

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import compare, peers, plot, small
+from benchmarks import compare, launches, peers, plot, small
 from benchmarks.contest import OutOfTime, take_turns, time_limit
-from benchmarks.figures import Result
+from benchmarks.figures import HEAD_KEYS, Result
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.problems import HOT_SHARE, random_shapes, skewed_ids, with_skew
 from benchmarks.shapes import BARS, NAMED_SHAPES, Shape
@@ -19,6 +19,7 @@ from tests.refusals import as_typed, refusal
 
 TINY = Shape(48, 64, 32, 8, 2)
 CPU = torch.device("cpu")
+CPU_ONLY = LayerOptions(device=CPU, impl="reference")
 
 
 @pytest.fixture
@@ -267,6 +268,51 @@ def test_wrong_calls_have_no_host_time(tmp_path: Path, monkeypatch) -> None:
     command = ["--device", "cpu", "--host", "--peers", "sonic", "--json", str(path)]
     assert compare.main(command) == 1
     assert not Result.read(path).rows
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "graph of torch", "graph of sonic", "eager sonic"])
+def test_few_tokens_are_checked_in_graphs_and_eager(
+    wrong: str, monkeypatch, tmp_path: Path
+) -> None:
+    """With calls in place of graphs, which a CPU has not."""
+    monkeypatch.setattr(launches, "captured", lambda function: function)
+    monkeypatch.setattr(small, "DECODE_SHAPE", TINY.problem[1:])
+    monkeypatch.setattr(small, "_COPY_BYTES", 2**12)
+    monkeypatch.setattr(small, "_HOST_SECONDS", 0.01)
+    monkeypatch.setattr(compare, "DECODE_TOKENS", (4, 16))
+    path = tmp_path / "result.json"
+    arguments = compare.parse_arguments(["--host", "--device", "cpu", "--json", str(path)])
+    where, _, name = wrong.partition(" of ") if "graph" in wrong else wrong.partition(" ")
+    calls = []
+
+    def broken(layer: Layer):
+        contender = make(layer)
+        calls.append(contender)
+        return contender
+
+    def inference(self):
+        out = right(self)
+        first = any(self is contender for contender in calls)  # not a copy, of which graphs are
+        return out.roll(1, 1) if first == (where == "eager") else out
+
+    if where in ("graph", "eager"):
+        make, kind = (
+            peers.CONTENDERS[name],
+            type(peers.CONTENDERS[name](make_layer(TINY, CPU_ONLY))),
+        )
+        right = kind.inference
+        monkeypatch.setattr(kind, "inference", inference)
+        monkeypatch.setitem(peers.CONTENDERS, name, broken)
+    result = Result(dict.fromkeys(HEAD_KEYS))
+    assert compare.compare_small(["sonic", "torch"], arguments, result) == (wrong == "nothing")
+    timed = {(row.provider, row.metric) for row in result.rows if row.unit == "us"}
+    names = {"nothing": {"sonic", "torch"}, "graph of torch": {"sonic"}}.get(wrong, set())
+    metrics = {"small/graph", "small/host", "small/host, fastest tenth"}
+    expected = {(name, metric) for name in names for metric in metrics}
+    assert timed == (expected | {("bound", "small/floor")} if names else set())
+    checked = {(row.provider, row.metric) for row in result.rows if row.unit == "relative L2"}
+    parts = "small/eager/inference/out", "small/graph/inference/out"
+    assert checked == {(name, part) for name in names for part in parts}
 
 
 @pytest.mark.parametrize(

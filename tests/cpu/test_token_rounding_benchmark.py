@@ -296,6 +296,36 @@ def test_what_a_graph_leaves_is_compared_with_the_eager_call(monkeypatch, mistak
     assert failed == names[mistake]
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_graphs_of_what_is_drawn_or_wrong_are_not_timed(script, monkeypatch, capsys, wrong):
+    """With calls in place of graphs, which a CPU has not."""
+    layer, size = tiny_layer(), RoundedShape(TINY, 8)
+    asked = [Rounding.make(name, 8, CPU) for name in ("nr", "sr", "top_k")]
+    ways = rounding.ways_of(layer, asked, with_module=True)
+    made = []
+
+    def calls(function):
+        results = [tensor.detach() for tensor in function()]
+        made.append(results)
+        if wrong and len(made) == 1:  # the first way's output
+            results[0] = torch.zeros_like(results[0])
+            return lambda: None, results
+        return function, results
+
+    monkeypatch.setattr(rounding, "captured_results", calls)
+    result = Result(dict.fromkeys(HEAD_KEYS))
+    drawing = [name for name in ways if name.startswith("sr")]
+    graphs, failed = script.sound_graphs(result, size, layer.options, ways, drawing)
+    names = ["nr", f"nr{MODULE}", "top_k", f"top_k{MODULE}"]
+    assert list(graphs) == names[wrong:] and failed == names[:wrong]
+    assert ("FAILED" in capsys.readouterr().out) == wrong
+    passed = {row.metric: row.value for row in result.rows if row.unit == "passed"}
+    assert passed["interleaved/nr/q8/graph/out"] == (not wrong)
+    assert passed[f"interleaved/top_k{MODULE}/q8/graph/loss"] == 1
+    times = rounding.race_graphs(graphs, CPU, 0.001)
+    assert set(times) == set(graphs) and set(times["top_k"]) == set(script.PASSES)
+
+
 @pytest.mark.parametrize("routing", ["nr", "top_k"])
 def test_a_sweep_times_no_layer_whose_gradient_is_wrong(script, capsys, monkeypatch, routing):
     right = rounding.call_moe
