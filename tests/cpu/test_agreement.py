@@ -80,6 +80,16 @@ def test_blocks_are_counted_and_summed() -> None:
     assert _block_counts(torch.ones(130, 200)).shape == (3, 4)
 
 
+def test_results_may_lie_transposed(trained) -> None:
+    layer, runs = trained
+    right = runs["sonic"]
+    tensors = {name: t.mT.contiguous().mT for name, t in right.tensors.items()}
+    assert not any(t.is_contiguous() for t in tensors.values())
+    experts_last = right.tensors["dw2"].permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for laid in (tensors, right.tensors | {"dw2": experts_last}):
+        assert sound(findings_of({"sonic": [replace(right, tensors=laid)]}, layer)) == ["sonic"]
+
+
 def test_a_block_without_error_allows_none() -> None:
     narrow = 0.01 * torch.randn(128, 128)
     narrow[:64, :64] = 0
