@@ -10,6 +10,7 @@ and one of them runs all, in turns, and says what the others take over the first
 
     python benchmarks/builds.py race before after before --shapes C A --gemms dh up
 
+Timed is what a layer launches, with the kernel behind a split weight gradient that adds its parts.
 A build that is named twice says how much of a difference is none. Results that are not those of the
 first build, by the bounds of ``sonic tune``, are reported, and fail the run.
 """

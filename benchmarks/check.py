@@ -4,8 +4,10 @@ The reference is written here from the formulas, on purpose apart from ``sonic.r
 it runs the same mathematics with the rounding points of a careful bf16 (fp16) implementation:
 pre-activation, activation, expert output, output, ``dh``, scaled activation, ``dx`` rows and weight
 gradients are each rounded once from a wide sum. The error of that narrow path is the yardstick: the
-layer under test may have at most ``FACTOR`` times as much, as a whole, in its largest element, and
-within every single expert.
+layer under test may have at most ``FACTOR`` times as much, as a whole, in its largest element,
+within every single expert, and within every block of ``BLOCK`` rows and columns, which is smaller
+than any tile of a kernel. Other packages round at points of their own and are allowed more, see
+``Run.allowance``.
 
 Nothing of size (R, H) or (E, ...) is held for more than one expert, so that the largest models fit.
 """
@@ -18,13 +20,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from benchmarks.layer import Layer, Run, run_experts, run_moe
-from benchmarks.report import ERROR_UNIT, NARROW, Result, text_table
+from benchmarks.figures import ERROR_UNIT, NARROW, Result, text_table
+from benchmarks.layer import Layer, Run, run_experts, run_inference, run_moe
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
 
 FACTOR = 2.0
 WIDE_LIMIT = 2e10  # forward FLOPs up to which the reference is fp64
 CHUNK_ROWS = 8192
+BLOCK = 64  # rows and columns, or BLOCK squared consecutive elements of a vector
 FEW_ELEMENTS = 64  # below this many, an expert's own yardstick is too noisy to be used alone
 SCORE_TOLERANCE = 1e-6  # eight units in the last place of fp32
 
@@ -50,7 +53,8 @@ class Finding:
 
     ``error`` and ``yardstick`` are relative L2 errors of the layer under test and of the narrow
     path. ``worst`` is the largest quotient of an error and what is allowed for it, over the whole
-    tensor, its largest element and every expert; ``expert`` is the expert with the largest one.
+    tensor, its largest element, every expert and every block; ``expert`` is the expert with the
+    largest one.
     """
 
     run: str
@@ -76,17 +80,21 @@ def findings_table(findings: Sequence[Finding]) -> str:
 
 
 def record_findings(
-    result: Result, problem: list[int], layout: str, findings: Sequence[Finding]
+    result: Result,
+    problem: list[int],
+    layout: str,
+    findings: Sequence[Finding],
+    provider: str = "",
 ) -> None:
     """Errors of both paths, the worst expert, and the verdict of each finding."""
     for finding in findings:
         metric = f"{layout}/{finding.run}/{finding.tensor}"
-        result.add(metric, finding.error, ERROR_UNIT, problem)
+        result.add(metric, finding.error, ERROR_UNIT, problem, provider)
         result.add(metric, finding.yardstick, ERROR_UNIT, problem, provider=NARROW)
-        result.add(metric, finding.worst, "of what is allowed", problem)
+        result.add(metric, finding.worst, "of what is allowed", problem, provider)
         if finding.expert is not None:
-            result.add(metric, finding.expert, "worst expert", problem)
-        result.add(metric, int(finding.passed), "passed", problem)
+            result.add(metric, finding.expert, "worst expert", problem, provider)
+        result.add(metric, int(finding.passed), "passed", problem, provider)
 
 
 def exact_finding(run: str, tensor: str, same: bool, note: str = "must be equal") -> Finding:
@@ -117,33 +125,46 @@ def finding_of(
 
 
 class _ErrorSums:
-    """Sums of squared errors of one tensor, as a whole and by expert, without a host sync."""
+    """Squared errors of one tensor, as a whole, by expert and by block, without a host sync."""
 
-    def __init__(self, num_experts: int, device: torch.device):
+    def __init__(self, num_experts: int, device: torch.device, allowance: float):
         # Last row: the whole tensor. Columns: test, narrow, reference, number of elements.
         self.sums = torch.zeros(num_experts + 1, 4, dtype=torch.float64, device=device)
         self.largest = torch.zeros(2, dtype=torch.float64, device=device)
+        self.block = torch.zeros((), dtype=torch.float64, device=device)  # its worst quotient
+        self.allowance = allowance
 
     def add(
         self,
         actual: torch.Tensor,
         reference: torch.Tensor,
         narrow: torch.Tensor,
-        experts: Sequence[int],
+        experts: torch.Tensor | int,
+        rows: torch.Tensor | None = None,
     ) -> None:
-        """Add elements to the rows ``experts``; -1 is the whole tensor."""
-        test_error = actual.to(reference.dtype) - reference
-        narrow_error = narrow.to(reference.dtype) - reference
-        squares = [
-            torch.linalg.vector_norm(values, dtype=torch.float64).square()
-            for values in (test_error, narrow_error, reference)
-        ]
-        count = squares[0].new_full((), reference.numel())
-        for expert in experts:
-            self.sums[expert] += torch.stack([*squares, count])
-        if -1 in experts and reference.numel():
-            largest = torch.stack([test_error.abs().amax(), narrow_error.abs().amax()])
-            self.largest = torch.maximum(self.largest, largest.double())
+        """Add elements to the whole and to ``experts``: to one, or row ``rows[i]`` (all rows by
+        default) to ``experts[i]``, so that a row may count for several."""
+        if not reference.numel():
+            return
+        test_error = actual.to(reference.device, reference.dtype) - reference
+        narrow_error = narrow - reference
+        by_row = torch.stack(
+            [
+                _row_vectors(values).square().sum(1, dtype=torch.float64)
+                for values in (test_error, narrow_error, reference)
+            ],
+            dim=1,
+        )
+        elements = reference.numel() / by_row.shape[0]
+        by_row = torch.cat((by_row, torch.full_like(by_row[:, :1], elements)), dim=1)
+        self.sums[-1] += by_row.sum(0)
+        if isinstance(experts, int):
+            self.sums[experts] += by_row.sum(0)
+        else:
+            self.sums.index_add_(0, experts, by_row if rows is None else by_row[rows])
+        largest = torch.stack([test_error.abs().amax(), narrow_error.abs().amax()])
+        self.largest = torch.maximum(self.largest, largest.double())
+        self.block = torch.maximum(self.block, _worst_block(test_error, narrow_error))
 
     def finding(self, run: str, tensor: str) -> Finding:
         test, narrow, reference, count = (
@@ -164,7 +185,7 @@ class _ErrorSums:
         whole = _quotient(math.sqrt(test[-1] / count[-1]), _allowed(overall, count[-1]))
         largest_test, largest_narrow = self.largest.tolist()
         peak = _quotient(largest_test, _allowed(largest_narrow, count[-1]))
-        worst = max(worst, whole, peak)
+        worst = max(worst, whole, peak, _quotient(self.block.item(), 1.0)) / self.allowance
         norm = math.sqrt(reference[-1])
         return Finding(
             run,
@@ -175,6 +196,47 @@ class _ErrorSums:
             worst=worst,
             expert=expert,
         )
+
+
+def _row_vectors(values: torch.Tensor) -> torch.Tensor:
+    return values if values.dim() == 2 else values.unsqueeze(1)
+
+
+def _worst_block(test_error: torch.Tensor, narrow_error: torch.Tensor) -> torch.Tensor:
+    """The largest quotient of a block's error and what is allowed for it; infinite if a block's
+    is not a number, or not zero where nothing is allowed."""
+    count = _block_counts(test_error)
+    test, narrow = (
+        (_block_sums(error.square()).double() / count).sqrt()
+        for error in (test_error, narrow_error)
+    )
+    overall = narrow_error.double().square().mean().sqrt()
+    yardstick = torch.where(count < FEW_ELEMENTS, narrow.clamp_min(overall), narrow)
+    allowed = FACTOR * yardstick * (1 + 3 / count.sqrt())
+    quotients = torch.where(test == 0, torch.zeros_like(test), test / allowed)
+    return torch.nan_to_num(quotients, nan=math.inf, posinf=math.inf).amax()
+
+
+def _block_counts(values: torch.Tensor) -> torch.Tensor:
+    """Elements of each block of :func:`_block_sums`."""
+    if values.dim() == 1:
+        starts = torch.arange(0, len(values), BLOCK**2, device=values.device)
+        return (len(values) - starts).clamp_max(BLOCK**2).double().unsqueeze(1)
+    rows, columns = (
+        (size - torch.arange(0, size, BLOCK, device=values.device)).clamp_max(BLOCK).double()
+        for size in values.shape
+    )
+    return rows.unsqueeze(1) * columns
+
+
+def _block_sums(values: torch.Tensor) -> torch.Tensor:
+    """Sums over blocks of a matrix, or of a vector taken as rows of ``BLOCK`` elements."""
+    if values.dim() == 1:
+        values = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+    rows, columns = values.shape
+    if rows % BLOCK or columns % BLOCK:
+        values = F.pad(values, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    return values.view(-(-rows // BLOCK), BLOCK, -(-columns // BLOCK), BLOCK).sum((1, 3))
 
 
 def _allowed(yardstick: float, elements: float) -> float:
@@ -203,11 +265,19 @@ def exact_matmuls() -> Iterator[None]:
 
 
 def check_layer(layer: Layer, runs: Sequence[Run] | None = None) -> list[Finding]:
-    """Compare ``runs`` of ``layer`` (by default both kinds) with the streamed reference."""
+    """Compare ``runs`` of ``layer`` (by default both kinds, and both without gradients) with the
+    streamed reference."""
     if runs is None:
-        runs = (run_experts(layer), run_moe(layer))
+        runs = (run_experts(layer), run_moe(layer), *run_inference(layer))
     with exact_matmuls(), torch.no_grad():
         return [*_check_routing(layer, runs), *_Stream(layer, runs).findings()]
+
+
+def check_runs(layer: Layer, runs: Sequence[Run]) -> list[Finding]:
+    """Compare ``runs`` of ``layer`` with the streamed reference of its ids and weights, whichever
+    router, or none, they are of."""
+    with exact_matmuls(), torch.no_grad():
+        return _Stream(layer, runs).findings()
 
 
 def _reference_scores(logits: torch.Tensor, ids: torch.Tensor, order: ScoreOrder) -> torch.Tensor:
@@ -250,9 +320,11 @@ class _Stream:
         self.wide = torch.float64 if small else torch.float32
         self.activation = ACTIVATIONS[options.activation]
         flat = layer.topk_ids.flatten().long()
-        self.slots = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=shape.E)
+        counts = torch.bincount(flat, minlength=shape.E)[: shape.E]
         self.ends = counts.cumsum(0).tolist()
+        self.slots = flat.argsort(stable=True)[: self.ends[-1]]  # ids may be padded with E
+        self.expert_by_row = flat[self.slots]
+        self.trains = any(set(run.tensors) - {"out"} for run in runs)
         rows = layer.w1.shape[1]
         # Row order that puts all gates before all ups, whatever the layout.
         self.w1_rows = torch.arange(rows, device=self.device)
@@ -288,7 +360,8 @@ class _Stream:
         select: Callable[[torch.Tensor], torch.Tensor],
         reference: torch.Tensor,
         narrow: torch.Tensor,
-        experts: Sequence[int],
+        experts: torch.Tensor | int,
+        rows: torch.Tensor | None = None,
         with_router: bool | None = None,
     ) -> None:
         for run in self.runs:
@@ -296,12 +369,14 @@ class _Stream:
             if wanted and tensor in run.tensors:
                 key = (run.name, tensor)
                 if key not in self.sums:
-                    self.sums[key] = _ErrorSums(self.layer.shape.E, self.device)
-                self.sums[key].add(select(run.tensors[tensor]), reference, narrow, experts)
+                    size = self.layer.shape.E, self.device, run.allowance
+                    self.sums[key] = _ErrorSums(*size)
+                self.sums[key].add(select(run.tensors[tensor]), reference, narrow, experts, rows)
 
     def findings(self) -> list[Finding]:
         for expert in range(self.layer.shape.E):
-            self._expert(expert)
+            if self.trains or self._expert_slots(expert).numel():
+                self._expert(expert)
         self._tokens()
         return [sums.finding(*key) for key, sums in self.sums.items()]
 
@@ -321,8 +396,9 @@ class _Stream:
             tokens = slots // layer.shape.top_k
             x, dy = layer.x[tokens].to(wide), layer.dout[tokens].to(wide)
             score = layer.topk_weights.flatten()[slots].to(wide).unsqueeze(1)
-            h, p = x @ w1.t() + b1, dy @ w2
+            h = x @ w1.t() + b1
             # exact activation, and what each path hands on: h itself, or h rounded
+            p = dy @ w2 if self.trains else torch.zeros_like(h[:, : w2.shape[1]])
             post, dh = self._activate(h, score * p)
             post_narrow, dh_narrow = self._activate(self._round(h), score * p)
             dh_narrow = self._round(dh_narrow)
@@ -331,6 +407,8 @@ class _Stream:
             y_narrow = self._round(self._round(post) @ w2.t() + b2)
             self.reference["out"].index_add_(0, tokens, score * y)
             self.narrow["out"].index_add_(0, tokens, score * y_narrow)
+            if not self.trains:
+                continue
             self.reference["ds"].view(-1)[slots] = (dy * y).sum(1)
             self.narrow["ds"].view(-1)[slots] = (p * post_narrow).sum(1) + dy @ b2
             self.reference["dx"].index_add_(0, tokens, dh @ w1)
@@ -344,7 +422,8 @@ class _Stream:
             narrow["db1"] += dh_narrow.sum(0)
             for sums in (reference, narrow):
                 sums["db2"] += (score * dy).sum(0)
-        self._compare_expert(e, reference, narrow)
+        if self.trains:
+            self._compare_expert(e, reference, narrow)
 
     def _compare_expert(
         self, e: int, reference: dict[str, torch.Tensor], narrow: dict[str, torch.Tensor]
@@ -353,37 +432,35 @@ class _Stream:
             rows = self.w1_rows if name in ("dw1", "db1") else slice(None)
 
             def select(actual: torch.Tensor, rows: torch.Tensor | slice = rows) -> torch.Tensor:
-                return actual[e][rows]
+                return actual[e].to(self.device)[rows]
 
-            self._compare(name, select, expected, self._round(narrow[name]), (e, -1))
+            self._compare(name, select, expected, self._round(narrow[name]), e)
 
     def _tokens(self) -> None:
         """Compare what is indexed by token: output, ``dx``, score and router gradients."""
         layer = self.layer
+        self._compare_tokens("out", self.reference["out"], self._round(self.narrow["out"]))
+        if not self.trains:
+            return
+        dx, dx_narrow = self.reference["dx"], self._round(self.narrow["dx"])
+        self._compare_tokens("dx", dx, dx_narrow, with_router=False)
+        slots = self.slots
+        flat = (self.reference["ds"].flatten()[slots], self.narrow["ds"].flatten()[slots])
+        self._compare(
+            "dtopk_weights", lambda actual: actual.flatten()[slots], *flat, self.expert_by_row
+        )
+        if not any(run.with_router for run in self.runs):
+            return
         dlogits = self._logit_gradient(self.reference["ds"])
         dlogits_narrow = self._round(self._logit_gradient(self.narrow["ds"]))
         x, weight = layer.x.to(self.wide), layer.router_weight.to(self.wide)
         drouter, drouter_narrow = dlogits.t() @ x, self._round(dlogits_narrow.t() @ x)
-        for e in range(layer.shape.E):
-            rows = (drouter[e], drouter_narrow[e])
-            self._compare("drouter_w", lambda actual, e=e: actual[e], *rows, (e, -1))
+        experts = torch.arange(layer.shape.E, device=self.device)
+        self._compare("drouter_w", lambda actual: actual, drouter, drouter_narrow, experts)
         del x, drouter, drouter_narrow
-
-        out = (self.reference["out"], self._round(self.narrow["out"]))
-        self._compare_tokens("out", *out)
-        dx, dx_narrow = self.reference["dx"], self._round(self.narrow["dx"])
-        self._compare_tokens("dx", dx, dx_narrow, with_router=False)
         dx += dlogits @ weight
         dx_narrow = self._round(dx_narrow + self._round(dlogits_narrow @ weight))
         self._compare_tokens("dx", dx, dx_narrow, with_router=True)
-
-        flat = (self.reference["ds"].flatten(), self.narrow["ds"].flatten())
-        for e in range(layer.shape.E):
-            slots = self._expert_slots(e)
-            expected = (flat[0][slots], flat[1][slots])
-            self._compare(
-                "dtopk_weights", lambda actual, s=slots: actual.flatten()[s], *expected, (e, -1)
-            )
 
     def _compare_tokens(
         self,
@@ -393,11 +470,16 @@ class _Stream:
         with_router: bool | None = None,
     ) -> None:
         """The whole tensor, and for each expert the tokens that it worked on."""
-        self._compare(tensor, lambda actual: actual, reference, narrow, (-1,), with_router)
-        for e in range(self.layer.shape.E):
-            tokens = self._expert_slots(e) // self.layer.shape.top_k
-            expected = (reference[tokens], narrow[tokens])
-            self._compare(tensor, lambda actual, t=tokens: actual[t], *expected, (e,), with_router)
+        tokens = self.slots // self.layer.shape.top_k
+        self._compare(
+            tensor,
+            lambda actual: actual,
+            reference,
+            narrow,
+            self.expert_by_row,
+            tokens,
+            with_router,
+        )
 
     def _logit_gradient(self, score_gradient: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():

@@ -103,10 +103,10 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
+    from benchmarks.figures import Result, text_table
     from benchmarks.measure import environment
     from benchmarks.options import THIEK, THIEK_HELP, output_file, positive
     from benchmarks.options import shape as shape_option
-    from benchmarks.report import Result, text_table
     from benchmarks.shapes import Shape
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -7,6 +7,17 @@
 A peer that cannot be imported, does not get ready in ``--limit`` seconds or fails is named with the
 reason and left out. Results are written after every size. Timed is the region from given ids and
 weights to the output, and to all gradients; ratios are to ours: above 1, ours is faster.
+
+SonicMoE tunes itself at each size. At A to F, and for ``--small`` and ``--host``, it chooses among
+six tile shapes and a few gather kernels, those that a search over all found near the best at A to F
+(``--tuning good``); which of its others is better elsewhere nobody has looked at, so with
+``--random`` or ``--thiek`` it chooses among all (``--tuning full``), which takes minutes a size:
+``--limit`` may have to be longer. The result file says which.
+
+Before a size is timed, output and gradients of every pass of every contender are held to a wide
+reference (:mod:`benchmarks.agreement`); so are skewed routing, CUDA graphs and the calls whose host
+time is taken. One that is wrong is neither timed nor recorded, of a size where ours is wrong
+nothing is, and the exit status is then 1.
 """
 
 import argparse
@@ -14,7 +25,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,17 +33,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import small
+from benchmarks.agreement import (
+    Findings,
+    check_contenders,
+    findings_of,
+    inference_run,
+    print_findings,
+    record_agreement,
+    sound,
+)
 from benchmarks.contest import (
-    AGREEMENT,
     PASSES,
     Memory,
     OutOfTime,
     Times,
-    disagreements,
     memory_of,
     race,
     time_limit,
 )
+from benchmarks.figures import Result, text_table
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import environment
 from benchmarks.options import (
@@ -53,13 +72,14 @@ from benchmarks.peers import (
     FORWARD_ONLY,
     NEEDS_LOGITS,
     OURS,
+    PEER,
+    TUNINGS,
     Contender,
     obstacle,
     shorten_tuning,
     versions,
 )
 from benchmarks.problems import SKEWS, random_shapes, with_skew
-from benchmarks.report import Result, text_table
 from benchmarks.shapes import BARS, DECODE_TOKENS, Shape
 
 MIB = 2**20
@@ -88,10 +108,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", type=_peers, default=list(CONTENDERS), metavar="NAME,...")
     parser.add_argument(
         "--tuning",
-        choices=["full", "good"],
-        default="good",
-        help="what sonicmoe may choose from at each size: all its tiles, or those that were ever "
-        "near the best",
+        choices=TUNINGS,
+        help="what sonicmoe may choose from at each size: all its tiles (the default with --random "
+        "or --thiek), or those that were near the best for A to F",
     )
     parser.add_argument(
         "--seconds", type=seconds, default=0.7, help="timed, per contender and race"
@@ -103,6 +122,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot-from", type=Path, metavar="FILE", help="of this result; no run")
     parser.add_argument("--device", type=device_option, default=torch.device("cuda"))
     arguments = parser.parse_args(argv)
+    if arguments.tuning is None:
+        arguments.tuning = "full" if arguments.random or arguments.thiek else "good"
     refused = _contradiction(arguments)
     if refused is not None:
         parser.error(refused)
@@ -180,7 +201,7 @@ def participants(wanted: list[str], tuning: str) -> list[str]:
         found.append(name)
         if versions(name):
             print(f"{name}: {versions(name)}")
-    if "sonicmoe" in found:
+    if PEER in found:
         shorten_tuning(good_tiles_only=tuning == "good")
     return found
 
@@ -232,11 +253,29 @@ def _release() -> None:
 # ------------------------------------------------------------------------------ comparisons
 
 
+def checked(
+    contenders: dict[str, Contender], layer: Layer, train: bool = True
+) -> tuple[dict[str, Contender], Findings]:
+    """The contenders that may be timed, after a check of every pass that will be; none if ours is
+    wrong. The bound computes no layer, so that there is nothing to check."""
+    found, failures = check_contenders(contenders, layer, train)
+    print_findings(found)
+    for name, reason in failures.items():
+        print(f"  {name} left out: it could not be checked: {reason}")
+    _release()
+    right = sound(found)
+    return {
+        name: contender
+        for name, contender in contenders.items()
+        if OURS in right and (name in right or name == BOUND)
+    }, found
+
+
 def compare_layers(
     shapes: Mapping[str, Shape], names: list[str], arguments: argparse.Namespace, result: Result
 ) -> bool:
-    """Race, memory and agreement at each size. False if a peer disagreed with us."""
-    agreed, end = True, time.perf_counter() + arguments.total
+    """Check, race and memory at each size. False if a contender's results were wrong."""
+    passed, end = True, time.perf_counter() + arguments.total
     for label, shape in shapes.items():
         if time.perf_counter() > end:
             print(f"\n{label} was not started: --total {arguments.total} s are over")
@@ -246,38 +285,39 @@ def compare_layers(
         layer = with_skew(uniform, arguments.skew)
         taking_part = [n for n in names if arguments.skew == "none" or n not in NEEDS_LOGITS]
         contenders = prepare(taking_part, layer, arguments.limit, _train_once)
-        distances = disagreements(contenders)
-        agreed &= print_distances(distances)
-        memory: dict[str, Memory] = {}
-        if arguments.device.type == "cuda":
-            for name, contender in contenders.items():
-                if name not in (*FORWARD_ONLY, BOUND):
-                    memory[name] = memory_of(contender, arguments.device)
+        contenders, found = checked(contenders, layer)
+        passed &= len(sound(found)) == len(found)
         racers = dict(contenders)
-        if arguments.skew != "none":
-            racers[UNIFORM] = CONTENDERS[OURS](uniform)
-        times = race(racers, arguments.device, arguments.seconds)
-        print_times(times, memory)
-        record(result, shape, arguments.skew, times, memory, distances)
+        if arguments.skew != "none" and contenders:
+            plain = {OURS: CONTENDERS[OURS](uniform)}
+            right, of_uniform = checked(plain, uniform)
+            passed &= bool(right)
+            racers = {**contenders, UNIFORM: plain[OURS]} if right else {}
+            del plain, right
+        if racers:
+            memory = _memory(contenders, arguments.device)
+            times = race(racers, arguments.device, arguments.seconds)
+            print_times(times, memory)
+            prefix = f"compare/{arguments.skew}"
+            record(result, shape, prefix, times, memory)
+            record_agreement(result, prefix, shape.problem, found, times)
+            if UNIFORM in racers:
+                record_agreement(result, f"{prefix}/{UNIFORM}", shape.problem, of_uniform, [OURS])
         _write(result, arguments)
         del uniform, layer, contenders, racers
         _release()
-    return agreed
+    return passed
+
+
+def _memory(contenders: Mapping[str, Contender], device: torch.device) -> dict[str, Memory]:
+    if device.type != "cuda":
+        return {}
+    trained = [name for name in contenders if name not in (*FORWARD_ONLY, BOUND)]
+    return {name: memory_of(contenders[name], device) for name in trained}
 
 
 def _options(arguments: argparse.Namespace) -> LayerOptions:
     return LayerOptions(device=arguments.device)
-
-
-def print_distances(distances: dict[str, dict[str, float]]) -> bool:
-    """Print the distances of results from ours; True if every one is that of rounding."""
-    agreed = True
-    for name, by_tensor in distances.items():
-        cells = ", ".join(f"{tensor} {value:.4f}" for tensor, value in by_tensor.items())
-        wrong = [tensor for tensor, value in by_tensor.items() if not value <= AGREEMENT]
-        agreed &= not wrong
-        print(f"  {name} differs from {OURS} by {cells}" + (" <- WRONG" if wrong else ""))
-    return agreed
 
 
 def print_times(times: Times, memory: Mapping[str, Memory]) -> None:
@@ -307,16 +347,10 @@ def _ratio(ms: float, ours: float | None) -> str:
 
 
 def record(
-    result: Result,
-    shape: Shape,
-    skew: str,
-    times: Times,
-    memory: Mapping[str, Memory],
-    distances: Mapping[str, Mapping[str, float]],
+    result: Result, shape: Shape, prefix: str, times: Times, memory: Mapping[str, Memory]
 ) -> None:
-    """Rows ``compare/<skew>/<what>``; ratios to ours, and of ours to uniform routing, are of the
-    same run."""
-    prefix = f"compare/{skew}"
+    """Rows ``<prefix>/<what>``; ratios to ours, and of ours to uniform routing, are of the same
+    run."""
     for p, ms in times.get(UNIFORM, {}).items():
         ratio = times[OURS][p] / ms
         result.add(f"{prefix}/{p}", ratio, "x uniform", shape.problem, OURS)
@@ -331,14 +365,12 @@ def record(
     for name, used in memory.items():
         for what in ("saved", "peak", "gradients", "above_saved"):
             result.add(f"{prefix}/{what}", getattr(used, what), "B", shape.problem, name)
-    for name, by_tensor in distances.items():
-        for tensor, value in by_tensor.items():
-            result.add(f"{prefix}/{tensor}", value, "relative L2 to ours", shape.problem, name)
 
 
-def compare_small(names: list[str], arguments: argparse.Namespace, result: Result) -> None:
-    """Inference of few tokens: device time under a CUDA graph, and host time of an eager call."""
-    rows = []
+def compare_small(names: list[str], arguments: argparse.Namespace, result: Result) -> bool:
+    """Inference of few tokens: device time under a CUDA graph, and host time of an eager call.
+    False if a contender's results were wrong."""
+    rows, passed = [], True
     for tokens in DECODE_TOKENS:
         shape = small.decode_shape(tokens)
         print(f"\nsmall: T,H,I,E,top_k = {','.join(map(str, shape.problem))}", flush=True)
@@ -346,46 +378,70 @@ def compare_small(names: list[str], arguments: argparse.Namespace, result: Resul
         layers = small.rotations(layer)
         wanted = [name for name in names if name != BOUND]
         contenders = prepare(wanted, layer, arguments.limit, _infer_once)
-        graphs, failures = small.graph_ms(contenders, layers, arguments.device)
-        floor = 1e6 * small.read_seconds(small.touched_bytes(layers), arguments.device)
-        result.add("small/floor", floor, "us", shape.problem, BOUND)
-        rows.append([str(tokens), "weights read once", f"{floor:.1f}", "-", "-", "-"])
-        for name, contender in contenders.items():
-            host = small.host_microseconds(contender.inference, arguments.device)
-            result.add("small/host", host.median, "us", shape.problem, name)
-            result.add("small/host, fastest tenth", host.fast, "us", shape.problem, name)
-            graph = graphs.get(name)
-            if graph is not None:
-                result.add("small/graph", 1e3 * graph, "us", shape.problem, name)
-            cells = [f"{1e3 * graph:.1f}", _ratio(graph, graphs.get(OURS))] if graph else ["-", "-"]
-            rows.append([str(tokens), name, *cells, f"{host.median:.0f}", f"{host.fast:.0f}"])
+        contenders, eager = checked(contenders, layer, train=False)
+        graphs, failures = small.capture_graphs(contenders, layers, arguments.device)
+        replayed = check_graphs(graphs, layers)
+        print_findings(replayed)
+        right = sound(replayed)
+        passed &= len(sound(eager)) == len(eager) and len(right) == len(graphs)
+        if OURS in right:
+            contenders = {n: c for n, c in contenders.items() if n in right or n in failures}
+            medians = small.graph_ms({name: graphs[name] for name in right}, arguments.device)
+            floor = 1e6 * small.read_seconds(small.touched_bytes(layers), arguments.device)
+            result.add("small/floor", floor, "us", shape.problem, BOUND)
+            rows.append([str(tokens), "weights read once", f"{floor:.1f}", "-", "-", "-"])
+            for name, contender in contenders.items():
+                host = small.host_microseconds(contender.inference, arguments.device)
+                result.add("small/host", host.median, "us", shape.problem, name)
+                result.add("small/host, fastest tenth", host.fast, "us", shape.problem, name)
+                graph, cells = medians.get(name), ["-", "-"]
+                if graph is not None:
+                    result.add("small/graph", 1e3 * graph, "us", shape.problem, name)
+                    cells = [f"{1e3 * graph:.1f}", _ratio(graph, medians[OURS])]
+                rows.append([str(tokens), name, *cells, f"{host.median:.0f}", f"{host.fast:.0f}"])
+            record_agreement(result, "small/eager", shape.problem, eager, contenders)
+            record_agreement(result, "small/graph", shape.problem, replayed, contenders)
         for name, reason in failures.items():
             print(f"  {name} has no graph: {reason}")
         _write(result, arguments)
-        del layer, layers, contenders
+        del layer, layers, contenders, graphs
         _release()
     header = ("T", "contender", "graph us", "x ours", "host us", "fastest tenth")
     print(text_table(header, rows), flush=True)
+    return passed
 
 
-def compare_host(names: list[str], arguments: argparse.Namespace, result: Result) -> None:
-    """Host microseconds where the device is faster than the host."""
+def check_graphs(graphs: Mapping[str, small.Graph], layers: Sequence[Layer]) -> Findings:
+    """What the last replay of each graph left, of every routing."""
+    found: Findings = {name: [] for name in graphs}
+    for index, layer in enumerate(layers):
+        runs = {name: [inference_run(name, g.outputs[index])] for name, g in graphs.items()}
+        for name, own in findings_of(runs, layer).items():
+            found[name] += own
+    return found
+
+
+def compare_host(names: list[str], arguments: argparse.Namespace, result: Result) -> bool:
+    """Host microseconds where the device is faster than the host. False if results were wrong."""
     shape = small.HOST_SHAPE
     print(f"\nhost: T,H,I,E,top_k = {','.join(map(str, shape.problem))}", flush=True)
     layer = make_layer(shape, _options(arguments))
     contenders = prepare(
         [name for name in names if name != BOUND], layer, arguments.limit, _train_once
     )
+    contenders, found = checked(contenders, layer)
     rows = []
     for name, by_pass in small.host_times(contenders, arguments.device).items():
         for p, host in by_pass.items():
             result.add(f"host/{p}", host.median, "us", shape.problem, name)
             result.add(f"host/{p}, fastest tenth", host.fast, "us", shape.problem, name)
             rows.append([name, p, f"{host.median:.0f}", f"{host.fast:.0f}"])
+    record_agreement(result, "host", shape.problem, found, contenders)
     print(text_table(("contender", "call", "host us", "fastest tenth"), rows), flush=True)
     _write(result, arguments)
-    if arguments.profile:
+    if arguments.profile and OURS in contenders:
         small.print_profile(contenders[OURS].inference, arguments.device)
+    return len(sound(found)) == len(found)
 
 
 def _write(result: Result, arguments: argparse.Namespace) -> None:
@@ -425,17 +481,20 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     os.environ.setdefault("QUACK_COMPILE_WORKERS", str(os.cpu_count() or 8))
     names = participants(arguments.peers, arguments.tuning)
-    result = Result(environment(arguments.device))
-    agreed = compare_layers(shapes, names, arguments, result)
+    head = environment(arguments.device)
+    if PEER in names:
+        head["tuning"] = f"{PEER}: {arguments.tuning}"
+    result = Result(head)
+    passed = compare_layers(shapes, names, arguments, result)
     if arguments.host:
-        compare_host(names, arguments, result)
+        passed &= compare_host(names, arguments, result)
     if arguments.small:
-        compare_small(names, arguments, result)
-    if arguments.plot:
+        passed &= compare_small(names, arguments, result)
+    if arguments.plot and (passed or result.rows):
         _plot(arguments.plot, result)
-    if not agreed:
-        print("\nFAILED: a contender's results are not ours.")
-    return 0 if agreed else 1
+    if not passed:
+        print("\nFAILED: results were wrong; what is wrong was neither timed nor recorded.")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

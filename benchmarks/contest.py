@@ -1,4 +1,4 @@
-"""Contenders of ``benchmarks.peers`` measured in turns: times, memory, and that they agree.
+"""Contenders of ``benchmarks.peers`` measured in turns: times and memory.
 
 All of them run in one process, one iteration each, round after round, in an order that is drawn
 anew for each round from a fixed seed: clocks, power and temperature are then the same for all, none
@@ -19,14 +19,10 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.measure import LOAD_SECONDS, TIMED_SECONDS, synchronize
-from benchmarks.peers import FORWARD_ONLY, OTHER_FUNCTION, OURS, Contender, TorchGroupedMM
+from benchmarks.peers import FORWARD_ONLY, Contender
 
 MIN_ROUNDS = 5
-_ROOM = 2.0  # times the results of a layer that another one takes, its transients included
 PASSES = ("inference", "forward", "backward", "forward + backward")
-GRADIENTS = ("dx", "dw1", "dw2", "dtopk_weights")
-# bf16 layers of the same rounding points differ by about 0.005; a wrong one by about 1.
-AGREEMENT = 0.03
 
 Times = dict[str, dict[str, float]]  # contender -> pass -> milliseconds
 
@@ -183,48 +179,3 @@ def memory_of(contender: Contender, device: torch.device) -> Memory:
     synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     return Memory(saved, peak, sum(g.untyped_storage().nbytes() for g in gradients))
-
-
-def _relative_l2(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """By slices of the leading axis, since fp32 copies of a whole weight gradient may not fit."""
-    error = norm = 0.0
-    parts = zip(value.split(4096), expected.split(4096), strict=True)
-    if value.dim() == 3:
-        parts = zip(value.unbind(0), expected.unbind(0), strict=True)
-    for ours, theirs in parts:
-        wide = theirs.to(ours.device).float()
-        error += float((ours.float() - wide).square().sum())
-        norm += float(wide.square().sum())
-    return math.sqrt(error / norm) if norm else math.sqrt(error)
-
-
-def _kept(results: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """``results`` beside those of another contender: on the host if the GPU cannot hold both."""
-    if results[0].is_cuda:
-        device = results[0].device
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if free < _ROOM * sum(tensor.nbytes for tensor in results):
-            return tuple(tensor.cpu() for tensor in results)
-    return results
-
-
-def disagreements(contenders: Mapping[str, Contender]) -> dict[str, dict[str, float]]:
-    """Relative L2 distance of every comparable contender's results from ours."""
-    compared = [name for name in contenders if name not in OTHER_FUNCTION and name != OURS]
-    if OURS not in contenders or not compared:
-        return {}
-    out = contenders[OURS].forward()
-    ours = _kept((out.detach(), *contenders[OURS].backward(out)))
-    del out
-    found = {}
-    for name in compared:
-        contender = contenders[name]
-        out = contender.forward()
-        results = [out.detach(), *contender.backward(out)]
-        if isinstance(contender, TorchGroupedMM):
-            results[2] = contender.interleaved(results[2])
-        pairs = zip(("out", *GRADIENTS), results, ours, strict=True)
-        found[name] = {tensor: _relative_l2(a.detach(), b.detach()) for tensor, a, b in pairs}
-        del out, results, pairs
-    return found

@@ -34,8 +34,8 @@ from torch import Tensor
 
 import sonic
 from benchmarks.emulator_cases import Case, all_cases
+from benchmarks.figures import EMULATOR, Row
 from benchmarks.options import output_file, positive
-from benchmarks.report import EMULATOR, Row
 from sonic.testing import poisoned_empty
 from tests.gemm_bounds import Band, bands
 from tests.grouped_gemms import EXACT, NORMAL, cast, digest, tiles

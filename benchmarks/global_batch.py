@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.figures import Result, text_table
 from benchmarks.measure import environment
 from benchmarks.options import missing_gpu, output_file
-from benchmarks.report import Result, text_table
 from sonic.nn.routers import SigmoidRouter, SoftmaxRouter, update_balance
 
 HIDDEN, EXPERTS, TOP_K = 256, 128, 8

@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from benchmarks.figures import Result
 from benchmarks.measure import environment
 from benchmarks.options import EachOnce, output_file, positive, seconds
-from benchmarks.report import Result
 
 TESTS = ROOT / "tests" / "gpu"
 NOT_FINISHED = "not finished"

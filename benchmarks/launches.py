@@ -1,7 +1,7 @@
 """What a function launches on the GPU, and how long each launch takes."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,18 @@ def captured(function: Callable[[], object], repeats: int = 1) -> Callable[[], N
         for _ in range(repeats):
             function()
     return graph.replay
+
+
+def captured_results(
+    function: Callable[[], Iterable[torch.Tensor]],
+) -> tuple[Callable[[], None], list[torch.Tensor]]:
+    """One call of ``function`` as a CUDA graph, and the results that each replay writes anew."""
+    results: list[torch.Tensor] = []
+
+    def kept() -> None:
+        results[:] = [tensor.detach() for tensor in function()]
+
+    return captured(kept), results
 
 
 if __name__ == "__main__":

@@ -59,11 +59,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Run:
-    """What one forward and backward of the layer under test returned, by tensor name."""
+    """What one forward and backward of the layer under test returned, by tensor name.
+
+    ``allowance`` multiplies the errors that it may have: 1 of our layer, whose rounding points are
+    those of the yardstick; more of one that rounds more often.
+    """
 
     name: str
     tensors: dict[str, torch.Tensor]
     with_router: bool
+    allowance: float = 1.0
 
 
 def make_layer(shape: Shape, options: LayerOptions) -> Layer:
@@ -181,3 +186,13 @@ def run_moe(layer: Layer) -> Run:
     named = dict(zip(leaves, gradients, strict=True))
     facts = {"out": out.detach(), "logits": logits.detach(), "frequency": frequency}
     return Run("moe", facts | named, with_router=True)
+
+
+def run_inference(layer: Layer) -> list[Run]:
+    """Output of both regions without gradients, for which other kernels run."""
+    with torch.no_grad():
+        experts, moe = experts_forward(layer), moe_forward(layer)
+    return [
+        Run("experts inference", {"out": experts}, with_router=False),
+        Run("moe inference", {"out": moe}, with_router=True),
+    ]

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.figures import CEILING_UNIT, CUBLAS, Result
 from benchmarks.layer import Layer, experts_forward, forward_backward, moe_forward
-from benchmarks.report import CEILING_UNIT, CUBLAS, Result
 from benchmarks.shapes import BACKWARD_GEMMS, FORWARD_GEMMS, Shape
 
 LOAD_SECONDS = 0.3
@@ -235,7 +235,8 @@ def record_saved(result: Result, problem: list[int], saved: SavedBytes) -> None:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """The head of a result file: device, driver, versions, commit, command, date."""
+    """The head of a result file: device, driver, versions, commit, command, date, time (UTC)."""
+    now = datetime.now(timezone.utc)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -246,7 +247,8 @@ def environment(device: torch.device) -> dict[str, object]:
         "versions": _versions(),
         "commit": _commit(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": now.strftime("%Y-%m-%d"),
+        "time": now.strftime("%H:%M:%S"),
     }
 
 

@@ -18,6 +18,7 @@ import torch
 
 import sonic
 from benchmarks.check import check_layer, findings_table, record_findings
+from benchmarks.figures import Result, provider_of, text_table
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import (
     PassFigures,
@@ -31,7 +32,6 @@ from benchmarks.measure import (
 from benchmarks.options import THIEK, THIEK_HELP, output_file
 from benchmarks.options import device as device_option
 from benchmarks.options import shape as shape_option
-from benchmarks.report import Result, provider_of, text_table
 from benchmarks.shapes import DEFAULT_SHAPE, SMALL_SHAPE, Shape
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
 
@@ -49,7 +49,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "supported GPU)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="BFloat16")
-    parser.add_argument("--skip_test", action="store_true", help="time without checking first")
+    parser.add_argument(
+        "--skip_test",
+        action="store_true",
+        help="print times without checking first; not with --json",
+    )
     parser.add_argument("--activation", choices=[a.value for a in ActivationType], default="swiglu")
     parser.add_argument("--add_bias", action="store_true")
     parser.add_argument(
@@ -68,7 +72,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--impl", choices=["auto", "cute", "reference"], default="auto", help="implementation"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.skip_test and arguments.json:
+        parser.error("--json records what was checked; leave out --skip_test or --json")
+    return arguments
 
 
 def choose(arguments: argparse.Namespace) -> tuple[Shape, torch.device, str]:

@@ -30,11 +30,11 @@ from benchmarks.check import (
     findings_table,
     record_findings,
 )
+from benchmarks.figures import EAGER, Result, text_table
 from benchmarks.launches import captured, launches_of
 from benchmarks.measure import environment, sustained_ms
 from benchmarks.options import EachOnce, output_file
 from benchmarks.options import named_shape as shape_option
-from benchmarks.report import EAGER, Result, text_table
 from benchmarks.shapes import NamedShape, named_shape
 from sonic.routing.route import route
 

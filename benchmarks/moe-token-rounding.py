@@ -9,16 +9,18 @@ imported, take turns in one process. On a GPU the routings take turns once more 
 small layers an eager call may be the host's time, a replay is the device's. What lies between
 router GEMM and experts is timed besides, also as a graph and as a share of the graphs' times, and
 its launches are counted. ``--module`` times ``sonic.MoE`` in training mode beside it, whose
-balancing loss is then part of its routing. FLOPs are those of
-the pairs that are routed. Output and every gradient are compared first, in a sweep without
-``--module`` the pairs only; after a failed check nothing is timed and the exit status is 1. Without
-a supported GPU, and with no size asked for, a small layer runs through the reference.
+balancing loss is then part of its routing. FLOPs are those of the pairs that are routed. Output and
+every gradient are compared first, SonicMoE's too, and what a graph leaves with what the eager call
+returns; there is none of rules that draw random numbers, as its replays would draw others. What
+failed is not timed, and the exit status is 1. Without a supported GPU, and with no size asked for,
+a small layer runs through the reference.
 """
 
 import argparse
 import functools
 import math
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,29 +28,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import sonic
-from benchmarks.check import findings_table, record_findings
-from benchmarks.contest import AGREEMENT
+from benchmarks.check import Finding, findings_table, record_findings
+from benchmarks.figures import Result, provider_of, text_table
 from benchmarks.launches import launches_of
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.measure import environment
 from benchmarks.options import THIEK, THIEK_HELP, EachOnce, output_file
 from benchmarks.options import device as device_option
-from benchmarks.peers import obstacle, shorten_tuning, versions
-from benchmarks.report import Result, provider_of, text_table
+from benchmarks.peers import PEER, obstacle, shorten_tuning, versions
 from benchmarks.rounding import (
     BAR_SIZES,
     MODULE,
-    PEER,
+    RANDOM,
     ROUTINGS,
     SWEEPS,
     Load,
     RoundedShape,
     Rounding,
-    check_pairs,
+    Way,
+    WayGraphs,
+    check_graphs,
+    check_peer,
     check_rounded_layer,
     function_way,
     load_of,
-    peer_distances,
     peer_forward,
     race_graphs,
     race_layers,
@@ -108,7 +111,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="milliseconds to time for each figure",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="BFloat16")
-    parser.add_argument("--skip_test", action="store_true", help="time without checking first")
+    parser.add_argument(
+        "--skip_test",
+        action="store_true",
+        help="print times without checking first; not with --json",
+    )
     parser.add_argument("--add_bias", action="store_true")
     parser.add_argument(
         "--concat_layout", action="store_true", help="w1 has all gate rows before all up rows"
@@ -123,6 +130,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         sizes = [size for number in arguments.sweep for size in SWEEPS[number - 1]]
         arguments.thiekq = sizes + [s for s in arguments.thiekq or [] if s not in sizes]
     arguments.routing = arguments.routing or (["nr", "top_k"] if arguments.sweep else ["nr"])
+    if arguments.skip_test and arguments.json:
+        parser.error("--json records what was checked; leave out --skip_test or --json")
     return arguments
 
 
@@ -180,36 +189,15 @@ def peer_takes_part(arguments: argparse.Namespace, size: RoundedShape, impl: str
     return reason is None
 
 
-def peer_agrees(result: Result, layer: Layer, size: RoundedShape) -> bool:
-    """Record how far the peer's results are from ours with top-k; False if they are others."""
-    distances = peer_distances(layer)
-    for name, distance in distances.items():
-        metric = f"token rounding/top_k/distance/{name}"
-        result.add(metric, distance, "relative L2", size.shape.problem, provider=PEER)
-    print(f"{PEER}'s distances: {', '.join(f'{n} {d:.4f}' for n, d in distances.items())}")
-    return max(distances.values()) <= AGREEMENT
-
-
-def check(
-    result: Result,
-    layer: Layer,
-    size: RoundedShape,
-    rounding: Rounding,
-    pairs_only: bool,
-    with_module: bool,
+def passed(
+    result: Result, size: RoundedShape, name: str, findings: list[Finding], provider: str = ""
 ) -> bool:
-    """Print and record what was compared; whether it passed. A module is always compared."""
-    if with_module or not pairs_only:
-        findings = check_rounded_layer(layer, rounding, with_module)
-    elif rounding.name == "top_k":
-        return True
-    else:
-        findings = [check_pairs(layer, rounding)[0]]
-    label = f"{layer.options.layout.value}/{rounding.name}/q{size.tile}"
-    record_findings(result, size.shape.problem, label, findings)
-    print(f"{rounding.name}\n{findings_table(findings)}\n")
+    """Print and record what was compared; whether it passed."""
+    what = "token rounding/top_k" if provider else f"{name}/q{size.tile}"
+    record_findings(result, size.shape.problem, what, findings, provider)
+    print(f"{name}\n{findings_table(findings)}\n")
     if not all(finding.passed for finding in findings):
-        print("FAILED: the layer is wrong, so nothing was timed.\n")
+        print("FAILED: this is wrong, so it was not timed.\n")
         return False
     return True
 
@@ -304,6 +292,28 @@ def has_pairs(size: RoundedShape, rounding: Rounding, loads: dict[str, Load]) ->
     return False
 
 
+def sound_graphs(
+    result: Result,
+    size: RoundedShape,
+    options: LayerOptions,
+    ways: Mapping[str, Way],
+    without: Collection[str],
+) -> tuple[dict[str, WayGraphs], list[str]]:
+    """CUDA graphs of the ways, but for those ``without``, and the names of those that leave other
+    results than the eager calls."""
+    graphs, failed = {}, []
+    for name, way in ways.items():
+        if name in without:
+            continue
+        own = WayGraphs.of(way)
+        findings = check_graphs(own, way, options.dtype)
+        if passed(result, size, f"{options.layout.value}/{name}", findings):
+            graphs[name] = own
+        else:
+            failed.append(name)
+    return graphs, failed
+
+
 def run_size(
     arguments: argparse.Namespace, size: RoundedShape, options: LayerOptions, result: Result
 ) -> bool:
@@ -314,27 +324,34 @@ def run_size(
     asked = [Rounding.make(name, size.tile, device) for name in arguments.routing]
     loads = {rounding.name: load_of(layer, rounding) for rounding in asked}
     roundings = [rounding for rounding in asked if has_pairs(size, rounding, loads)]
-    right = roundings
+    right, layout = roundings, options.layout.value
+    with_peer = peer_takes_part(arguments, size, options.impl)
+    if with_peer:
+        result.head["tuning"] = f"{PEER}: good"
+    sound = len(roundings) == len(asked)
     if not arguments.skip_test:
-        pairs_only = bool(arguments.sweep)
-        right = [
-            rounding
-            for rounding in roundings
-            if check(result, layer, size, rounding, pairs_only, arguments.module)
-        ]
+        right = []
+        for rounding in roundings:
+            findings = check_rounded_layer(layer, rounding, arguments.module)
+            if passed(result, size, f"{layout}/{rounding.name}", findings):
+                right.append(rounding)
+        sound &= len(right) == len(roundings)
+        if with_peer:
+            with_peer = passed(result, size, PEER, check_peer(layer), PEER)
+            sound &= with_peer
     if not right:
         return False
-    with_peer = peer_takes_part(arguments, size, options.impl)
-    agreed = not with_peer or peer_agrees(result, layer, size)
     seconds = arguments.rep / 1e3
     ways = ways_of(layer, right, arguments.module)
+    graphs: dict[str, WayGraphs] = {}
+    if device.type == "cuda":
+        drawing = tuple(name for name in ways if name.removesuffix(MODULE) in RANDOM)
+        graphs, failed = sound_graphs(result, size, options, ways, drawing)
+        sound &= not failed
     if with_peer:
         ways[PEER] = function_way(layer, functools.partial(peer_forward, layer))
     times = race_layers(ways, device, seconds)
-    replayed = {}
-    if device.type == "cuda":
-        drawing = [rounding.drawing() for rounding in right]
-        replayed = race_graphs(ways_of(layer, drawing, arguments.module), device, seconds)
+    replayed = race_graphs(graphs, device, seconds)
     report = Report(result, size)
     forms = [(r, in_module) for in_module in (False, True)[: 1 + arguments.module] for r in right]
     for rounding, in_module in forms:
@@ -347,7 +364,7 @@ def run_size(
     if device.type == "cuda":
         for rounding, in_module in forms:
             report.launches(layer, rounding, in_module)
-    return agreed and len(right) == len(asked)
+    return sound
 
 
 def main(argv: list[str] | None = None) -> int:

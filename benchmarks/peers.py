@@ -10,7 +10,8 @@ of x, w1, w2 and the weights. Sorting and index tensors are part of its time; th
 ``torch``           ``grouped_mm`` with gathers that are not differentiated by accumulation and the
                     weights folded in before the down projection: the best eager layer we know.
 ``triton_kernels``  of the triton repository (``matmul_ogs``), forward only, which routes from
-                    logits and whose SwiGLU is ``silu(g) * (u + 1)``.
+                    logits, here ones that lead to the given ids and weights, and whose SwiGLU is
+                    ``silu(g) * (u + 1)``.
 ``bound``           no layer: balanced cuBLAS products of the same FLOPs and copies of the bytes
                     that the two gather-sums move.
 """
@@ -18,6 +19,7 @@ of x, w1, w2 and the weights. Sorting and index tensors are part of its time; th
 import functools
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -117,6 +119,7 @@ _GOOD_TILES = {
     (192, 128, True),
 }
 _TUNING_LAUNCHES = 8
+TUNINGS = ("full", "good")  # all tiles, or _GOOD_TILES
 
 
 def _short_measurement(
@@ -263,11 +266,23 @@ class TorchGroupedMM(_Differentiated):
 # ---------------------------------------------------------------------------- triton_kernels
 
 
+_NEVER = -1e4  # a logit that no top-k takes
+
+
+def with_routing_logits(layer: Layer) -> Layer:
+    """``layer`` with fp32 logits (T,E) of which the top-k, and the softmax over it, are its ids and
+    weights; a token's ids have to be distinct."""
+    weights = layer.topk_weights.detach().float()
+    logits = weights.new_full((layer.shape.T, layer.shape.E), _NEVER)
+    return replace(layer, logits=logits.scatter_(1, layer.topk_ids.long(), weights.log()))
+
+
 class TritonKernels:
-    """Forward only, with its own top-k from the layer's logits inside the time."""
+    """Forward only, with its own top-k from logits inside the time; see
+    :func:`with_routing_logits`, without which it works on other pairs than the others."""
 
     def __init__(self, layer: Layer):
-        self.layer = layer
+        self.layer = with_routing_logits(layer)
 
     @torch.no_grad()
     def inference(self) -> torch.Tensor:
@@ -349,16 +364,15 @@ class Bound:
 
 # -------------------------------------------------------------------------------------- list
 
-OURS, BOUND = "sonic", "bound"
+OURS, PEER, BOUND = "sonic", "sonicmoe", "bound"
 CONTENDERS: dict[str, Callable[[Layer], Contender]] = {
     OURS: Sonic,
-    "sonicmoe": SonicMoE,
+    PEER: SonicMoE,
     "torch": TorchGroupedMM,
     "triton_kernels": TritonKernels,
     BOUND: Bound,
 }
 FORWARD_ONLY = frozenset({"triton_kernels"})
-OTHER_FUNCTION = frozenset({"triton_kernels", BOUND})  # not comparable number by number
 NEEDS_LOGITS = frozenset({"triton_kernels"})
 _MODULES = {
     "sonicmoe": ("sonicmoe.functional", "quack.gemm_interface"),
@@ -369,6 +383,18 @@ _DISTRIBUTIONS = {
     "torch": ("torch",),
     "triton_kernels": ("triton-kernels",),
 }
+
+
+def function_of(name: str, layer: Layer) -> Layer | None:
+    """The layer whose values the contender ``name`` computes when it is given ``layer``, or None of
+    one that computes no layer."""
+    if name == BOUND:
+        return None
+    if name != "triton_kernels":
+        return layer
+    b1 = torch.zeros(layer.w1.shape[:2], dtype=layer.w1.dtype, device=layer.w1.device)
+    b1[:, 1::2] = 1.0  # silu(g) * (u + 1)
+    return replace(layer, b1=b1)
 
 
 def obstacle(name: str) -> str | None:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from benchmarks.figures import Result
 from benchmarks.peers import BOUND, CONTENDERS, FORWARD_ONLY
-from benchmarks.report import Result
 from benchmarks.shapes import BARS, Shape
 
 PANELS = ("forward", "backward", "forward + backward")

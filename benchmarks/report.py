@@ -1,4 +1,4 @@
-"""Result files, tables for the terminal, and the README's tables made from committed results.
+"""The README's tables, made from committed results.
 
 python benchmarks/report.py --write README.md    replace every generated block
 python benchmarks/report.py --check README.md    exit 1 if a block differs or is missing
@@ -8,18 +8,32 @@ What was measured on other cards only follows as tables of their own, under the 
 """
 
 import argparse
-import json
-import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.figures import (
+    CEILING_UNIT,
+    DEFAULT_CARD,
+    EAGER,
+    EMULATOR,
+    ERROR_UNIT,
+    FOLDER,
+    H100,
+    NARROW,
+    NO_CARD,
+    OURS,
+    PROVIDERS,
+    RESULTS,
+    TILED_GEMMS,
+    CardFigures,
+    Figures,
+    markdown_table,
+)
 from benchmarks.shapes import (
     BARS,
     DECODE_SHAPE,
@@ -29,185 +43,7 @@ from benchmarks.shapes import (
     NamedShape,
 )
 
-RESULTS = Path(__file__).resolve().parent / "results"
-HEAD_KEYS = ("device", "driver", "versions", "commit", "command", "date")
-OURS = "sonic"
-REFERENCE = "sonic_reference"  # the package's torch implementation: never shown as ours
-CUBLAS = "cublas_bmm"
-TILED_GEMMS = ("up", "down", "dh", "dx", "dw2", "dw1")
-NARROW = "torch_rounded"  # torch with the same rounding points
-EAGER = "torch_eager"  # a router in torch's own kernels
-EMULATOR = "emulator"  # of PTX, tests/emulator
-DEFAULT_CARD, H100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"  # as their drivers call them
-NO_CARD = ""  # what ran on a CPU
-CEILING_UNIT = "% of cuBLAS"
-ERROR_UNIT = "relative L2"
-FOLDER = "benchmarks/results/"  # in links of the README
 _BEGIN, _END = "<!-- generated: {} -->", "<!-- end of generated part -->"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure; ``value`` is None if it was not finite.
-
-    ``problem`` is [T, H, I, E, top_k], or empty where no single size belongs to the figure.
-    """
-
-    provider: str
-    problem: list[int]
-    metric: str
-    value: float | None
-    unit: str
-
-
-@dataclass
-class Result:
-    """A result file: the head that :func:`benchmarks.measure.environment` makes, and rows."""
-
-    head: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    provider: str = OURS
-
-    @property
-    def card(self) -> str:
-        """The GPU that was measured, by its name, or ``NO_CARD``."""
-        return str(self.head["device"]) if self.head["driver"] else NO_CARD
-
-    def add(
-        self, metric: str, value: float, unit: str, problem: list[int], provider: str = ""
-    ) -> None:
-        finite = value if math.isfinite(value) else None
-        self.rows.append(Row(provider or self.provider, problem, metric, finite, unit))
-
-    def write(self, path: Path) -> None:
-        """Write the whole file anew, one row a line, so that a diff of two results reads well."""
-        head = {key: self.head[key] for key in HEAD_KEYS}
-        lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-        rows = ",\n".join(f"    {json.dumps(asdict(row), allow_nan=False)}" for row in self.rows)
-        text = "\n".join(["{", *lines, '  "rows": [', rows, "  ]", "}"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-
-    @classmethod
-    def read(cls, path: Path) -> "Result":
-        """Raises ``ValueError`` naming what is missing when the file is not a result file."""
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is no result file: {error}") from None
-        missing = [key for key in (*HEAD_KEYS, "rows") if key not in content]
-        if missing:
-            raise ValueError(f"{path} is no result file: {', '.join(missing)} missing")
-        rows = [Row(**row) for row in content["rows"]]
-        return cls({key: content[key] for key in HEAD_KEYS}, rows)
-
-
-def provider_of(impl: str) -> str:
-    """Whose figures those of ``impl`` are."""
-    return REFERENCE if impl == "reference" else OURS
-
-
-def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns padded to their widest cell; the first two flush left, figures flush right."""
-    table = [list(header), *map(list, rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    lines = []
-    for row in table:
-        cells = [
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-class _Key(NamedTuple):
-    """What a figure is of."""
-
-    card: str
-    provider: str
-    problem: tuple[int, ...]
-    metric: str
-    unit: str
-
-
-class Figures:
-    """All committed rows; of two that name the same figure of the same card, the one of the later
-    file counts."""
-
-    def __init__(self, directory: Path = RESULTS):
-        files = [(path, Result.read(path)) for path in directory.glob("*.json")]
-        files.sort(key=lambda item: (item[1].head["date"], item[0].name))
-        self.heads = {path: result.head for path, result in files}
-        self.rows: dict[_Key, tuple[float | None, Path]] = {}
-        for path, result in files:
-            for row in result.rows:
-                of = row.provider, tuple(row.problem), row.metric, row.unit
-                self.rows[_Key(result.card, *of)] = (row.value, path)
-
-    def on(self, card: str, without: str | None = None) -> "CardFigures":
-        """The figures of ``card``, or only those whose metric has none of the card ``without``."""
-        known = {key.metric for key in self.rows if key.card == without}
-        rows = {
-            key: found
-            for key, found in self.rows.items()
-            if key.card == card and key.metric not in known
-        }
-        return CardFigures(card, rows, self.heads)
-
-    def cards(self, metric: str | None = None) -> list[str]:
-        """GPUs with a committed row, or with one of this metric of ours, in order."""
-        keys = [key for key in self.rows if key.card != NO_CARD]
-        if metric is not None:
-            keys = [key for key in keys if (key.provider, key.metric) == (OURS, metric)]
-        return sorted({key.card for key in keys})
-
-
-@dataclass
-class CardFigures:
-    """What a table is made of: figures of one card, so that what is taken of two is of it too."""
-
-    card: str
-    rows: dict[_Key, tuple[float | None, Path]]
-    heads: dict[Path, dict[str, Any]]
-    used: set[Path] = field(default_factory=set)
-
-    def get(
-        self, metric: str, unit: str, problem: Sequence[int] = (), provider: str = OURS
-    ) -> float | None:
-        found = self.rows.get(_Key(self.card, provider, tuple(problem), metric, unit))
-        if found is None:
-            return None
-        self.used.add(found[1])
-        return found[0]
-
-    def problems(self, metric: str) -> list[tuple[int, ...]]:
-        """The sizes of which this figure of ours is known, in order."""
-        known = (key for key in self.rows if (key.provider, key.metric) == (OURS, metric))
-        return sorted({key.problem for key in known})
-
-    def pictures(self, what: str) -> list[str]:
-        """The pictures that lie beside the files of the figures that were asked for."""
-        paths = [path.with_suffix(".svg") for path in sorted(self.used)]
-        return [f"![{what}]({FOLDER}{path.name})" for path in paths if path.is_file()]
-
-    def sources(self) -> str:
-        """Where the figures that were asked for came from."""
-        lines = []
-        for path in sorted(self.used):
-            head = self.heads[path]
-            commit = str(head["commit"])[:12]
-            driver = f", driver {head['driver']}" if head["driver"] else ""
-            lines.append(
-                f"{head['device']}{driver}, commit `{commit}`, {head['date']}: "
-                f"[{path.name}]({FOLDER}{path.name})"
-            )
-        return "  \n".join(lines)
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -305,7 +141,8 @@ def _weighted_mean(values: Sequence[float | None], weights: Sequence[float | Non
 
 
 def tiles_table(figures: CardFigures) -> str:
-    """What the tiles that follow from the sizes cost, beside the best of a sweep over all."""
+    """Time with the tiles that follow from the sizes over that with the best of a sweep; which
+    tilings a sweep had, its file's command says (``--space``)."""
     bars = {tuple(shape.problem): letter for letter, shape in BARS.items()}
     problems = figures.problems("tiles/up")
     rows = []
@@ -325,22 +162,68 @@ def tiles_table(figures: CardFigures) -> str:
     return markdown_table(["", "T, H, I, E, top_k", *TILED_GEMMS, "all six"], rows)
 
 
+_DECODERS = (OURS, "sonicmoe", "torch", "triton_kernels")
+_DISTRIBUTIONS = {"triton_kernels": "triton-kernels", "sonicmoe": "sonic-moe"}  # in heads
+_MARK = " \\*"
+_MARKED = "\\* Of another run than what it stands beside."
+
+
 def small_table(figures: CardFigures) -> str:
-    """Few tokens: one forward inference in a CUDA graph, from given ids."""
-    rows = []
+    """Few tokens: one forward inference from given ids; the device's time in a CUDA graph, and the
+    host's of an eager call."""
+    device = _few_tokens(figures, "small/graph", ("",), ".1f")
+    if not device:
+        return ""
+    host = _few_tokens(figures, "small/host", ("", ", fastest tenth"), ".0f")
+    parts = [device, _without_figures(figures, "small/graph")]
+    if host:
+        parts += ["Host time of an eager call, median / fastest tenth:", host]
+    parts.append(_MARKED if any(_MARK in part for part in parts) else "")
+    return "\n\n".join(filter(None, parts))
+
+
+def _decoders(figures: CardFigures, metric: str) -> list[str]:
+    """The contenders with a figure of few tokens, ours in any case."""
+    problems = [(tokens, *DECODE_SHAPE) for tokens in DECODE_TOKENS]
+    return [
+        name
+        for name in _DECODERS
+        if name == OURS or any(figures.file_of(metric, "us", p, name) for p in problems)
+    ]
+
+
+def _few_tokens(figures: CardFigures, metric: str, suffixes: Sequence[str], form: str) -> str:
+    """Microseconds by contender and number of tokens."""
+    names, rows = _decoders(figures, metric), []
     for tokens in DECODE_TOKENS:
         problem = (tokens, *DECODE_SHAPE)
-        floor = _cell(figures.get("small/floor", "us", problem, "bound"), ".1f")
-        ours, *others = (
-            _cell(figures.get("small/graph", "us", problem, provider), ".1f")
-            for provider in (OURS, "sonicmoe", "torch")
-        )
-        if ours != "–":
-            rows.append([str(tokens), ours, *others, floor])
+        ours = figures.file_of(metric, "us", problem)
+        if ours is None:
+            continue
+        cells = [str(tokens)]
+        for name in names:
+            pair = [figures.get(metric + suffix, "us", problem, name) for suffix in suffixes]
+            cell = " / ".join(_cell(us, form) for us in pair)
+            file = figures.file_of(metric, "us", problem, name)
+            cells.append(cell + (_MARK if file not in (None, ours) else ""))
+        cells.append(_cell(figures.get("small/floor", "us", problem, "bound"), ".1f"))
+        rows.append(cells if metric == "small/graph" else cells[:-1])
     if not rows:
         return ""
-    header = ["T", "sonic µs", "SonicMoE µs", "torch grouped_mm µs", "weights read once µs"]
-    return markdown_table(header, rows)
+    header = ["T", *(f"{PROVIDERS.get(name, name)} µs" for name in names)]
+    return markdown_table(header + ["weights read once µs"] * (metric == "small/graph"), rows)
+
+
+def _without_figures(figures: CardFigures, metric: str) -> str:
+    """Which contenders have no figures, and whether they were there at all."""
+    said = []
+    for name in _DECODERS:
+        if name not in _decoders(figures, metric):
+            package = _DISTRIBUTIONS.get(name, name)
+            there = any(package in (figures.heads[path]["versions"] or "") for path in figures.used)
+            why = "" if there else ", and was not installed, in these runs"
+            said.append(f"{PROVIDERS.get(name, name)} was not timed{why}.")
+    return " ".join(said)
 
 
 def rounding_table(figures: CardFigures) -> str:
@@ -365,7 +248,12 @@ def rounding_table(figures: CardFigures) -> str:
             for suffix in suffixes:
                 pair = (ms(f"{rule}/q128/{name}{suffix}") for rule in ("nr", "top_k"))
                 cells.append(" / ".join(_cell(value, ".3f") for value in pair))
-            cells.append(_cell(ms(f"top_k/{name}", "sonicmoe"), ".3f"))
+            peer = _cell(ms(f"top_k/{name}", "sonicmoe"), ".3f")
+            files = [
+                figures.file_of(f"token rounding/top_k/{rest}", "ms", problem, provider)
+                for rest, provider in ((name, "sonicmoe"), (f"q128/{name}", OURS))
+            ]
+            cells.append(peer + (_MARK if files[0] not in (None, files[1]) else ""))
         routing, whole = ms("nr/q128/forward/routing"), ms(f"nr/q128/forward{suffixes[0]}")
         share = 100 * routing / whole if routing and whole else None
         rows.append([*cells, _cell(share, ".1f")])
@@ -373,7 +261,8 @@ def rounding_table(figures: CardFigures) -> str:
     for name in ("forward", "forward + backward"):
         header += [f"{name}: {names[0]}", *names[1:], "SonicMoE top-k ms"]
     header.append("routing, % of forward")
-    return markdown_table(header, rows)
+    table = markdown_table(header, rows)
+    return f"{table}\n\n{_MARKED}" if _MARK in table else table
 
 
 def router_table(figures: CardFigures) -> str:
@@ -444,6 +333,34 @@ def memory_table(figures: CardFigures) -> str:
     return markdown_table(header, rows)
 
 
+MIB = 2**20
+
+
+def peak_table(figures: CardFigures) -> str:
+    """What a forward and backward pass takes besides inputs and weights, beside SonicMoE, by the
+    counts of torch's allocator: what is kept between the two, and the most that lies above that and
+    the gradients."""
+    rows = []
+    for letter, shape in BARS.items():
+        kept, above = (
+            [
+                figures.get(f"compare/none/{what}", "B", shape.problem, provider)
+                for provider in (OURS, "sonicmoe")
+            ]
+            for what in ("saved", "above_saved")
+        )
+        if kept[0] is None or above[0] is None:
+            continue
+        cells = [_cell(size and size / MIB, ".0f") for size in (*kept, *above)]
+        ratio = above[1] / above[0] if above[1] and above[0] else None
+        size = ", ".join(map(str, shape.problem))
+        rows.append([letter, size, *cells, _cell(ratio, ".2f")])
+    if not rows:
+        return ""
+    header = ["", "T, H, I, E, top_k", "kept MiB", "SonicMoE", "above it MiB", "SonicMoE", "×"]
+    return markdown_table(header, rows)
+
+
 def robustness_table(figures: CardFigures) -> str:
     """Counts of the randomised and repeated checks."""
     rows = []
@@ -463,8 +380,14 @@ def robustness_table(figures: CardFigures) -> str:
 
 def support_table(figures: Figures) -> str:
     """What has been seen of each architecture, from committed correctness results."""
-    hopper = figures.cards("correctness/run")
-    seen = f"executed on {', '.join(hopper)}" if hopper else "compiled; no executed run committed"
+    runs = []
+    for card in figures.cards("correctness/run"):
+        path = figures.on(card).file_of("correctness/run", "count")
+        if path is not None:
+            head = figures.heads[path]
+            commit = f"commit `{str(head['commit'])[:12]}`, {head['date']}"
+            runs.append(f"{card} ({commit}: [{path.name}]({FOLDER}{path.name}))")
+    seen = f"executed on {', '.join(runs)}" if runs else "compiled; no executed run committed"
     header = ["GPU", "kernels", "evidence"]
     rows = [
         ["Hopper, compute capability 9.0 (H100, H200, GH200)", "forward and backward", seen],
@@ -618,6 +541,7 @@ TABLES: dict[str, Callable[[Figures], str]] = {
     "routers": _on_default_card(router_table, "figures of routers"),
     "accuracy": _on_default_card(accuracy_table, "errors"),
     "memory": _on_default_card(memory_table, "sizes"),
+    "peak memory": _on_default_card(peak_table, "peaks of memory"),
     "robustness": _on_default_card(robustness_table, "counts"),
     "emulator": _on(NO_CARD, emulator_table, "runs of the emulator"),
 }

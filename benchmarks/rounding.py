@@ -10,27 +10,28 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.agreement import PEER_ALLOWANCE
 from benchmarks.check import (
     Finding,
     _Stream,
     check_layer,
+    check_runs,
     exact_finding,
     exact_matmuls,
     finding_of,
 )
 from benchmarks.contest import _Clock, take_turns
-from benchmarks.launches import captured
+from benchmarks.launches import captured, captured_results
 from benchmarks.layer import Layer, Run, call_moe, gradient_inputs, run_experts, run_moe
 from benchmarks.measure import sustained_ms
+from benchmarks.peers import PEER
 from benchmarks.shapes import Shape
 from sonic.enums import KernelBackendMoE, ScoreOrder
 from sonic.plan import RoutingPlan
 from sonic.runtime.limits import MAX_EXPERTS, MAX_SLOTS
-from sonic.testing.compare import relative_error
 
 ROUTINGS = ("top_k", "nr", "sr", "nr-s", "balance-f", "up", "down")
 RANDOM = ("sr", "nr-s")
-PEER = "sonicmoe"
 MODULE = " module"  # behind the name of a routing: the layer as a module that trains
 _SEED = 7
 PLAN_FIELDS = (
@@ -107,27 +108,20 @@ class Load:
 
 @dataclass(frozen=True)
 class Rounding:
-    """A routing of ``ROUTINGS`` on tile q; with a generator random rules draw the same numbers at
-    every call."""
+    """A routing of ``ROUTINGS`` on tile q, whose random rules draw the same numbers at every
+    call."""
 
     name: str
     tile: int
-    generator: torch.Generator | None
+    generator: torch.Generator
 
     @classmethod
     def make(cls, name: str, tile: int, device: torch.device) -> "Rounding":
         return cls(name, tile, torch.Generator(device=device))
 
     def seeded(self) -> torch.Generator | None:
-        """For the rules that draw; None for the device's default generator."""
-        if self.generator is None or self.name not in RANDOM:
-            return None
-        return self.generator.manual_seed(_SEED)
-
-    def drawing(self) -> "Rounding":
-        """The same, of which random rules draw from the default generator, which CUDA graphs
-        know."""
-        return replace(self, generator=None)
+        """For the rules that draw; None for the others."""
+        return self.generator.manual_seed(_SEED) if self.name in RANDOM else None
 
 
 def moe_forward(layer: Layer, rounding: Rounding) -> torch.Tensor:
@@ -460,14 +454,47 @@ def peer_forward(layer: Layer) -> torch.Tensor:
     return out
 
 
-def peer_distances(layer: Layer) -> dict[str, float]:
-    """Relative L2 distances of SonicMoE's output and gradients from those of our top-k layer."""
-    ours = run_moe(layer).tensors
+def check_peer(layer: Layer) -> list[Finding]:
+    """SonicMoE's output and gradients against the streamed reference of our top-k layer."""
     leaves = gradient_inputs(layer, with_router=True)
     out = peer_forward(layer)
     gradients = torch.autograd.grad(out, tuple(leaves.values()), layer.dout)
-    theirs = {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
-    return {name: relative_error(found, ours[name]) for name, found in theirs.items()}
+    tensors = {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
+    return check_runs(layer, [Run(PEER, tensors, True, PEER_ALLOWANCE)])
+
+
+@dataclass(frozen=True)
+class WayGraphs:
+    """CUDA graphs of a way's forward pass and of that with its backward pass, and what their
+    replays write: the outputs of one, the gradients of the other."""
+
+    replays: tuple[Callable[[], None], ...]
+    results: tuple[list[torch.Tensor], ...]
+
+    @classmethod
+    def of(cls, way: Way) -> "WayGraphs":
+        forward = captured_results(way.forward)
+        both = captured_results(lambda: way.backward(way.forward()))
+        return cls(*zip(forward, both, strict=True))
+
+
+def check_graphs(graphs: WayGraphs, way: Way, dtype: torch.dtype) -> list[Finding]:
+    """Whether replays leave what the eager calls return, which were checked: the same kernels on
+    the same inputs, so that no element may be further off than the last place of the largest one,
+    by which sums of another order can differ."""
+    for replay in graphs.replays:
+        replay()
+    outputs = way.forward()
+    gradients = way.backward(outputs)
+    names = [("out", "loss")[: len(outputs)], tuple(way.leaves)]
+    findings = []
+    for tensors, found, expected in zip(names, graphs.results, (outputs, gradients), strict=True):
+        for name, left, right in zip(tensors, found, expected, strict=True):
+            right = right.detach()
+            allowed = torch.finfo(dtype).eps * right.abs().amax()
+            same = bool(((left - right).abs() <= allowed).all())
+            findings.append(exact_finding("graph", name, same, "must be as of the eager call"))
+    return findings
 
 
 def race_layers(
@@ -492,26 +519,21 @@ def race_layers(
 
 
 def race_graphs(
-    ways: Mapping[str, Way], device: torch.device, seconds: float
+    graphs: Mapping[str, WayGraphs], device: torch.device, seconds: float
 ) -> dict[str, dict[str, float]]:
-    """:func:`race_layers` of CUDA graphs, whose replays wait for no host: the device's time.
+    """:func:`race_layers` of CUDA graphs, whose replays wait for no host: the device's time."""
 
-    Random rules have to draw from the default generator, see :meth:`Rounding.drawing`.
-    """
-
-    def turn_of(way: Way) -> Callable[[_Clock], tuple]:
-        replays = captured(way.forward), captured(lambda: way.backward(way.forward()))
-
+    def turn_of(own: WayGraphs) -> Callable[[_Clock], tuple]:
         def turn(clock: _Clock) -> tuple:
             marks = [clock.mark()]
-            for replay in replays:
+            for replay in own.replays:
                 replay()
                 marks.append(clock.mark())
             return tuple(marks)
 
         return turn
 
-    turns = {name: turn_of(way) for name, way in ways.items()}
+    turns = {name: turn_of(own) for name, own in graphs.items()}
     medians = take_turns(turns, device, timed_seconds=seconds)
     return {
         name: {"forward": forward, "backward": both - forward, "forward + backward": both}

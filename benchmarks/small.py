@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.contest import take_turns
-from benchmarks.launches import captured
+from benchmarks.launches import captured_results
 from benchmarks.layer import Layer
 from benchmarks.measure import synchronize
-from benchmarks.peers import FORWARD_ONLY, Contender
+from benchmarks.peers import FORWARD_ONLY, Contender, with_routing_logits
 from benchmarks.shapes import DECODE_SHAPE, Shape
 
 ROUTINGS = 8  # in rotation: one routing's weights would stay in the L2 cache
@@ -39,7 +39,7 @@ def rotations(layer: Layer) -> list[Layer]:
             layer.shape.T, layer.shape.E, generator=generator, device=generator.device
         )
         ids = logits.topk(layer.shape.top_k, dim=1).indices.int()
-        found.append(replace(layer, topk_ids=ids, logits=logits.to(layer.logits.dtype)))
+        found.append(with_routing_logits(replace(layer, topk_ids=ids)))
     return found
 
 
@@ -64,29 +64,43 @@ def read_seconds(size: float, device: torch.device) -> float:
     return 1e-3 * ms * size / _COPY_BYTES
 
 
-def graph_ms(
+class Graph(NamedTuple):
+    """A CUDA graph of one inference per routing, and the outputs that its replay writes."""
+
+    replay: Callable[[], None]
+    outputs: list[torch.Tensor]
+
+
+def capture_graphs(
     contenders: Mapping[str, Contender], layers: list[Layer], device: torch.device
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Milliseconds of one inference of each contender in a CUDA graph of one per routing, taken in
-    turns; and the reason of every one that could not be captured."""
-    replays, failures = {}, {}
+) -> tuple[dict[str, Graph], dict[str, str]]:
+    """The graph of each contender, replayed once; and the reason of every one that could not be
+    captured."""
+    graphs, failures = {}, {}
     for name, contender in contenders.items():
         try:
-            replays[name] = _capture([_with_layer(contender, layer) for layer in layers])
+            others = [_with_layer(contender, layer) for layer in layers]
+            graphs[name] = Graph(*captured_results(lambda own=others: [c.inference() for c in own]))
+            graphs[name].replay()
         except Exception as error:  # a peer that synchronises cannot be captured
             failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            synchronize(device)
+        synchronize(device)
+    return graphs, failures
 
-    def turn(replay: Callable[[], None]) -> Callable:
+
+def graph_ms(graphs: Mapping[str, Graph], device: torch.device) -> dict[str, float]:
+    """Milliseconds of one inference of each graph's, taken in turns."""
+
+    def turn(graph: Graph) -> Callable:
         def timed(clock) -> tuple:
             start = clock.mark()
-            replay()
+            graph.replay()
             return start, clock.mark()
 
         return timed
 
-    medians = take_turns({n: turn(replay) for n, replay in replays.items()}, device)
-    return {name: ms / len(layers) for name, (ms,) in medians.items()}, failures
+    medians = take_turns({name: turn(graph) for name, graph in graphs.items()}, device)
+    return {name: ms / len(graphs[name].outputs) for name, (ms,) in medians.items()}
 
 
 def _with_layer(contender: Contender, layer: Layer) -> Contender:
@@ -94,14 +108,6 @@ def _with_layer(contender: Contender, layer: Layer) -> Contender:
     other = copy.copy(contender)
     other.layer = layer  # type: ignore[attr-defined]
     return other
-
-
-def _capture(contenders: list[Contender]) -> Callable[[], None]:
-    def all_of_them() -> None:
-        for contender in contenders:
-            contender.inference()
-
-    return captured(all_of_them)
 
 
 class HostTime(NamedTuple):

@@ -5,15 +5,17 @@ sizes alone costs.
 
 The shapes of the bars and others drawn at random, so that one of the smaller GEMMs takes 0.1 to
 2.5 ms. All kernels are compiled first. Only tilings whose results are those of the choice are
-timed; of others the sweep says so, and fails at its end. The result file has, for each shape and
-GEMM, the time of the choice over that of the best tiling; ``<json>.times.gz`` beside it has the
-time of every tiling, from which ``kernels_sm90.choice`` is fitted: after a change of the choice,
-without a GPU,
+timed; of others the sweep says so, and fails at its end. The choice is timed as a layer launches
+it: where it splits a weight gradient, with the kernel that adds the parts, though uniform routing
+has none to add; no other tiling is split. The result file has, for each shape and GEMM, the time of
+the choice over that of the best tiling; ``<json>.times.gz`` beside it has the time of every tiling,
+from which ``kernels_sm90.choice`` is fitted: after a change of the choice, without a GPU,
 
     python benchmarks/tiles.py --review benchmarks/results/<date>-tiles.json.times.gz
 
 which with ``--json`` also brings the ratios of the result file up to date: its head stays that of
-the sweep. ``--again`` times the fastest tilings of such a file once more, for the same layers.
+the sweep. ``--again`` times the fastest tilings of such a file once more, for the same layers. In
+files that have no split tiling, of earlier versions of this script, the choice counts unsplit.
 
 Other layers, other tilings:
 
@@ -36,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks.figures import TILED_GEMMS, Result
 from benchmarks.measure import environment
 from benchmarks.options import THIEK, THIEK_HELP, EachOnce, not_negative, output_file, positive
 from benchmarks.options import shape as shape_option
 from benchmarks.problems import random_shapes
-from benchmarks.report import TILED_GEMMS, Result
 from benchmarks.shapes import BARS, Shape
 from sonic.cli import LayerSize, compile_kernels, layer_launches
 from sonic.enums import ActivationType
@@ -80,8 +82,8 @@ def launches(shape: Shape) -> dict[str, tuple[Problem, int, int]]:
 
 
 def tilings(backend: Backend, problem: Problem) -> list[TileConfig]:
-    """The search space, and whatever the choice by sizes may choose: reductions that are not split,
-    because no expert of a uniform routing has the rows for it."""
+    """The search space, and whatever the choice by sizes may choose; reductions that are not split,
+    because no expert of a uniform routing has the rows that this is for."""
     every = (*backend.search_space(problem), *backend.candidates(problem))
     return list(dict.fromkeys(config for config in every if not config.split))
 
@@ -118,10 +120,9 @@ SPACES: dict[str, Callable[[Backend, Problem], list[TileConfig]]] = {
 
 
 def chosen_tiling(backend: Backend, gemm: str, shape: Shape) -> TileConfig:
-    """What the sizes of ``shape`` alone choose."""
+    """What the sizes of ``shape`` alone choose, and a layer launches."""
     problem, n, k = launches(shape)[gemm]
-    chosen = backend.default_config(problem, shape.rows // shape.E, n, k, shape.E)
-    return replace(chosen, split=False)  # see :func:`tilings`
+    return backend.default_config(problem, shape.rows // shape.E, n, k, shape.E)
 
 
 def uniform_plan(shape: Shape, device: torch.device) -> RoutingPlan:
@@ -131,9 +132,12 @@ def uniform_plan(shape: Shape, device: torch.device) -> RoutingPlan:
 
 
 def timed_gemm(shape: Shape, gemm: str, plan: RoutingPlan) -> TimedGemm:
-    """One of the ``GEMMS`` of ``shape`` on random operands."""
+    """One of the ``GEMMS`` of ``shape`` on random operands, with what follows if it is split."""
+    from sonic.triton.parts import add_parts
+
     problem, n, k = launches(shape)[gemm]
-    return TimedGemm(problem, plan.token_by_row, plan.offset_by_expert, shape.T, n, k)
+    routing = plan.token_by_row, plan.offset_by_expert
+    return TimedGemm(problem, *routing, shape.T, n, k, add_parts)
 
 
 class Sweep:
@@ -188,7 +192,11 @@ class Sweep:
         return list(found)
 
     def chosen(self, gemm: str, shape: Shape) -> TileConfig:
-        return chosen_tiling(self.backend, gemm, shape)
+        """The choice; not split in a sweep that knows no split tilings, of an earlier version."""
+        chosen = chosen_tiling(self.backend, gemm, shape)
+        if chosen.split and not any(config.split for config in self.spaces[gemm]):
+            return replace(chosen, split=False)
+        return chosen
 
     def ratio(self, gemm: str, index: int) -> float:
         """Time of the choice over that of the best tiling, on the shape ``index``.

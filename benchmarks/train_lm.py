@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonic
+from benchmarks.figures import Result, provider_of, text_table
 from benchmarks.measure import environment
 from benchmarks.options import EachOnce, not_negative, output_file, positive
-from benchmarks.report import Result, provider_of, text_table
 from benchmarks.rounding import ROUTINGS
 from sonic import KernelBackendMoE, MoE
 

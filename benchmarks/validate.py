@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.check import check_layer, findings_table, record_findings
+from benchmarks.figures import RESULTS, Result, provider_of
 from benchmarks.layer import LayerOptions, make_layer, run_experts
 from benchmarks.measure import (
     environment,
@@ -45,7 +46,6 @@ from benchmarks.options import (
     seconds,
 )
 from benchmarks.options import device as device_option
-from benchmarks.report import RESULTS, Result, provider_of
 from benchmarks.shapes import NAMED_SHAPES, NamedShape, Shape, named_shape
 from benchmarks.workers import Outcome, Pool, Task
 from sonic.enums import ActivationType, GateUpLayout

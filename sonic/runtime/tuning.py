@@ -34,6 +34,7 @@ _LEAST_TILE = 64
 _COPY = 2.0**-11  # unit roundoff of half precision, in which a schedule may keep an accumulator
 
 Measure = Callable[[TileConfig, float], float]
+AddParts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class TimedGemm:
         token_by_row, offset_by_expert: of a routing plan; R rows of T tokens and E experts.
         num_tokens: T.
         n, k: columns of the output, and the weight's other axis, as for ``default_config``.
+        add_parts: what a layer launches behind a split reduction, as
+            :func:`sonic.triton.parts.add_parts`; left out, the GEMM alone is timed.
 
     ``kernels`` may be given some that were compiled elsewhere; others are loaded or compiled.
     """
@@ -63,7 +66,9 @@ class TimedGemm:
         num_tokens: int,
         n: int,
         k: int,
+        add_parts: AddParts | None = None,
     ):
+        self._add_parts = add_parts
         self.problem, self.rows = problem, token_by_row.shape[0]
         self.kernels: dict[TileConfig, Any] = {}
         self._device = token_by_row.device
@@ -128,10 +133,14 @@ class TimedGemm:
             operands = operands | {"row_sum": self._row_sums[:parts]}
         kernel = self.kernels.get(config)
         gemm = grouped_gemm(self.problem, config, self._device, **self._sizes, kernel=kernel)
-        if config.split:  # no expert of a uniform routing has a second part
-            d = operands["d"]
-            operands = operands | {"aux": d.new_empty(gemm.parts, *d.shape[1:])}
-        gemm(**operands)
+        if not config.split:
+            gemm(**operands)
+            return
+        d = operands["d"]
+        partial = d.new_empty(gemm.parts, *d.shape[1:])  # written where an expert has a second part
+        gemm(**operands, aux=partial)
+        if self._add_parts is not None:
+            self._add_parts(d, partial, operands["offset_by_expert"], self.rows)
 
     def difference(self, expected: Results, config: TileConfig) -> str | None:
         """Which result of ``config`` is not the ``expected`` one, or ``None`` if all are."""

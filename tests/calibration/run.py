@@ -25,9 +25,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.figures import EMULATOR, Row
 from benchmarks.measure import environment
 from benchmarks.options import not_negative, output_file, positive
-from benchmarks.report import EMULATOR, Row
 from tests.emulator import Fault, Policy, PtxError
 from tests.emulator.report import kind_of
 

@@ -20,6 +20,7 @@ import sonic
 from benchmarks import cold_start, gpu_tests, measure, options, workers
 from benchmarks import layer as benchmark_layer
 from benchmarks.check import Finding, check_layer, findings_table
+from benchmarks.figures import Result
 from benchmarks.layer import (
     Layer,
     LayerOptions,
@@ -29,7 +30,6 @@ from benchmarks.layer import (
     run_experts,
     run_moe,
 )
-from benchmarks.report import Result
 from benchmarks.shapes import EXTRA_SHAPES, NAMED_SHAPES, SMALL_SHAPE, Shape, named_shape
 from benchmarks.workers import Outcome, Pool, Task
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
@@ -160,6 +160,7 @@ def test_the_reference_implementation_passes(dtype: torch.dtype) -> None:
         gradients = {"dx", "dw1", "dw2", "db1", "db2"}
         for run, own in (("experts", "dtopk_weights"), ("moe", "drouter_w")):
             assert {(run, name) for name in gradients | {"out", own}} <= compared
+            assert (f"{run} inference", "out") in compared
 
 
 MISTAKES = {
@@ -341,7 +342,7 @@ def test_the_result_file_has_the_agreed_form(
     path = tmp_path / "new" / "result.json"
     assert moe_cute.main([*TINY_FLAGS, "--json", str(path)]) == 0
     content = json.loads(path.read_text())
-    head = ["device", "driver", "versions", "commit", "command", "date"]
+    head = ["device", "driver", "versions", "commit", "command", "date", "time"]
     assert list(content) == [*head, "rows"]
     assert content["commit"] == "0123abc"
     assert content["versions"]["torch"] == torch.__version__

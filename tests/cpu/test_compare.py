@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import compare, peers, plot, small
-from benchmarks.contest import OutOfTime, _relative_l2, disagreements, take_turns, time_limit
+from benchmarks import compare, launches, peers, plot, small
+from benchmarks.contest import OutOfTime, take_turns, time_limit
+from benchmarks.figures import HEAD_KEYS, Result
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.problems import HOT_SHARE, random_shapes, skewed_ids, with_skew
-from benchmarks.report import Result
 from benchmarks.shapes import BARS, NAMED_SHAPES, Shape
 from tests.refusals import as_typed, refusal
 
 TINY = Shape(48, 64, 32, 8, 2)
 CPU = torch.device("cpu")
+CPU_ONLY = LayerOptions(device=CPU, impl="reference")
 
 
 @pytest.fixture
@@ -68,25 +69,6 @@ def test_skew_changes_the_ids_only(layer: Layer) -> None:
 # --- contenders -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("skew", ["none", "zipf", "hot"])
-def test_the_torch_layer_is_our_layer(layer: Layer, skew: str) -> None:
-    layer = with_skew(layer, skew)
-    contenders = {name: peers.CONTENDERS[name](layer) for name in ("sonic", "torch", "bound")}
-    distances = disagreements(contenders)
-    assert set(distances) == {"torch"}
-    assert set(distances["torch"]) == {"out", "dx", "dw1", "dw2", "dtopk_weights"}
-    assert max(distances["torch"].values()) < 0.01
-
-
-def test_a_wrong_contender_is_found(layer: Layer) -> None:
-    contenders = {name: peers.CONTENDERS[name](layer) for name in ("sonic", "torch")}
-    with torch.no_grad():
-        contenders["torch"].w1[3] = 0  # type: ignore[attr-defined]
-    distances = disagreements(contenders)
-    assert distances["torch"]["out"] > 0.1
-    assert not compare.print_distances(distances)
-
-
 def test_the_bound_multiplies_what_the_layer_does(layer: Layer) -> None:
     with FlopCounterMode(display=False) as counter:
         bound = peers.Bound(layer)
@@ -99,12 +81,6 @@ def test_a_missing_peer_is_a_reason() -> None:
     assert peers.obstacle("sonic") is None
     reason = peers.obstacle("triton_kernels")
     assert reason is None or "triton_kernels.matmul_ogs cannot be imported" in reason
-
-
-def test_relative_error_of_stacked_weights() -> None:
-    value = torch.randn(3, 4, 5)
-    assert _relative_l2(value, value) == 0
-    assert _relative_l2(1.1 * value, value) == pytest.approx(0.1, rel=1e-3)
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -187,17 +163,57 @@ def test_a_whole_run_writes_what_the_plot_reads(tmp_path: Path, monkeypatch, cap
     command = ["--device", "cpu", "--thiek", "48,64,32,8,2", "--seconds", "0.01", "--host"]
     assert compare.main([*command, "--peers", "torch,bound", "--json", str(path)]) == 0
     text = capsys.readouterr().out
-    assert "torch differs from sonic by out 0.00" in text
+    assert "sonic is right: errors" in text and "torch is right: errors" in text
     result = Result.read(path)
     units = {(row.provider, row.metric, row.unit) for row in result.rows}
     for name in ("sonic", "torch", "bound"):
         assert (name, "compare/none/forward + backward", "x ours") in units
+    for name in ("sonic", "torch"):
+        for metric in ("inference/out", "training/out", "training/dw1", "training/dtopk_weights"):
+            for area in ("compare/none", "host"):
+                assert (name, f"{area}/{metric}", "relative L2") in units
+                assert (name, f"{area}/{metric}", "of what is allowed") in units
     assert ("torch", "host/forward + backward", "us") in units
     assert all(row["value"] is not None for row in json.loads(path.read_text())["rows"])
     figures = plot.collect(result)
     assert {(name, what) for _, name, what in figures} == {
         (name, what) for name in ("sonic", "torch", "bound") for what in plot.PANELS
     }
+
+
+@pytest.mark.parametrize(
+    ("flags", "tuning"),
+    [
+        (["--shapes", "A"], "good"),
+        (["--random", "1"], "full"),
+        (["--thiek", "48,64,32,8,2"], "full"),
+        (["--random", "1", "--tuning", "good"], "good"),
+        (["--small"], "good"),
+    ],
+    ids=as_typed,
+)
+def test_a_peer_chooses_among_all_its_tiles_at_sizes_that_were_not_searched(
+    flags: list[str], tuning: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(compare, "missing_gpu", lambda _: None)
+    assert compare.parse_arguments(flags).tuning == tuning
+
+
+def test_the_result_says_what_the_peer_could_choose_from(tmp_path: Path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setitem(peers.CONTENDERS, "sonicmoe", peers.CONTENDERS["torch"])
+    monkeypatch.setattr(compare, "obstacle", lambda _: None)
+    monkeypatch.setattr(compare, "shorten_tuning", lambda **options: asked.append(options))
+    path = tmp_path / "result.json"
+    command = ["--device", "cpu", "--host", "--peers"]
+    monkeypatch.setattr(
+        compare, "compare_host", lambda *args: compare._write(args[2], args[1]) or True
+    )
+    assert compare.main([*command, "sonicmoe", "--json", str(path)]) == 0
+    assert Result.read(path).head["tuning"] == "sonicmoe: good"
+    assert asked == [{"good_tiles_only": True}]
+    assert compare.main([*command, "torch", "--json", str(path)]) == 0
+    assert "tuning" not in Result.read(path).head
 
 
 def test_skewed_routing_is_raced_with_uniform(tmp_path: Path) -> None:
@@ -209,6 +225,94 @@ def test_skewed_routing_is_raced_with_uniform(tmp_path: Path) -> None:
     ratios = [row for row in rows if row.unit == "x uniform"]
     assert {row.metric for row in ratios} == {f"compare/hot/{name}" for name in compare.PASSES}
     assert all(row.provider == "sonic" for row in ratios)
+    checked = {row.metric for row in rows if row.unit == "of what is allowed"}
+    assert {"compare/hot/training/dw1", "compare/hot/uniform/training/dw1"} <= checked
+
+
+@pytest.mark.parametrize("wrong", ["sonic", "torch", "sonic with uniform routing"])
+def test_what_is_wrong_is_not_recorded(wrong: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Alone with a skew, too; the exit status says so."""
+    name, _, of = wrong.partition(" with ")
+    make, skew = peers.CONTENDERS[name], "zipf" if name == "sonic" else "none"
+    skewed = []
+
+    def broken(layer: Layer):
+        contender = make(layer)
+        skewed.append(layer)
+        if not of or len(skewed) == 2:
+            right = contender.backward
+            contender.backward = lambda out: tuple(1.05 * gradient for gradient in right(out))
+        return contender
+
+    monkeypatch.setitem(peers.CONTENDERS, name, broken)
+    path = tmp_path / "result.json"
+    command = ["--device", "cpu", "--thiek", "48,64,32,8,2", "--seconds", "0.01", "--skew", skew]
+    with_peers = ["--peers", "sonic" if name == "sonic" else "torch,bound"]
+    assert compare.main([*command, *with_peers, "--json", str(path)]) == 1
+    assert "FAILED: results were wrong" in capsys.readouterr().out
+    providers = {row.provider for row in Result.read(path).rows}
+    assert providers == (set() if name == "sonic" else {"sonic", "bound"})
+
+
+def test_wrong_calls_have_no_host_time(tmp_path: Path, monkeypatch) -> None:
+    make = peers.CONTENDERS["sonic"]
+
+    def broken(layer: Layer):
+        contender = make(layer)
+        right = contender.inference
+        contender.inference = lambda: right().roll(1, 0)
+        return contender
+
+    monkeypatch.setitem(peers.CONTENDERS, "sonic", broken)
+    path = tmp_path / "result.json"
+    command = ["--device", "cpu", "--host", "--peers", "sonic", "--json", str(path)]
+    assert compare.main(command) == 1
+    assert not Result.read(path).rows
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "graph of torch", "graph of sonic", "eager sonic"])
+def test_few_tokens_are_checked_in_graphs_and_eager(
+    wrong: str, monkeypatch, tmp_path: Path
+) -> None:
+    """With calls in place of graphs, which a CPU has not."""
+    monkeypatch.setattr(launches, "captured", lambda function: function)
+    monkeypatch.setattr(small, "DECODE_SHAPE", TINY.problem[1:])
+    monkeypatch.setattr(small, "_COPY_BYTES", 2**12)
+    monkeypatch.setattr(small, "_HOST_SECONDS", 0.01)
+    monkeypatch.setattr(compare, "DECODE_TOKENS", (4, 16))
+    path = tmp_path / "result.json"
+    arguments = compare.parse_arguments(["--host", "--device", "cpu", "--json", str(path)])
+    where, _, name = wrong.partition(" of ") if "graph" in wrong else wrong.partition(" ")
+    calls = []
+
+    def broken(layer: Layer):
+        contender = make(layer)
+        calls.append(contender)
+        return contender
+
+    def inference(self):
+        out = right(self)
+        first = any(self is contender for contender in calls)  # not a copy, of which graphs are
+        return out.roll(1, 1) if first == (where == "eager") else out
+
+    if where in ("graph", "eager"):
+        make, kind = (
+            peers.CONTENDERS[name],
+            type(peers.CONTENDERS[name](make_layer(TINY, CPU_ONLY))),
+        )
+        right = kind.inference
+        monkeypatch.setattr(kind, "inference", inference)
+        monkeypatch.setitem(peers.CONTENDERS, name, broken)
+    result = Result(dict.fromkeys(HEAD_KEYS))
+    assert compare.compare_small(["sonic", "torch"], arguments, result) == (wrong == "nothing")
+    timed = {(row.provider, row.metric) for row in result.rows if row.unit == "us"}
+    names = {"nothing": {"sonic", "torch"}, "graph of torch": {"sonic"}}.get(wrong, set())
+    metrics = {"small/graph", "small/host", "small/host, fastest tenth"}
+    expected = {(name, metric) for name in names for metric in metrics}
+    assert timed == (expected | {("bound", "small/floor")} if names else set())
+    checked = {(row.provider, row.metric) for row in result.rows if row.unit == "relative L2"}
+    parts = "small/eager/inference/out", "small/graph/inference/out"
+    assert checked == {(name, part) for name in names for part in parts}
 
 
 @pytest.mark.parametrize(

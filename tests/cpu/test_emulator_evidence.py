@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import emulator_hardware, report
+from benchmarks import emulator_hardware, figures, report
 from tests.calibration import calibration_kernel
 from tests.calibration import run as calibration
 from tests.emulator import Policy, evidence, ptx
@@ -206,7 +206,7 @@ def planted(monkeypatch, tmp_path, *options):
     monkeypatch.setattr(evidence, "key_of", lambda entry: "the")
     monkeypatch.setattr(evidence, "explanations", lambda: {"the": "No effect: no TMA."})
     run_evidence(monkeypatch, tmp_path / "x.json", "--per-kind", "1", *options)
-    return report.Figures(tmp_path)
+    return figures.Figures(tmp_path)
 
 
 def test_the_table_shows_each_draw_and_its_sizes(monkeypatch, tmp_path):
@@ -229,12 +229,12 @@ def test_samples_of_unknown_size_are_refused(monkeypatch, tmp_path):
     content["rows"] = [r for r in content["rows"] if r["metric"] != "mutations/sm_90a/places"]
     (tmp_path / "x.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="sm_90a have no figure for places;.*--explain"):
-        report.TABLES["emulator"](report.Figures(tmp_path))
+        report.TABLES["emulator"](figures.Figures(tmp_path))
 
 
 def committed():
     """The entries of the result file that the README's table is made of."""
-    path = max(report.RESULTS.glob("*-emulator-mutations.json"))
+    path = max(figures.RESULTS.glob("*-emulator-mutations.json"))
     return json.loads(path.read_text())["architectures"]
 
 

@@ -4,17 +4,32 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import measure, report
-from benchmarks.report import DEFAULT_CARD, H100, NO_CARD, OURS, Figures, Result, regenerate
+from benchmarks.figures import (
+    DEFAULT_CARD,
+    EAGER,
+    FOLDER,
+    H100,
+    HEAD_KEYS,
+    NO_CARD,
+    OURS,
+    RESULTS,
+    TILED_GEMMS,
+    Figures,
+    Result,
+)
+from benchmarks.report import regenerate
 from benchmarks.shapes import NAMED_SHAPES
 from tests.refusals import refusal
 
+PROBLEM = report.BARS["A"].problem
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def _write(directory: Path, date: str, ms: float) -> None:
-    head = dict.fromkeys(report.HEAD_KEYS, "x") | {
+    head = dict.fromkeys(HEAD_KEYS, "x") | {
         "date": date,
         "device": "GPU",
         "commit": "c" * 40,
@@ -90,11 +105,72 @@ def test_tables_are_not_made_of_no_results(
     assert "No such file" in refusal(report.main, flags, capsys)
 
 
+def _timed(path: Path, date: str, time: str | None, commit: str, rows: list[tuple]) -> None:
+    head = {"device": DEFAULT_CARD, "driver": "1.2", "date": date, "commit": commit}
+    head |= {} if time is None else {"time": time}
+    result = Result(dict.fromkeys(HEAD_KEYS, "x") | head)
+    for row in rows:
+        result.add(*row)
+    result.write(path)
+
+
+def test_of_one_day_the_later_time_counts_whatever_the_name(tmp_path: Path) -> None:
+    row = "experts/backward", 1.0, "ms", PROBLEM
+    for name, time, ms in (("z", None, 1.0), ("y", "09:30:00", 2.0), ("a", "18:05:00", 3.0)):
+        _timed(tmp_path / f"{name}.json", "2026-01-01", time, "c", [(row[0], ms, *row[2:])])
+        assert Figures(tmp_path).on(DEFAULT_CARD).get(row[0], "ms", PROBLEM) == ms
+    _timed(tmp_path / "b.json", "2026-01-02", None, "c", [(row[0], 4.0, *row[2:])])
+    assert Figures(tmp_path).on(DEFAULT_CARD).get(row[0], "ms", PROBLEM) == 4.0
+    assert Result.read(tmp_path / "a.json").head["time"] == "18:05:00"
+    assert "time" not in Result.read(tmp_path / "z.json").head
+    assert len(measure.environment(torch.device("cpu"))["time"]) == 8
+
+
+def test_a_table_of_two_commits_says_what_is_of_which(tmp_path: Path) -> None:
+    first, second = (report.BARS[letter].problem for letter in "AB")
+
+    def rows(gemms: str, *problems: list[int]) -> list[tuple]:
+        every = [(f"tiles/{gemm}", problem) for gemm in gemms.split() for problem in problems]
+        return [(metric, 1.0, "times the best", problem) for metric, problem in every]
+
+    _timed(tmp_path / "a.json", "2026-01-01", "01:00:00", "1" * 40, rows("up dh", first, second))
+    assert report.TABLES["tiles"](Figures(tmp_path)).endswith("(benchmarks/results/a.json)")
+    _timed(tmp_path / "b.json", "2026-01-01", "02:00:00", "1" * 40, rows("dh", first))
+    assert "b.json)" in report.TABLES["tiles"](Figures(tmp_path)).splitlines()[-1]
+    _timed(tmp_path / "b.json", "2026-01-01", "02:00:00", "2" * 40, rows("dh", first))
+    *_, of_a, of_b = report.TABLES["tiles"](Figures(tmp_path)).splitlines()
+    assert of_a.endswith("a.json): the others  ")
+    assert of_b.endswith("b.json): tiles/dh; at A")
+    _timed(tmp_path / "b.json", "2026-01-01", "02:00:00", "2" * 40, rows("dh", first, second))
+    *_, of_a, of_b = report.TABLES["tiles"](Figures(tmp_path)).splitlines()
+    assert of_a.endswith("a.json): tiles/up  ") and of_b.endswith("b.json): tiles/dh")
+
+
+def test_few_tokens_name_who_was_not_there_and_mark_other_runs(tmp_path: Path) -> None:
+    problem = [16, *report.DECODE_SHAPE]
+
+    def rows(*providers: str) -> list[tuple]:
+        metrics = ("small/graph", 10.25), ("small/host", 90.0), ("small/host, fastest tenth", 80.0)
+        return [(m, us, "us", problem, name) for name in providers for m, us in metrics]
+
+    _timed(tmp_path / "a.json", "2026-01-01", None, "1", rows(OURS, "sonicmoe"))
+    table = report.TABLES["small"](Figures(tmp_path))
+    assert "| 16 | 10.2 | 10.2 | – |" in table and "| 16 | 90 / 80 | 90 / 80 |" in table
+    assert "triton_kernels was not timed, and was not installed, in these runs." in table
+    assert "\\*" not in table
+    _timed(tmp_path / "b.json", "2026-01-02", None, "2", rows(OURS, "triton_kernels"))
+    table = report.TABLES["small"](Figures(tmp_path))
+    assert "| T | sonic µs | SonicMoE µs | triton_kernels µs |" in table
+    assert "| 16 | 90 / 80 | 90 / 80 \\* | 90 / 80 |" in table
+    assert "\\* Of another run than what it stands beside." in table
+    assert "triton_kernels was" not in table and "grouped_mm was not timed" in table
+
+
 def test_the_table_of_routers_has_both_sides_or_a_dash(tmp_path: Path) -> None:
     problem = report.BARS["B"].problem
-    result = Result(dict.fromkeys(report.HEAD_KEYS, "x"))
+    result = Result(dict.fromkeys(HEAD_KEYS, "x"))
     assert "No figures" in report.TABLES["routers"](Figures(tmp_path))
-    for provider, ms, launches in (("", 0.05, 4), (report.EAGER, 0.4, 59)):
+    for provider, ms, launches in (("", 0.05, 4), (EAGER, 0.4, 59)):
         for name in ("softmax/forward", "softmax/backward", "deepseek/forward"):
             result.add(f"router {name}", ms, "ms", problem, provider)
             result.add(f"router {name}/launches", launches, "count", problem, provider)
@@ -120,7 +196,7 @@ def test_the_readme_tables_are_those_of_the_committed_results() -> None:
 
 
 def test_committed_results_name_their_commit_and_device() -> None:
-    for path in report.RESULTS.glob("*.json"):
+    for path in RESULTS.glob("*.json"):
         head = Result.read(path).head
         assert head["device"] and head["commit"] and head["command"], path
         assert head["driver"] or " CPU" in head["device"], f"{path} would be of no card"
@@ -129,15 +205,13 @@ def test_committed_results_name_their_commit_and_device() -> None:
 
 # --- several cards --------------------------------------------------------------------------------
 
-PROBLEM = report.BARS["A"].problem
-
 
 def _measured(
     path: Path, device: str, figures: dict[tuple[str, str], float], driver: str | None = "1.2"
 ) -> None:
     """A result file of ``device``: figures of shape A by metric and unit."""
     head = {"device": device, "driver": driver, "date": path.name[:10], "commit": "c" * 40}
-    result = Result(dict.fromkeys(report.HEAD_KEYS, "x") | head)
+    result = Result(dict.fromkeys(HEAD_KEYS, "x") | head)
     for (metric, unit), value in figures.items():
         result.add(metric, value, unit, PROBLEM)
     result.write(path)
@@ -145,9 +219,9 @@ def _measured(
 
 def _committed(directory: Path) -> Figures:
     """The committed results but those of an H100."""
-    for path in report.RESULTS.glob("*.svg"):
+    for path in RESULTS.glob("*.svg"):
         (directory / path.name).touch()
-    for path in report.RESULTS.glob("*.json"):
+    for path in RESULTS.glob("*.json"):
         if Result.read(path).card != H100:
             (directory / path.name).write_text(path.read_text())
     return Figures(directory)
@@ -195,8 +269,8 @@ def test_results_of_another_card_change_no_table_of_the_default_one(tmp_path: Pa
 
 
 def test_tiles_of_a_layer_are_weighed_by_the_time_of_its_gemms(tmp_path: Path) -> None:
-    best = dict.fromkeys(report.TILED_GEMMS, 1.0) | {"up": 5.0}
-    ratios = dict.fromkeys(report.TILED_GEMMS, 1.0) | {"up": 1.04, "dx": 1.1}
+    best = dict.fromkeys(TILED_GEMMS, 1.0) | {"up": 5.0}
+    ratios = dict.fromkeys(TILED_GEMMS, 1.0) | {"up": 1.04, "dx": 1.1}
     figures = {(f"tiles/{gemm}", "times the best"): value for gemm, value in ratios.items()}
     _measured(tmp_path / "2026-01-01-x.json", DEFAULT_CARD, figures)
     assert report.TABLES["tiles"](Figures(tmp_path)).count("| 1.100 | 1.000 | 1.000 | – |") == 3
@@ -233,10 +307,10 @@ def test_a_result_of_an_h100_is_all_that_its_table_needs(tmp_path: Path) -> None
     assert report.main(write) == 0
     made = page.read_text()
     assert "| 14.500 |" in made and "12.500" not in made and "No comparisons" not in made
-    assert f"]({report.FOLDER}{path.name})" in made and "![" not in made
+    assert f"]({FOLDER}{path.name})" in made and "![" not in made
     path.with_suffix(".svg").touch()
     assert report.main(write) == 0
-    assert f"on {H100}]({report.FOLDER}2026-11-28-compare-h100.svg)\n\n|" in page.read_text()
+    assert f"on {H100}]({FOLDER}2026-11-28-compare-h100.svg)\n\n|" in page.read_text()
 
 
 def test_no_ratio_is_of_two_cards(tmp_path: Path) -> None:
@@ -293,3 +367,25 @@ def test_results_of_a_cpu_are_of_no_card(tmp_path: Path) -> None:
     assert figures.on(NO_CARD).get(metric, "ms", PROBLEM, OURS) == 99.5
     table = report.TABLES["performance"](figures)
     assert "1.500" in table and "99.5" not in table and "98.5" not in table
+
+
+def test_support_names_the_commit_that_was_validated(tmp_path: Path) -> None:
+    rows = [("correctness/run", 12, "count", [])]
+    _timed(tmp_path / "a.json", "2026-01-01", "01:00:00", "1" * 40, rows)
+    _timed(tmp_path / "b.json", "2026-01-01", "02:00:00", "2" * 40, [("x", 1.0, "ms", [])])
+    seen = f"executed on {DEFAULT_CARD} (commit `{'1' * 12}`, 2026-01-01: [a.json]"
+    assert seen in report.TABLES["support"](Figures(tmp_path))
+
+
+def test_peak_memory_stands_beside_the_peers(tmp_path: Path) -> None:
+    mib = 2**20
+    figures = (("saved", 100.25, 200), ("above_saved", 40, 60))
+    rows = [
+        (f"compare/none/{what}", size * mib, "B", PROBLEM, provider)
+        for what, *sizes in figures
+        for provider, size in zip((OURS, "sonicmoe"), sizes, strict=True)
+    ]
+    _timed(tmp_path / "a.json", "2026-01-01", None, "1", rows)
+    assert "| 100 | 200 | 40 | 60 | 1.50 |" in report.TABLES["peak memory"](Figures(tmp_path))
+    _timed(tmp_path / "a.json", "2026-01-01", None, "1", rows[::2])
+    assert "| 100 | – | 40 | – | – |" in report.TABLES["peak memory"](Figures(tmp_path))

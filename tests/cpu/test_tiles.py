@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import tiles
-from benchmarks.report import HEAD_KEYS, RESULTS, TABLES, TILED_GEMMS, Figures, Result
+from benchmarks.figures import HEAD_KEYS, RESULTS, TILED_GEMMS, Figures, Result
+from benchmarks.report import TABLES
 from benchmarks.shapes import BARS, Shape
 from benchmarks.tiles import (
     SEED,
@@ -21,6 +23,8 @@ from benchmarks.tiles import (
     small_tilings,
     swapped_tilings,
     tilings,
+    timed_gemm,
+    uniform_plan,
 )
 from kernels_sm90 import BACKEND
 from kernels_sm90.search import swapped_space
@@ -29,6 +33,7 @@ from sonic.device.blocks import EpilogueBlocks
 from sonic.enums import ActivationType
 from sonic.runtime.problem import Problem, Ragged, TileConfig, layer_problems
 from sonic.runtime.tuning import Results
+from sonic.triton.parts import add_parts
 from tests.refusals import as_typed, refusal
 
 
@@ -102,6 +107,21 @@ def test_a_sweep_of_given_layers_has_what_the_choice_takes_there() -> None:
     assert asked_shapes(arguments) == list(BARS.values())
     arguments.shapes, arguments.random = ["B"], 2
     assert asked_shapes(arguments) == [BARS["B"], *drawn_shapes(2, SEED)]
+
+
+def test_a_split_choice_is_timed_as_it_is_launched() -> None:
+    shapes = [BARS["A"], BARS["B"]]
+    asked = {"shapes": None, "thiek": shapes, "random": None, "seed": None, "gemms": ["dw2"]}
+    space = asked_spaces(argparse.Namespace(**asked, space="choice"), BACKEND, shapes)
+    plain, split = (tiles.chosen_tiling(BACKEND, "dw2", shape) for shape in shapes)
+    assert split.split and not plain.split
+    assert [config for config in space["dw2"] if config.split] == [split]
+    assert Sweep(BACKEND, space, "cpu").chosen("dw2", BARS["B"]) == split
+    before = {"dw2": [config for config in space["dw2"] if not config.split]}
+    unsplit = replace(split, split=False)
+    assert Sweep(BACKEND, before, "cpu").chosen("dw2", BARS["B"]) == unsplit
+    plan = uniform_plan(Shape(64, 64, 64, 8, 2), torch.device("cpu"))
+    assert timed_gemm(Shape(64, 64, 64, 8, 2), "dw2", plan)._add_parts is add_parts
 
 
 def test_inference_differs_from_training_by_what_it_stores() -> None:

@@ -10,15 +10,17 @@ import pytest
 import torch
 
 import sonic
-from benchmarks import contest, rounding
+from benchmarks import contest, launches, rounding
+from benchmarks import layer as benchmark_layer
+from benchmarks.figures import HEAD_KEYS, Result
 from benchmarks.layer import LayerOptions, make_layer, moe_forward
-from benchmarks.report import HEAD_KEYS, Result
 from benchmarks.rounding import (
     MODULE,
     Load,
     RoundedShape,
     Rounding,
     Way,
+    WayGraphs,
     check_loss,
     check_rounded_layer,
     load_of,
@@ -259,11 +261,92 @@ def test_too_large_for_a_cpu_is_refused(script):
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.1])
-def test_the_peers_results_are_compared_with_ours(script, monkeypatch, factor):
+def test_the_peers_results_are_checked(script, monkeypatch, factor):
     layer, result = tiny_layer(), Result(dict.fromkeys(HEAD_KEYS))
     monkeypatch.setattr(rounding, "peer_forward", lambda layer: factor * moe_forward(layer))
-    assert script.peer_agrees(result, layer, RoundedShape(TINY, 8)) == (factor == 1.0)
-    found = {row.metric.rpartition("/")[2]: row.value for row in result.rows}
+    findings, size = rounding.check_peer(layer), RoundedShape(TINY, 8)
+    right = script.passed(result, size, rounding.PEER, findings, rounding.PEER)
+    assert right == (factor == 1.0)
+    errors = [
+        row for row in result.rows if row.unit == "relative L2" and row.provider == "sonicmoe"
+    ]
+    found = {row.metric.rpartition("/")[2]: row.value for row in errors}
     assert set(found) == {"out", "dx", "dw1", "dw2", "drouter_w"}
     assert all(value == pytest.approx(factor - 1.0, abs=0.01) for value in found.values())
-    assert all(row.provider == rounding.PEER for row in result.rows)
+
+
+@pytest.mark.parametrize("mistake", ["none", "output", "gradient", "not a number"])
+def test_what_a_graph_leaves_is_compared_with_the_eager_call(monkeypatch, mistake):
+    layer = tiny_layer()
+    (way,) = rounding.ways_of(layer, [Rounding.make("nr", 8, CPU)], False).values()
+    monkeypatch.setattr(launches, "captured", lambda function: function)
+    graphs = rounding.WayGraphs.of(way)
+    for replay in graphs.replays:
+        replay()
+    kept = WayGraphs((lambda: None,) * 2, graphs.results)
+    wrong = {"output": graphs.results[0][0], "gradient": graphs.results[1][2]}
+    if mistake in wrong:
+        wrong[mistake][1, 1] = 0.0
+    elif mistake == "not a number":
+        graphs.results[1][0][0, 0] = float("nan")
+    findings = rounding.check_graphs(kept, way, torch.bfloat16)
+    assert {finding.tensor for finding in findings} == {"out", *way.leaves}
+    failed = [finding.tensor for finding in findings if not finding.passed]
+    names = {"none": [], "output": ["out"], "gradient": ["dw2"], "not a number": ["dx"]}
+    assert failed == names[mistake]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_graphs_of_what_is_drawn_or_wrong_are_not_timed(script, monkeypatch, capsys, wrong):
+    """With calls in place of graphs, which a CPU has not."""
+    layer, size = tiny_layer(), RoundedShape(TINY, 8)
+    asked = [Rounding.make(name, 8, CPU) for name in ("nr", "sr", "top_k")]
+    ways = rounding.ways_of(layer, asked, with_module=True)
+    made = []
+
+    def calls(function):
+        results = [tensor.detach() for tensor in function()]
+        made.append(results)
+        if wrong and len(made) == 1:  # the first way's output
+            results[0] = torch.zeros_like(results[0])
+            return lambda: None, results
+        return function, results
+
+    monkeypatch.setattr(rounding, "captured_results", calls)
+    result = Result(dict.fromkeys(HEAD_KEYS))
+    drawing = [name for name in ways if name.startswith("sr")]
+    graphs, failed = script.sound_graphs(result, size, layer.options, ways, drawing)
+    names = ["nr", f"nr{MODULE}", "top_k", f"top_k{MODULE}"]
+    assert list(graphs) == names[wrong:] and failed == names[:wrong]
+    assert ("FAILED" in capsys.readouterr().out) == wrong
+    passed = {row.metric: row.value for row in result.rows if row.unit == "passed"}
+    assert passed["interleaved/nr/q8/graph/out"] == (not wrong)
+    assert passed[f"interleaved/top_k{MODULE}/q8/graph/loss"] == 1
+    times = rounding.race_graphs(graphs, CPU, 0.001)
+    assert set(times) == set(graphs) and set(times["top_k"]) == set(script.PASSES)
+
+
+@pytest.mark.parametrize("routing", ["nr", "top_k"])
+def test_a_sweep_times_no_layer_whose_gradient_is_wrong(script, capsys, monkeypatch, routing):
+    right = rounding.call_moe
+
+    def wrong(layer, **options):
+        out, *others = right(layer, **options)
+        if ("rounding" in options) == (routing == "nr"):
+            out = out.detach() + 1.1 * (out - out.detach())
+        return out, *others
+
+    monkeypatch.setattr(rounding, "call_moe", wrong)
+    monkeypatch.setattr(benchmark_layer, "call_moe", wrong)
+    monkeypatch.setattr(script, "SWEEPS", ((RoundedShape(Shape(32, 16, 8, 3, 2), 8),),))
+    timed = []
+    race = script.race_layers
+    monkeypatch.setattr(script, "race_layers", lambda w, *_: timed.extend(w) or race(w, *_))
+    assert script.main(["--sweep", "1", "--device", "cpu", "--rep", "1"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert timed == [name for name in ("nr", "top_k") if name != routing]
+
+
+def test_times_without_a_check_are_not_written(script, capsys):
+    flags = ["--skip_test", "--json", "x.json", "--device", "cpu"]
+    assert "--json records what was checked" in refusal(script.parse_arguments, flags, capsys)

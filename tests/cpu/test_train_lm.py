@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import train_lm
-from benchmarks.report import HEAD_KEYS, Result
+from benchmarks.figures import HEAD_KEYS, Result
 from benchmarks.train_lm import TINY, Curve, batches, read_curves, summary, train
 from tests.refusals import as_typed, refusal
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import filelock
 import pytest
@@ -479,3 +480,28 @@ def test_long_launches_are_timed_as_layers_launch_them(monkeypatch):
     gpu = _Gpu(monkeypatch, 2.0)
     assert _linear().milliseconds(NARROW, 0.02) == 2.0
     assert gpu.replays == 0 and len(gpu.weights) == 2 + 5 + 10
+
+
+def test_parts_are_added_behind_a_split_reduction(monkeypatch):
+    launched = []
+
+    def prepare(problem, config, *_, **sizes):
+        def run(*, aux=None, **operands):
+            launched.append(("gemm", None if aux is None else tuple(aux.shape)))
+
+        run.parts = 3
+        return run
+
+    def add_parts(out, partial, offset_by_expert, rows):
+        launched.append(("add", tuple(out.shape), tuple(partial.shape), rows))
+
+    monkeypatch.setattr(tuning, "grouped_gemm", prepare)
+    rows, offsets = torch.arange(24).int() % 8, torch.tensor([0, 10, 24]).int()
+    problem = weight_grad_problem("bfloat16", Operand.A, False, False)
+    split = replace(NARROW, split=True)
+    TimedGemm(problem, rows, offsets, 8, 128, 32, add_parts).run(split)
+    assert launched == [("gemm", (3, 32, 128)), ("add", (2, 32, 128), (3, 32, 128), 24)]
+    launched.clear()
+    TimedGemm(problem, rows, offsets, 8, 128, 32).run(split)
+    TimedGemm(problem, rows, offsets, 8, 128, 32, add_parts).run(NARROW)
+    assert launched == [("gemm", (3, 32, 128)), ("gemm", None)]

@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.figures import EMULATOR, Row
 from benchmarks.measure import environment
 from benchmarks.options import output_file, positive
-from benchmarks.report import EMULATOR, Row
 
 from .memory import Fault
 from .mutations import Mutation, all_mutations, executed_lines
