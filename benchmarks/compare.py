@@ -80,7 +80,7 @@ from benchmarks.peers import (
     versions,
 )
 from benchmarks.problems import SKEWS, random_shapes, with_skew
-from benchmarks.shapes import BARS, DECODE_TOKENS, Shape
+from benchmarks.shapes import BARS, CPU_FLOPS, DECODE_TOKENS, Shape
 
 MIB = 2**20
 _PICTURES = (".svg", ".png", ".pdf")
@@ -154,6 +154,11 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
         return "--plot draws the sizes that --shapes, --thiek or --random give; there are none"
     if arguments.plot and arguments.skew != "none":
         return "--plot draws uniform routing; leave out --plot or --skew"
+    if arguments.device.type == "cpu":
+        for shape in asked + random_shapes(arguments.random, arguments.seed):
+            if shape.forward_flops(gated=True) > CPU_FLOPS:
+                size = ",".join(map(str, shape.problem))
+                return f"{size} is too large for the reference implementation on --device cpu"
     if arguments.small and arguments.device.type != "cuda":
         return f"--small takes CUDA graphs, which --device {arguments.device} has not"
     missing = missing_gpu(arguments.device)  # the default is no option whose type was looked at
@@ -274,7 +279,8 @@ def checked(
 def compare_layers(
     shapes: Mapping[str, Shape], names: list[str], arguments: argparse.Namespace, result: Result
 ) -> bool:
-    """Check, race and memory at each size. False if a contender's results were wrong."""
+    """Check, race and memory at each size. False if a contender's results were wrong, or ours are
+    missing."""
     passed, end = True, time.perf_counter() + arguments.total
     for label, shape in shapes.items():
         if time.perf_counter() > end:
@@ -286,7 +292,7 @@ def compare_layers(
         taking_part = [n for n in names if arguments.skew == "none" or n not in NEEDS_LOGITS]
         contenders = prepare(taking_part, layer, arguments.limit, _train_once)
         contenders, found = checked(contenders, layer)
-        passed &= len(sound(found)) == len(found)
+        passed &= len(sound(found)) == len(found) and OURS in contenders
         racers = dict(contenders)
         if arguments.skew != "none" and contenders:
             plain = {OURS: CONTENDERS[OURS](uniform)}
@@ -449,22 +455,24 @@ def _write(result: Result, arguments: argparse.Namespace) -> None:
         result.write(arguments.json)
 
 
-def _plot(path: Path, result: Result) -> None:
+def _plot(path: Path, result: Result) -> bool:
+    """Whether there is a picture now."""
     from benchmarks.plot import plot_comparison
 
     try:
         plot_comparison(result, path)
     except ImportError as error:
-        print(f"no plot: {error}; draw it elsewhere with --plot-from")
-    else:
-        print(f"wrote {path}")
+        print(f"no plot: {error}; install matplotlib, or draw it elsewhere with --plot-from")
+        return False
+    print(f"wrote {path}")
+    return True
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.plot_from:
         try:
-            _plot(arguments.plot, Result.read(arguments.plot_from))
+            return 0 if _plot(arguments.plot, Result.read(arguments.plot_from)) else 1
         except (OSError, ValueError) as error:
             print(
                 f"--plot-from {arguments.plot_from}: {error}\n"
@@ -472,7 +480,6 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
-        return 0
     shapes = {letter: BARS[letter] for letter in arguments.shapes}
     shapes |= {f"given {number}": shape for number, shape in enumerate(arguments.thiek, 1)}
     drawn = random_shapes(arguments.random, arguments.seed)
@@ -493,7 +500,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.plot and (passed or result.rows):
         _plot(arguments.plot, result)
     if not passed:
-        print("\nFAILED: results were wrong; what is wrong was neither timed nor recorded.")
+        print("\nFAILED: results were wrong, or ours are missing; neither was timed or recorded.")
     return 0 if passed else 1
 
 

@@ -32,10 +32,9 @@ from benchmarks.measure import (
 from benchmarks.options import THIEK, THIEK_HELP, output_file
 from benchmarks.options import device as device_option
 from benchmarks.options import shape as shape_option
-from benchmarks.shapes import DEFAULT_SHAPE, SMALL_SHAPE, Shape
+from benchmarks.shapes import CPU_FLOPS, DEFAULT_SHAPE, SMALL_SHAPE, Shape
 from sonic.enums import ActivationType, GateUpLayout, ScoreOrder
 
-CPU_FLOPS = 2e11  # of the forward pass; more would take minutes
 DTYPES = {"BFloat16": torch.bfloat16, "Float16": torch.float16}
 
 

@@ -59,12 +59,11 @@ from benchmarks.rounding import (
     routing_times,
     ways_of,
 )
-from benchmarks.shapes import Shape
+from benchmarks.shapes import CPU_FLOPS, Shape
 from sonic.enums import GateUpLayout
 
 DEFAULT_SIZE = RoundedShape(Shape(16384, 4096, 1024, 256, 8), 128)
 SMALL_SIZE = RoundedShape(Shape(256, 128, 64, 8, 2), 16)
-CPU_FLOPS = 2e11  # of the forward pass; more would take minutes
 DTYPES = {"BFloat16": torch.bfloat16, "Float16": torch.float16}
 PASSES = ("forward", "forward + backward", "backward")
 

@@ -16,6 +16,8 @@ _GEMM_UNITS = {
 FORWARD_GEMMS = ("up", "down")
 BACKWARD_GEMMS = ("dh", "dw2", "dx", "dw1")
 
+CPU_FLOPS = 2e11  # of the forward pass: on a CPU more would take the reference minutes
+
 
 @dataclass(frozen=True)
 class Shape:

@@ -1,5 +1,4 @@
-"""Times the six grouped GEMMs with every tiling of the search space, and says what the choice by
-sizes alone costs.
+"""Times the six grouped GEMMs with every tiling, and says what the choice by sizes alone costs.
 
     python benchmarks/tiles.py --random 20 --json benchmarks/results/<date>-tiles.json
 

@@ -596,7 +596,7 @@ def test_a_gpu_that_is_not_there_is_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     said = refusal(parse, ["--device", device], capsys)
     assert f"--device: {says}" in said and ", or pass cpu" in said
-    flags = ["--shapes", "A"] if script == "compare.py" else []
+    flags = ["--thiek", "48,64,32,8,2"] if script == "compare.py" else []
     for there in ["cpu"] + (["cuda", f"cuda:{count - 1}"] if count else []):
         assert parse([*flags, "--device", there]).device == torch.device(there)
 

@@ -1,6 +1,7 @@
 """The comparison with other packages, as far as a machine without a GPU has it."""
 
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compare, launches, peers, plot, small
 from benchmarks.contest import OutOfTime, take_turns, time_limit
-from benchmarks.figures import HEAD_KEYS, Result
+from benchmarks.figures import HEAD_KEYS, RESULTS, Result
 from benchmarks.layer import Layer, LayerOptions, make_layer
 from benchmarks.problems import HOT_SHARE, random_shapes, skewed_ids, with_skew
 from benchmarks.shapes import BARS, NAMED_SHAPES, Shape
@@ -332,6 +333,7 @@ def test_few_tokens_are_checked_in_graphs_and_eager(
         (["--host", "--skew", "hot"], "--skew is of the sizes that"),
         (["--host", "--json", "/proc/x.json"], "cannot be written"),
         (["--small", "--device", "cpu"], "--small takes CUDA graphs"),
+        (["--shapes", "A", "--device", "cpu"], "is too large for the reference implementation"),
         (["--plot-from", "x.json", "--plot", "a.svg", "--small"], "leave out sizes"),
     ],
     ids=as_typed,
@@ -354,3 +356,17 @@ def test_a_file_without_a_comparison_is_refused(tmp_path: Path, capsys) -> None:
     other.write_text("{}")
     assert compare.main([*flags, str(other)]) == 2
     assert "is no result file" in capsys.readouterr().err
+
+
+def test_a_run_without_ours_has_failed(monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setattr(compare, "prepare", lambda *arguments: {})
+    command = ["--device", "cpu", "--thiek", "48,64,32,8,2", "--peers", "sonic"]
+    assert compare.main([*command, "--json", str(tmp_path / "result.json")]) == 1
+    assert "ours are missing" in capsys.readouterr().out
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_failure(monkeypatch, capsys, tmp_path: Path) -> None:
+    source, target = RESULTS / "2026-11-28-compare.json", tmp_path / "a.svg"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert compare.main(["--plot-from", str(source), "--plot", str(target)]) == 1
+    assert "install matplotlib" in capsys.readouterr().out and not target.exists()
