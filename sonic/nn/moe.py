@@ -33,12 +33,14 @@ from sonic.runtime.errors import (
 )
 
 # What a layer and its caller call the arguments of the functions below.
-_LAYER_NAMES = {
+_PARAMETER_NAMES = {
     r"\bw1\b": "c_fc.weight",
     r"\bw2\b": "c_proj.weight",
     r"\bb1\b": "c_fc.bias",
     r"\bb2\b": "c_proj.bias",
     r"\brouter_weight\b": "router.weight",
+}
+_LAYER_NAMES = _PARAMETER_NAMES | {
     'impl="cute"': 'kernel_backend_moe="sonicmoe"',
     'impl="reference"': 'kernel_backend_moe="torch"',
 }
@@ -215,12 +217,15 @@ class Experts(_ExpertsBase):
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, impl: str = "auto"
     ) -> Tensor:
         """``hidden_states (T, H)``, ids and weights ``(T, top_k)``: see :func:`sonic.experts`."""
-        return experts(
-            hidden_states,
-            topk_ids,
-            topk_weights,
-            **self._parameters_and_options(impl),
-        )
+        try:
+            return experts(
+                hidden_states,
+                topk_ids,
+                topk_weights,
+                **self._parameters_and_options(impl),
+            )
+        except SonicError as error:
+            raise of_layer(error, type(self).__name__, _PARAMETER_NAMES) from error
 
 
 class MoE(_ExpertsBase):
@@ -401,7 +406,7 @@ class MoE(_ExpertsBase):
         try:
             checks.check_router("MoE", tokens, weight, self.num_experts, self.top_k, impl)
         except SonicError as error:
-            raise _of_layer(error) from error
+            raise of_layer(error) from error
         logits = router_logits(tokens, weight)
         if rounds:
             scores, plan, load = rounded_choices(
@@ -431,7 +436,7 @@ class MoE(_ExpertsBase):
                 **self._parameters_and_options(impl),
             )
         except SonicError as error:
-            raise _of_layer(error) from error
+            raise of_layer(error) from error
 
     def _by_own_router(
         self,
@@ -526,14 +531,17 @@ class MoE(_ExpertsBase):
         return text
 
 
-def _of_layer(error: SonicError) -> SonicError:
-    """``error`` of a function, by the names that the layer and its caller have for arguments."""
-    text = str(error).removeprefix("experts_planned: ").removeprefix("MoE: ")
-    for name, theirs in _LAYER_NAMES.items():
+def of_layer(
+    error: SonicError, layer: str = "MoE", names: Mapping[str, str] = _LAYER_NAMES
+) -> SonicError:
+    """``error`` of a function, by the names that a layer and its caller have for arguments:
+    ``names``, by regular expression."""
+    text = re.sub(r"^\w+: ", "", str(error))
+    for name, theirs in names.items():
         text = re.sub(name, theirs, text)
     if "on meta" in text:
         text += " A layer on meta gets memory from to_empty(device=...), then reset_parameters()."
-    return type(error)(f"MoE: {text}")
+    return type(error)(f"{layer}: {text}")
 
 
 def _reset(name: str, part: nn.Module) -> None:

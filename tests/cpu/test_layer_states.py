@@ -125,6 +125,19 @@ def test_a_layer_on_meta_says_how_to_get_memory():
         layer(torch.randn(5, HIDDEN), "torch")
 
 
+def test_parts_name_their_own_parameters():
+    x, ids = torch.randn(5, HIDDEN), torch.zeros(5, TOP_K, dtype=torch.int64)
+    layer = sonic.Experts(EXPERTS, HIDDEN, WIDTH, "swiglu", False, 0.3).double()
+    with pytest.raises(sonic.DTypeError, match=r"^Experts: c_fc\.weight is float64"):
+        layer(x, ids, torch.ones(5, TOP_K))
+    shared = SharedExperts(HIDDEN, WIDTH, gated=True)
+    shared.gate.to("meta")
+    with pytest.raises(sonic.DeviceError, match=r"^SharedExperts: gate\.weight is on meta"):
+        shared(x)
+    with pytest.raises(sonic.DTypeError, match=r"^SharedExperts: c_fc\.weight is float64"):
+        SharedExperts(HIDDEN, WIDTH).double()(x)
+
+
 def test_grouped_routers_take_no_tokens():
     router = SigmoidRouter(HIDDEN, EXPERTS, TOP_K, num_groups=2, topk_groups=1)
     routed = router(torch.empty(0, HIDDEN))

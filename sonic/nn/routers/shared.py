@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from sonic import checks
 from sonic.enums import ActivationType, GateUpLayout
-from sonic.nn.moe import Experts, NormalLinear
+from sonic.nn.moe import Experts, NormalLinear, of_layer
 from sonic.routing.logits import router_logits
+from sonic.runtime.errors import SonicError
 
 
 class SharedExperts(Experts):
@@ -68,6 +69,9 @@ class SharedExperts(Experts):
         if self.gate is None:
             weights = torch.ones(shape, dtype=torch.float32, device=tokens.device)
         else:
-            logits = router_logits(tokens, self.gate.weight, self.gate.bias)
+            try:
+                logits = router_logits(tokens, self.gate.weight, self.gate.bias)
+            except SonicError as error:
+                raise of_layer(error, "SharedExperts", {r"\bweight\b": "gate.weight"}) from error
             weights = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         return super().forward(tokens, ids, weights, impl).view(hidden_states.shape)
