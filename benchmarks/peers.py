@@ -11,7 +11,9 @@ of x, w1, w2 and the weights. Sorting and index tensors are part of its time; th
                     weights folded in before the down projection: the best eager layer we know.
 ``triton_kernels``  of the triton repository (``matmul_ogs``), forward only, which routes from
                     logits, here ones that lead to the given ids and weights, and whose SwiGLU is
-                    ``silu(g) * (u + 1)``.
+                    ``silu(g) * (u + 1)``. ``triton-kernels/torch-ext`` of github.com/huggingface/
+                    kernels-community has it for Triton 3.6, to be put on ``PYTHONPATH``; the
+                    package of that name on PyPI is another one.
 ``bound``           no layer: balanced cuBLAS products of the same FLOPs and copies of the bytes
                     that the two gather-sums move.
 """
