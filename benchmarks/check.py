@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -212,8 +213,7 @@ def _worst_block(test_error: torch.Tensor, narrow_error: torch.Tensor) -> torch.
     )
     overall = narrow_error.double().square().mean().sqrt()
     yardstick = torch.where(count < FEW_ELEMENTS, narrow.clamp_min(overall), narrow)
-    allowed = FACTOR * yardstick * (1 + 3 / count.sqrt())
-    quotients = torch.where(test == 0, torch.zeros_like(test), test / allowed)
+    quotients = torch.where(test == 0, torch.zeros_like(test), test / _allowed(yardstick, count))
     return torch.nan_to_num(quotients, nan=math.inf, posinf=math.inf).amax()
 
 
@@ -239,9 +239,10 @@ def _block_sums(values: torch.Tensor) -> torch.Tensor:
     return values.view(-(-rows // BLOCK), BLOCK, -(-columns // BLOCK), BLOCK).sum((1, 3))
 
 
-def _allowed(yardstick: float, elements: float) -> float:
+def _allowed(yardstick: Any, elements: Any) -> Any:
+    """Of numbers, or element by element of tensors."""
     # An error estimated from n samples scatters by about 1/sqrt(2n); three deviations of both.
-    return FACTOR * yardstick * (1 + 3 / math.sqrt(elements))
+    return FACTOR * yardstick * (1 + 3 / elements**0.5)
 
 
 def _quotient(numerator: float, denominator: float) -> float:

@@ -37,6 +37,7 @@ from sonic.runtime.limits import (
 IMPLS = ("auto", "cute", "reference")
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ID_DTYPES = (torch.int32, torch.int64)
+_DEVICES = ("cuda", "cpu", "meta")
 
 _Choice = TypeVar("_Choice", bound=Enum)
 
@@ -94,7 +95,7 @@ def resolve_impl(op: str, impl: Any, device: torch.device) -> str:
     """``"cute"`` or ``"reference"`` for tensors on ``device``; only ``"auto"`` chooses."""
     check_known(op, "impl", impl, IMPLS, LET_THE_DEVICE_DECIDE)
     kind = device.type
-    if kind not in ("cuda", "cpu", "meta"):
+    if kind not in _DEVICES:
         raise DeviceError(
             message(
                 op,
@@ -151,6 +152,12 @@ def check_bool(op: str, name: str, value: Any) -> None:
         )
 
 
+def check_bools(op: str, **flags: Any) -> None:
+    """Each of the flags, by its name."""
+    for name, flag in flags.items():
+        check_bool(op, name, flag)
+
+
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -200,7 +207,7 @@ def check_device_option(op: str, device: Any) -> None:
         ) from None
     if torch._C._len_torch_dispatch_stack():
         return  # it may be a fake one
-    if made_on.type not in ("cuda", "cpu", "meta"):
+    if made_on.type not in _DEVICES:
         allowed = "cuda, cpu and meta"
         todo = "Build it on one of these, and move it with .to() where torch can."
         raise DeviceError(message(op, f"device={device!r}", allowed, todo))

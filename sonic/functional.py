@@ -242,14 +242,13 @@ def experts_planned(
         raise ArgumentError(checks.message(op, came, "a sonic.RoutingPlan", todo))
     top_k = plan.top_k if plan.offset_by_token is None else None
     _check_slot_weights(op, hidden_states, weights, plan.token_by_row, plan.num_tokens, top_k)
-    sizes = plan.num_tokens, plan.num_experts, plan.num_rows
-    if sizes != (hidden_states.shape[0], w1.shape[0], weights.numel()):
+    sizes = plan.num_tokens, plan.num_experts
+    if sizes != (hidden_states.shape[0], w1.shape[0]):
         raise ShapeError(
             checks.message(
                 op,
-                f"a plan of {sizes[0]} tokens, {sizes[1]} experts and {sizes[2]} slots came with "
-                f"{hidden_states.shape[0]} tokens, {w1.shape[0]} experts and {weights.numel()} "
-                "weights",
+                f"a plan of {sizes[0]} tokens and {sizes[1]} experts came with "
+                f"{hidden_states.shape[0]} tokens and {w1.shape[0]} experts",
                 "equal sizes",
                 "Build the plan from the ids of these tokens, with num_experts=w1.shape[0].",
             )
@@ -427,14 +426,13 @@ def moe_TC_softmax_topk_layer(
         ``(out (T, H), router_logits (T, E), expert_frequency (E,))``.
     """
     op = "moe_TC_softmax_topk_layer"
-    flags = {
-        "is_inference_mode_enabled": is_inference_mode_enabled,
-        "is_softmax_over_topk": is_softmax_over_topk,
-        "norm_topk_probs": norm_topk_probs,
-        "concat_layout": concat_layout,
-    }
-    for name, flag in flags.items():
-        checks.check_bool(op, name, flag)
+    checks.check_bools(
+        op,
+        is_inference_mode_enabled=is_inference_mode_enabled,
+        is_softmax_over_topk=is_softmax_over_topk,
+        norm_topk_probs=norm_topk_probs,
+        concat_layout=concat_layout,
+    )
     if is_softmax_over_topk and norm_topk_probs:
         raise ArgumentError(
             checks.message(

@@ -243,8 +243,7 @@ class MoE(_ExpertsBase):
             ``"topk_over_softmax_norm"``.
         routing: ``"top_k"``, or ``"token_rounding"``: in training every expert's number of tokens
             becomes a multiple of the kernels' tile. In eval mode, and with ``is_inference_mode``,
-            routing is top-k. The balancing loss then takes one more
-            look at the logits.
+            routing is top-k. The balancing loss takes one more look at the logits then.
         rounding: the rule of :func:`sonic.token_rounding`; used with token rounding only. With
             ``"nr"`` an expert of less than half a tile of rows loses them all: in a training step
             whose T ``num_experts_per_tok`` / E is below that, the output is mostly zero, and the

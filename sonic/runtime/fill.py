@@ -8,6 +8,7 @@ caller's main module again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -107,9 +108,11 @@ def fill_cache(
             return
         _run(command, folder)
         if is_filled():
-            failed.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                failed.unlink(missing_ok=True)
         else:
-            failed.touch(mode=0o600)
+            with contextlib.suppress(OSError):  # without the mark another process tries as well
+                failed.touch(mode=0o600)
             _log.warning("sonic compile left some %s missing here", up.name)
 
 

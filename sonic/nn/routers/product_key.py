@@ -68,8 +68,8 @@ class ProductKeyRouter(Router):
                     "Leave sequence and global_batch at 0.",
                 )
             )
-        for name, flag in (("renormalize", renormalize), ("float32_logits", float32_logits)):
-            checks.check_bool("ProductKeyRouter", name, flag)
+        flags = {"renormalize": renormalize, "float32_logits": float32_logits}
+        checks.check_bools("ProductKeyRouter", **flags)
         checks.check_parameters("ProductKeyRouter", std, device, dtype)
         self.num_keys = size
         self.renormalize = renormalize

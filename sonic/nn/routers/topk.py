@@ -122,14 +122,13 @@ class TopKRouter(Router):
             checks.check_int(op, name, value, 0, checks.MAX_EXPERTS, "16-bit ids")
         columns = num_experts + num_identity + num_null
         super().__init__(hidden_size, num_experts, top_k, num_columns=columns, losses=losses)
-        flags = {
-            "renormalize": renormalize,
-            "correction_bias": correction_bias,
-            "add_bias": add_bias,
-            "float32_logits": float32_logits,
-        }
-        for name, flag in flags.items():
-            checks.check_bool(op, name, flag)
+        checks.check_bools(
+            op,
+            renormalize=renormalize,
+            correction_bias=correction_bias,
+            add_bias=add_bias,
+            float32_logits=float32_logits,
+        )
         checks.check_parameters(op, std, device, dtype)
         check_group(op, group)
         checks.check_known(op, "capacity_drop", capacity_drop, DROP_RULES)
@@ -399,13 +398,10 @@ def update_balance(module: nn.Module, rate: float = 1e-3) -> None:
     routers = [router for router in module.modules() if isinstance(router, TopKRouter)]
     pending: dict[tuple[Any, torch.device], list[TopKRouter]] = {}
     for router in routers:
-        if router.batch_load is not None:
-            refuse_capture(op, router.batch_load)
-            router.batch_load.zero_()
-        if router._earlier_loads is not None:
-            router._earlier_loads.clear()
+        for counts in (router.batch_load, router.step_load):
+            if counts is not None:
+                refuse_capture(op, counts)
         if router.step_load is not None:
-            refuse_capture(op, router.step_load)
             pending.setdefault((router.group, router.step_load.device), []).append(router)
     for (group, _), together in pending.items():
         # One exchange for all layers.
@@ -416,7 +412,8 @@ def update_balance(module: nn.Module, rate: float = 1e-3) -> None:
             if router.correction_bias is not None and router.step_load is not None:
                 bias = corrected_bias(router.correction_bias, load, rate)
                 router.correction_bias.copy_(bias)
-                router.step_load.zero_()
+    for router in routers:
+        router.reset_counts()
 
 
 def _refuse_fixed(op: str, options: Mapping[str, Any], **fixed: Any) -> None:
